@@ -1,0 +1,1 @@
+"""Operators' glue, run as `python -m scripts.NAME`. No logic of its own."""

@@ -1,0 +1,1 @@
+"""The data format, and the stages that produce it. Never imports torch."""

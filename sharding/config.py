@@ -1,0 +1,257 @@
+"""Read TOML into frozen settings, and the settings of a dataset.
+
+`Config` and `load_config` serve every TOML of the project. `DatasetConfig` holds one dataset's whole policy; its
+`annotate` and `policies` tables belong to captioning, which checks them in a subclass (`captioning.config`).
+
+Paths in a TOML are relative to the current directory: every command starts in the checkout's root.
+"""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ConfigType = TypeVar("ConfigType", bound="Config")
+
+
+class ConfigError(ValueError):
+    """A settings file is wrong; the message lists every mistake with its file and dotted key."""
+
+
+class Config(BaseModel):
+    """Base of all settings: frozen, unknown keys refused, one default in the class, meaning under each field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def load_config(path: Path, config_type: type[ConfigType], overrides: Sequence[str] = ()) -> ConfigType:
+    """Read a TOML file, apply `key.path=value` overrides, and validate.
+
+    A value of an override is TOML (`1e-5`, `true`, `[1, 2]`, `"text"`); what is not valid TOML is taken as text.
+    Raises ConfigError with every mistake at once, FileNotFoundError.
+    """
+    return parse_config(read_toml(path), config_type, name=str(path), overrides=overrides)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises ConfigError with line and column for bad syntax, FileNotFoundError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such config file; presets are in configs/") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def parse_config(
+    values: Mapping[str, Any], config_type: type[ConfigType], *, name: str, overrides: Sequence[str] = ()
+) -> ConfigType:
+    """Validate already read values; `name` stands in messages for the file. Raises ConfigError."""
+    merged = dict(values)
+    for override in overrides:
+        _apply_override(merged, override)
+    try:
+        return config_type.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{name}: {line}" for line in _explain(error, config_type))) from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r}: expected key.path=value")
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        inner = values.get(table, {})
+        if not isinstance(inner, Mapping):
+            raise ConfigError(f"--set {override!r}: {table} is a value, not a table")
+        values[table] = dict(inner)
+        values = values[table]
+    try:
+        values[last] = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[last] = text.strip()
+
+
+def _explain(error: ValidationError, config_type: type[Config]) -> list[str]:
+    lines = []
+    for mistake in error.errors():
+        where = ".".join(str(step) for step in mistake["loc"])
+        message = mistake["msg"].removeprefix("Value error, ")
+        if mistake["type"] == "extra_forbidden":
+            known = _known_keys(config_type, mistake["loc"][:-1])
+            message = "unknown key" + (f"; known here: {', '.join(known)}" if known else "")
+        elif mistake["type"] == "missing":
+            message = "required, but not set"
+        elif not isinstance(mistake["input"], Mapping):
+            message = f"{message[0].lower()}{message[1:]}, got {mistake['input']!r}"
+        lines.append(f"{where}: {message}" if where else message)
+    return lines
+
+
+def _known_keys(config_type: Any, location: Sequence[int | str]) -> list[str]:
+    for step in location:
+        fields = getattr(config_type, "model_fields", None)
+        if fields is None:
+            return []
+        if step in fields:
+            annotation = fields[step].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            config_type = next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), None)
+    return sorted(getattr(config_type, "model_fields", {}))
+
+
+# --- the dataset ---
+
+_NAME_RULE = "letters, digits, '-', '_', '.' and single inner spaces"
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name a folder on every system; raise ValueError otherwise."""
+    allowed = all(letter.isalnum() or letter in "-_. {}" for letter in name)
+    if not name or not allowed or name != name.strip(" .") or "  " in name:
+        raise ValueError(f"must be {_NAME_RULE}")
+    return name
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+
+
+class SourceConfig(Config):
+    """A collection of raw files from one place."""
+
+    root: Path
+    """Folder with the files."""
+    importer: Literal["folder", "booru", "pixiv", "visual_novel"] = "folder"
+    """How metadata is found: txt sidecars only, booru post JSON beside the image, a folder per artist, a folder per
+    visual novel named `Full Name (abc)`."""
+    dataset: str = ""
+    """Dataset that its pictures are filed under; "{period}" files each by its date; default: the source's name."""
+    priority: int = 0
+    """Among duplicates, a picture of a source with higher priority is kept before pixels or bytes are compared."""
+
+
+class FilterConfig(Config):
+    """What is dropped at scan time, each by a rule with a name."""
+
+    min_pixels: int = Field(768_000, ge=0)
+    """width × height below this is `too_small`; exactly this many pixels pass (1280×600 is 768,000)."""
+    max_pixels: int = Field(200_000_000, gt=0)
+    """width × height above this is `too_many_pixels`, from the header, before anything is decoded."""
+    max_aspect: float = Field(8.0, gt=1)
+    """Longer side / shorter side above this is `extreme_aspect`."""
+    min_bytes: int = Field(0, ge=0)
+    """Smaller files are `too_few_bytes`."""
+    animated: Literal["drop", "first_frame"] = "drop"
+    """Animated pictures are dropped as `animated`, or their first frame is used."""
+    tag_blacklist: tuple[str, ...] = ()
+    """A record with one of these tags (exact, underscore form, any category) is `blacklisted_tag`."""
+    ratings: tuple[Literal["general", "sensitive", "questionable", "explicit"], ...] = ()
+    """If given, a record with another known rating is `rating_not_wanted`."""
+    drop_flags: tuple[Literal["is_deleted", "is_banned", "is_flagged"], ...] = ("is_deleted", "is_banned")
+    """A post with one of these flags set is dropped under the flag's name."""
+
+
+class DedupeConfig(Config):
+    """Near-duplicates by perceptual hash."""
+
+    algorithm: Literal["phash", "dhash", "average_hash", "whash"] = "phash"
+    """An `imagehash` algorithm."""
+    hash_size: Literal[8, 16] = 16
+    """Side of the hash: 8 gives 64 bits, 16 gives 256."""
+    radius: int = Field(16, ge=0, le=64)
+    """Two pictures within this many bits are duplicates (16 of 256, or 4 of 64, finds re-encodes and resizes)."""
+    max_diameter: int = Field(32, ge=0)
+    """A member farther than this from its group's keeper starts a group of its own (guards against chains)."""
+    keeper: tuple[Literal["priority", "pixels", "lossless", "bytes", "date"], ...] = (
+        "priority", "pixels", "lossless", "bytes", "date",
+    )  # fmt: skip
+    """Order of comparison for which one stays; the larger, the lossless, the older wins; the key breaks ties."""
+    merge_tags: bool = True
+    """The keeper also gets the tags, and a date if it has none, of those dropped for it."""
+
+
+class PlanConfig(Config):
+    """Which sample goes into which chunk."""
+
+    chunk_size: int = Field(8_000, gt=0)
+    """Samples per chunk; the last chunk of a dataset holds what is left."""
+    seed: int = Field(0, ge=0)
+    """Seed of the shuffle before cutting."""
+
+
+class PackConfig(Config):
+    """How chunks are written."""
+
+    shard_size: int = Field(1_000, gt=0)
+    """Samples per tar."""
+    policy: Name = "default"
+    """The policy whose captions go into index and txt."""
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    """Quality (4:4:4) for pictures that must be encoded anew: rotated, alpha, other colour space, other formats."""
+    lossless_as_png: bool = False
+    """Write re-encoded pictures of lossless formats as PNG instead of JPEG."""
+
+
+class CombineConfig(Config):
+    """Waves: chunk k of every dataset mixed into combined chunks."""
+
+    name: Name = "combined"
+    """Folder under chunks/ that receives them."""
+    chunk_size: int = Field(8_000, gt=0)
+    """Samples per combined chunk; a wave is shuffled and cut into equal chunks of at most this size."""
+    seed: int = Field(0, ge=0)
+    """Seed of the shuffle within a wave."""
+
+
+class DatasetConfig(Config):
+    """One dataset.toml: sources, filters, periods, dedupe, plan, pack, combine, and captioning's two tables."""
+
+    name: Name
+    """Name of the dataset, for reports."""
+    sources: dict[Name, SourceConfig] = Field(min_length=1)
+    """By name; the name stands in the manifest."""
+    periods: dict[Name, tuple[int, int]] = {}
+    """First and last year of each tier of dates, both included; a picture outside has no period."""
+    part_size: int = Field(8_000, gt=0)
+    """Files per part: the unit of resumable work of scan and annotate."""
+    filters: FilterConfig = FilterConfig()
+    dedupe: DedupeConfig = DedupeConfig()
+    plan: PlanConfig = PlanConfig()
+    pack: PackConfig = PackConfig()
+    combine: CombineConfig = CombineConfig()
+    max_broken_fraction: float = Field(0.05, ge=0, le=1)
+    """A stage stops with exit code 3 when more than this share of its images is broken."""
+    annotate: dict[str, Any] = {}
+    """Models that look at each image; checked by captioning."""
+    policies: dict[str, Any] = {}
+    """What turns raw numbers into captions, by name; checked by captioning."""
+
+    @model_validator(mode="after")
+    def _periods_are_disjoint(self) -> "DatasetConfig":
+        spans = sorted((first, last, name) for name, (first, last) in self.periods.items())
+        for first, last, name in spans:
+            if first > last:
+                raise ValueError(f"periods.{name}: first year {first} is after last year {last}")
+        for (_, last, name), (first, _, other) in pairwise(spans):
+            if first <= last:
+                raise ValueError(f"periods.{name} and periods.{other} both hold the year {first}")
+        for name, source in self.sources.items():
+            if source.dataset == "{period}" and not self.periods:
+                raise ValueError(f'sources.{name}.dataset is "{{period}}", but there is no [periods] table')
+        return self
+
+    def period_of(self, year: int | None) -> str:
+        """Return the name of the period that holds `year`, or "" for none."""
+        if year is None:
+            return ""
+        return next((name for name, (first, last) in self.periods.items() if first <= year <= last), "")
+
+    def file_under(self, source: str, year: int | None) -> tuple[str, str]:
+        """Return (dataset, period) of a picture; dataset is "" when it is filed by date and has no period."""
+        period = self.period_of(year)
+        dataset = self.sources[source].dataset or source
+        return (period if dataset == "{period}" else dataset), period

@@ -1,0 +1,124 @@
+"""Write files so that a reader sees either all of one or none of it.
+
+Temporary name in the same folder, flush, fsync, `os.replace`, fsync of the folder.
+Nothing here knows what is in a file.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+TEMPORARY_MARK = ".partial-"
+_HASH_BLOCK_BYTES = 4 << 20
+
+
+class DiskFullError(OSError):
+    """The disk is full, or smaller than a forecast; the message says how much is needed and where."""
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable. A no-op where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return the name that `path` is written under until it is complete; unique to this process."""
+    return path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; on success fsync it and rename it to `path`, on failure remove it.
+
+    For writers that want a name rather than a file object (Parquet, safetensors).
+    Raises DiskFullError, naming `path`, when the disk fills up while writing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise DiskFullError(
+                errno.ENOSPC, f"disk full while writing {path}: free some space and run the same command again"
+            ) from error
+        raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def open_replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file for writing bytes; it becomes `path` when the block ends without an error."""
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        yield stream
+        stream.flush()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all."""
+    with open_replacing(path) as stream:
+        stream.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON: keys in the given order, two spaces, no NaN, a newline at the end."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def remove_temporaries(folder: Path) -> list[Path]:
+    """Remove what killed writers left in `folder` (not below it) and return the names.
+
+    Only the owner of a folder may call this: another live writer's temporary file would go too.
+    """
+    left_over = sorted(folder.glob(f"*{TEMPORARY_MARK}*")) if folder.is_dir() else []
+    for path in left_over:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return left_over
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while block := stream.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON-able value, independent of dictionary order. Raises TypeError if it is not JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def require_free_bytes(folder: Path, num_bytes: int, purpose: str) -> None:
+    """Raise DiskFullError if the disk of `folder` has less than `num_bytes` free. `folder` need not exist yet."""
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < num_bytes:
+        raise DiskFullError(
+            errno.ENOSPC,
+            f"{purpose} needs {num_bytes / 1e9:,.2f} GB in {folder}, {free_bytes / 1e9:,.2f} GB are free there: "
+            "free some space or choose another folder",
+        )

@@ -1,0 +1,219 @@
+"""Bytes of an image file → facts, or upright sRGB pixels; with a reason when that cannot be.
+
+The one place that decodes. Orientation is applied, ICC profiles are converted to sRGB, alpha is laid on white,
+CMYK, palette, 16-bit and grey become RGB. Sizes come from headers; nothing is allocated by a declared size before
+it is checked against `max_pixels`. Formats: jpeg png webp avif jxl gif bmp tiff.
+"""
+
+import io
+import struct
+import warnings
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pillow_jxl  # noqa: F401  (registers JPEG XL with Pillow)
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+FORMATS = ("jpeg", "png", "webp", "avif", "jxl", "gif", "bmp", "tiff")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".jxl", ".gif", ".bmp", ".dib",
+    ".tif", ".tiff",
+)  # fmt: skip
+MAX_PIXELS = 200_000_000
+
+_PILLOW_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JXL", "GIF", "BMP", "DIB", "TIFF")
+_LOSSLESS = ("png", "gif", "bmp", "tiff")
+_ORIENTATION = 0x0112
+_DATE_TIME_ORIGINAL = 0x9003
+_DATE_TIME = 0x0132
+_EXIF_FOLDER = 0x8769
+_DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, OverflowError,
+    ZeroDivisionError, RuntimeError, MemoryError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+class ImageError(ValueError):
+    """An image cannot be used. `reason` is a snake_case drop reason, `detail` the evidence."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (self.reason, self.detail))
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the header says. width, height: pixels after EXIF rotation."""
+
+    format: str
+    width: int
+    height: int
+    mode: str
+    has_alpha: bool
+    is_animated: bool
+    is_pass_through: bool
+    """JPEG or PNG, upright, 8-bit RGB (or grey JPEG), without alpha or a colour profile other than sRGB."""
+    exif_date: datetime | None
+    """DateTimeOriginal, else DateTime, read as UTC; None when absent or nonsense."""
+
+    @property
+    def is_lossless(self) -> bool:
+        return self.format in _LOSSLESS
+
+
+def probe(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFacts:
+    """Read the header only. Raises ImageError (empty_file, not_an_image, undecodable, too_many_pixels)."""
+    with _open(data, max_pixels) as image:
+        try:
+            return _facts(image)
+        except _DECODE_ERRORS as error:
+            raise ImageError("undecodable", _evidence(error)) from error
+
+
+def decode_rgb(data: bytes, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode to upright sRGB pixels in mode RGB, alpha laid on white; the first frame of an animation.
+
+    min_side: pixels that are enough for the shorter side; a JPEG is then decoded at the smallest DCT scale
+    (1, 1/2, 1/4, 1/8) that still covers it. Other formats are always decoded in full, and never resized here.
+
+    Raises ImageError; a truncated file is `undecodable`, never a half grey picture.
+    """
+    with _open(data, max_pixels) as image, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if min_side is not None and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
+                image.draft(image.mode, (min_side, min_side))
+            image.load()
+            return _to_upright_rgb(image)
+        except _DECODE_ERRORS as error:
+            raise ImageError("undecodable", _evidence(error)) from error
+
+
+def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
+    """Encode RGB pixels as a baseline JPEG without chroma subsampling (4:4:4) and without metadata."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+    return buffer.getvalue()
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Encode RGB pixels as PNG without metadata."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise ImageError("empty_file", "0 bytes")
+    # Our own limit below replaces Pillow's global one, which other code in the process may have changed.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+        except Image.DecompressionBombError as error:
+            raise ImageError("too_many_pixels", str(error)) from error
+        except UnidentifiedImageError as error:
+            raise ImageError("not_an_image", f"starts with {data[:8].hex()}") from error
+        except _DECODE_ERRORS as error:
+            raise ImageError("undecodable", _evidence(error)) from error
+    if image.width < 1 or image.height < 1:
+        raise ImageError("undecodable", f"declares {image.width}x{image.height} pixels")
+    if image.width * image.height > max_pixels:
+        raise ImageError("too_many_pixels", f"{image.width}x{image.height} pixels, limit {max_pixels:,}")
+    return image
+
+
+def _facts(image: Image.Image) -> ImageFacts:
+    exif = image.getexif()
+    orientation = exif.get(_ORIENTATION, 1)
+    width, height = (image.height, image.width) if orientation in (5, 6, 7, 8) else image.size
+    has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    file_format = {"mpo": "jpeg", "dib": "bmp"}.get(str(image.format).lower(), str(image.format).lower())
+    plain_mode = image.mode == "RGB" or (image.mode == "L" and file_format == "jpeg")
+    is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+    return ImageFacts(
+        format=file_format,
+        width=width,
+        height=height,
+        mode=image.mode,
+        has_alpha=has_alpha,
+        is_animated=is_animated,
+        is_pass_through=(
+            image.format in ("JPEG", "PNG")
+            and plain_mode
+            and not has_alpha
+            and not is_animated
+            and orientation in (0, 1)
+            and _is_srgb(image.info.get("icc_profile"))
+        ),
+        exif_date=_exif_date(exif),
+    )
+
+
+def _exif_date(exif: Image.Exif) -> datetime | None:
+    text = exif.get_ifd(_EXIF_FOLDER).get(_DATE_TIME_ORIGINAL) or exif.get(_DATE_TIME)
+    if not isinstance(text, str):
+        return None
+    try:
+        return datetime.strptime(text.strip("\0 "), "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC)
+    except ValueError:
+        return None
+
+
+def _is_srgb(profile: bytes | None) -> bool:
+    if not profile:
+        return True
+    try:
+        name = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile)))
+    except (ImageCms.PyCMSError, OSError):
+        return True  # an unreadable profile is ignored when decoding, too
+    return "srgb" in name.lower()
+
+
+def _to_upright_rgb(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
+        # Pillow clips 16-bit grey to 255 when it converts; scale instead.
+        samples = np.asarray(image).astype(np.float64)
+        image = Image.fromarray(np.clip(samples / 257.0 + 0.5, 0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        samples = np.nan_to_num(np.asarray(image), nan=0.0, posinf=1.0, neginf=0.0)
+        scale = 255.0 if samples.max() <= 1.0 else 1.0
+        image = Image.fromarray(np.clip(samples * scale + 0.5, 0, 255).astype(np.uint8))
+    if image.mode in ("P", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+    if image.mode in ("LA", "La", "RGBa"):
+        image = image.convert("RGBA")
+    alpha = image.getchannel("A") if image.mode == "RGBA" else None
+    rgb = _convert_profile(image, profile)
+    if alpha is not None:
+        background = Image.new("RGB", rgb.size, (255, 255, 255))
+        background.paste(rgb, mask=alpha)
+        return background
+    return rgb
+
+
+def _convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
+    colours = image.convert("RGB") if image.mode in ("RGBA", "1") else image
+    plain = colours if colours.mode == "RGB" else colours.convert("RGB")
+    if not profile or _is_srgb(profile) or colours.mode not in ("RGB", "CMYK", "L"):
+        return plain
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):
+        return plain  # a profile that does not fit the pixels is ignored, as every viewer does
+    return plain if converted is None else converted
+
+
+def _evidence(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return text[:200]

@@ -1,0 +1,169 @@
+"""The tables of a workspace: their columns and where they lie. DESIGN section 4 in code.
+
+Nothing here reads or writes; `tables` does.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+RATINGS = ("general", "sensitive", "questionable", "explicit")
+TAG_CATEGORIES = ("general", "character", "copyright", "artist", "meta")
+
+_STRINGS = pa.list_(pa.string())
+
+LISTING = pa.schema([("source", pa.string()), ("path", pa.string()), ("num_bytes", pa.int64())])
+
+MANIFEST = pa.schema(
+    [
+        ("key", pa.string()),  # first 16 hex digits of sha256; "" when the file could not be read
+        ("sha256", pa.string()),
+        ("dataset", pa.string()),  # the source's `dataset`; "{period}" means: filed by date at plan time
+        ("source", pa.string()),
+        ("path", pa.string()),  # relative to the source root, "/" separated
+        ("num_bytes", pa.int64()),
+        ("format", pa.string()),  # of the content, lower case: jpeg png webp avif jxl gif bmp tiff
+        ("width", pa.int32()),  # after EXIF rotation
+        ("height", pa.int32()),
+        ("mode", pa.string()),  # Pillow's mode as stored: RGB RGBA P L LA CMYK I;16 …
+        ("has_alpha", pa.bool_()),
+        ("is_animated", pa.bool_()),
+        ("is_pass_through", pa.bool_()),  # JPEG or PNG, upright, sRGB, no alpha: packed without re-encoding
+        ("created_at", pa.timestamp("s", tz="UTC")),  # null when nothing says
+        ("date_source", pa.string()),  # post, exif, path or ""
+        ("phash", pa.binary()),  # perceptual hash, big-endian bits; empty when not decodable
+        ("rating", pa.string()),  # one of RATINGS or ""
+        ("tags_general", _STRINGS),
+        ("tags_character", _STRINGS),
+        ("tags_copyright", _STRINGS),
+        ("tags_artist", _STRINGS),
+        ("tags_meta", _STRINGS),
+        ("custom", pa.map_(pa.string(), pa.string())),  # what an importer knows: artist_name, vn_name, vn_short, …
+        ("status", pa.string()),  # kept, or the snake_case drop reason
+        ("detail", pa.string()),  # the evidence for the status
+    ]
+)
+
+DROPS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("path", pa.string()),
+        ("stage", pa.string()),  # scan, dedupe, plan, pack
+        ("reason", pa.string()),
+        ("kept_key", pa.string()),  # the keeper, for duplicates
+        ("distance", pa.int32()),  # Hamming distance to the keeper, null otherwise
+        ("detail", pa.string()),
+    ]
+)
+
+GROUPS = pa.schema(
+    [
+        ("group", pa.int64()),
+        ("key", pa.string()),
+        ("is_keeper", pa.bool_()),
+        ("distance", pa.int32()),  # to the keeper, bits
+        ("rule", pa.string()),  # what decided: exact, planned, priority, pixels, lossless, bytes, date, key
+    ]
+)
+
+TAGGER = pa.schema(
+    [
+        ("key", pa.string()),
+        ("rating_probs", pa.list_(pa.float32())),  # in the order of RATINGS; empty when the model has none
+        ("tag_ids", pa.list_(pa.int32())),  # row numbers of the model's label file, ascending
+        ("tag_probs", pa.list_(pa.float32())),  # of tag_ids; all >= the stored floor
+        ("status", pa.string()),  # ok, or why there is no result
+    ]
+)
+
+LABELS = pa.schema([("tag_id", pa.int32()), ("name", pa.string()), ("category", pa.string())])
+
+SCORES = pa.schema([("key", pa.string()), ("score", pa.float32()), ("status", pa.string())])
+
+TAG_GROUP = pa.struct([("group", pa.string()), ("tags", _STRINGS)])
+
+CAPTIONS = pa.schema([("key", pa.string()), ("text", pa.string()), ("groups", pa.list_(TAG_GROUP))])
+
+PLAN = pa.schema(
+    [
+        ("key", pa.string()),
+        ("dataset", pa.string()),
+        ("period", pa.string()),  # "" without a date
+        ("chunk", pa.int32()),  # number within the dataset, from 0
+        ("position", pa.int32()),  # within the chunk, from 0
+        ("repeats", pa.int32()),
+        ("loss_weight", pa.float32()),
+    ]
+)
+
+INDEX = pa.schema(
+    [
+        ("key", pa.string()),
+        ("shard", pa.string()),  # path of the tar relative to the chunk's folder, "/" separated
+        ("shard_sha256", pa.string()),
+        ("image_name", pa.string()),  # member name, KEY.jpg or KEY.png
+        ("image_offset", pa.int64()),  # of the member's bytes in the tar
+        ("image_bytes", pa.int64()),
+        ("json_offset", pa.int64()),
+        ("json_bytes", pa.int64()),
+        ("txt_offset", pa.int64()),
+        ("txt_bytes", pa.int64()),
+        ("width", pa.int32()),  # of the stored image
+        ("height", pa.int32()),
+        ("caption", pa.string()),
+        ("groups", pa.list_(TAG_GROUP)),
+        ("dataset", pa.string()),
+        ("period", pa.string()),
+        ("repeats", pa.int32()),
+        ("loss_weight", pa.float32()),
+        ("sha256", pa.string()),  # of the stored image bytes
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where the tables of a workspace lie. Purely names; nothing is created."""
+
+    root: Path
+
+    @property
+    def listing(self) -> Path:
+        """Frozen lists of files, one part of which becomes one part of the manifest."""
+        return self.root / "listing"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest"
+
+    @property
+    def dedupe(self) -> Path:
+        """`groups/part-*.parquet` and `drops/part-*.parquet`."""
+        return self.root / "dedupe"
+
+    def annotations(self, model: str) -> Path:
+        return self.root / "annotations" / model
+
+    def captions(self, policy: str) -> Path:
+        return self.root / "captions" / policy
+
+    @property
+    def plan(self) -> Path:
+        """`part-*.parquet` (PLAN) and `drops/part-*.parquet`."""
+        return self.root / "plan"
+
+    @property
+    def chunks(self) -> Path:
+        return self.root / "chunks"
+
+    @property
+    def pack_drops(self) -> Path:
+        return self.root / "pack_drops"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
