@@ -26,6 +26,7 @@ from sharding.schema import INDEX, SCHEMA_VERSION
 from sharding.tables import schema_mismatch
 
 CHUNK_JSON = "chunk.json"
+_SEAL = "trained-by-"
 _DIGEST_LENGTH = 12
 _TAR_BLOCK = 512
 _TAR_RECORD = 10_240
@@ -267,10 +268,30 @@ def commit_chunk(
     return Chunk(folder, info)
 
 
+def seal(chunk: Chunk, run_id: str) -> None:
+    """Mark a chunk, and the chunks that a combined one points into, as trained by a run: planning leaves them alone.
+
+    A read-only workspace cannot be replanned either, so failing to write there is not an error.
+    """
+    shard_folders = {chunk.shard_path(shard.path).parent for shard in chunk.info.shards}
+    for folder in sorted({chunk.folder, *shard_folders}):
+        with contextlib.suppress(PermissionError):
+            (folder / f"{_SEAL}{run_id}").touch()
+
+
+def is_sealed(folder: Path) -> bool:
+    """Tell whether a run has started to train the chunk in `folder`."""
+    return any(folder.glob(f"{_SEAL}*"))
+
+
 def remove_unnamed(chunk: Chunk) -> list[Path]:
     """Delete files in the chunk's folder that its chunk.json does not name (left by killed or earlier packs)."""
     named = {CHUNK_JSON, chunk.info.index, *(shard.path for shard in chunk.info.shards)}
-    unnamed = [path for path in sorted(chunk.folder.iterdir()) if path.is_file() and path.name not in named]
+    unnamed = [
+        path
+        for path in sorted(chunk.folder.iterdir())
+        if path.is_file() and path.name not in named and not path.name.startswith(_SEAL)
+    ]
     for path in unnamed:
         path.unlink()
     return unnamed

@@ -142,8 +142,16 @@ class Workspace:
 
     @property
     def dedupe(self) -> Path:
-        """`groups/part-*.parquet` and `drops/part-*.parquet`."""
+        """`groups/part-*.parquet` (GROUPS) and `drops/part-*.parquet` (DROPS)."""
         return self.root / "dedupe"
+
+    @property
+    def kept(self) -> Path:
+        """What stays after dedupe: for each part of the manifest the part of the same name, schema MANIFEST.
+
+        One row per key, with the tags and dates of its duplicates merged in. All later stages read this.
+        """
+        return self.root / "dedupe" / "kept"
 
     def annotations(self, model: str) -> Path:
         return self.root / "annotations" / model
