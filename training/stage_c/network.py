@@ -1,0 +1,453 @@
+"""The stage C network of Stable Cascade, in the key layout of the original checkpoints.
+
+Pure torch, no diffusers: training runs on this module and `formats.py` renames for others. Names of parameters
+(`down_blocks.0.2.attention.attn.in_proj_weight`, ...) are the file format, so attribute names here must not change.
+It does not know about noise schedules, losses or text models.
+
+Images of different sizes cannot share a batch by padding: the response normalisation and the attention see every
+position and there is no mask.
+
+Source: Pernias et al., "Würstchen: An Efficient Architecture for Large-Scale Text-to-Image Diffusion Models", 2023,
+and the published stage C checkpoints, whose key names and shapes this module reproduces.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+NORM_EPSILON = 1e-6
+MAX_POSITIONS = 10_000
+
+
+@dataclass(frozen=True)
+class StageCConfig:
+    """Shape of a stage C network; the defaults are the published 3.6 B model.
+
+    Levels are counted from the outside in: c_hidden, num_heads, blocks_down and dropout have one entry per level;
+    blocks_up is in the order of `up_blocks`, innermost level first. switch_level has one entry per pair of
+    neighbouring levels: whether the inner one works at half the size.
+
+    Raises ValueError when the entries do not fit together.
+    """
+
+    c_in: int = 16
+    c_out: int = 16
+    c_r: int = 64
+    patch_size: int = 1
+    c_cond: int = 2048
+    c_hidden: tuple[int, ...] = (2048, 2048)
+    num_heads: tuple[int, ...] = (32, 32)
+    blocks_down: tuple[int, ...] = (8, 24)
+    blocks_up: tuple[int, ...] = (24, 8)
+    c_clip_text: int = 1280
+    c_clip_text_pooled: int = 1280
+    c_clip_img: int = 768
+    c_clip_seq: int = 4
+    dropout: tuple[float, ...] = (0.1, 0.1)
+    self_attn: bool = True
+    switch_level: tuple[bool, ...] = (False,)
+
+    def __post_init__(self) -> None:
+        levels = len(self.c_hidden)
+        for name in ("num_heads", "blocks_down", "blocks_up", "dropout"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(
+                    f"stage C config: {name} has {len(getattr(self, name))} entries but c_hidden has {levels}; "
+                    "give one per level"
+                )
+        if len(self.switch_level) != levels - 1:
+            raise ValueError(
+                f"stage C config: switch_level has {len(self.switch_level)} entries; {levels} levels need {levels - 1}"
+            )
+        for width, heads in zip(self.c_hidden, self.num_heads, strict=True):
+            if heads < 1 or width % heads:
+                raise ValueError(f"stage C config: c_hidden {width} is not divisible by num_heads {heads}")
+        if self.c_r < 4 or self.c_r % 2:
+            raise ValueError(f"stage C config: c_r must be even and at least 4, got {self.c_r}")
+
+    @classmethod
+    def large(cls) -> "StageCConfig":
+        """Return the config of the 3.6 B model (3,589,103,632 parameters)."""
+        return cls()
+
+    @classmethod
+    def lite(cls) -> "StageCConfig":
+        """Return the config of the 1 B model (1,030,785,040 parameters)."""
+        return cls(c_cond=1536, c_hidden=(1536, 1536), num_heads=(24, 24), blocks_down=(4, 12), blocks_up=(12, 4))
+
+
+def config_from_state_dict(
+    state_dict: Mapping[str, Tensor], *, num_heads: tuple[int, ...] | None = None
+) -> StageCConfig:
+    """Infer the config from the shapes of a state dict in the original layout.
+
+    Shapes do not tell the number of heads: without num_heads it is width / 64, as in every published model. Nor do
+    they tell dropout, self_attn and switch_level; those get the published values. Latents are taken to have
+    16 channels unless the patch size that follows is not whole.
+
+    Raises ValueError if a key that carries a shape is missing, or a width is not a multiple of 64 and num_heads is None.
+    """
+
+    def shape(key: str) -> torch.Size:
+        if key not in state_dict:
+            raise ValueError(f"stage C weights: key {key!r} is missing, so the network's shape is unknown")
+        return state_dict[key].shape
+
+    blocks_down, blocks_up = (_count_blocks(state_dict, name) for name in ("down_blocks", "up_blocks"))
+    c_hidden = tuple(shape(f"down_blocks.{level}.0.depthwise.weight")[0] for level in range(len(blocks_down)))
+    if num_heads is None:
+        for width in c_hidden:
+            if width % 64:
+                raise ValueError(
+                    f"stage C weights: width {width} is not a multiple of 64, so the number of heads is unknown; "
+                    "pass num_heads, or use a file whose metadata holds the config"
+                )
+        num_heads = tuple(width // 64 for width in c_hidden)
+    c_cond, c_clip_text = shape("clip_txt_mapper.weight")
+    pooled_out, c_clip_text_pooled = shape("clip_txt_pooled_mapper.weight")
+    packed_in, packed_out = shape("embedding.1.weight")[1], shape("clf.1.weight")[0]
+    patch_size = math.isqrt(packed_in // 16) if packed_in % 16 == 0 else 1
+    if patch_size**2 * 16 != packed_in:
+        patch_size = 1
+    levels = len(c_hidden)
+    return StageCConfig(
+        c_in=packed_in // patch_size**2,
+        c_out=packed_out // patch_size**2,
+        c_r=shape("down_blocks.0.1.mapper.weight")[1],
+        patch_size=patch_size,
+        c_cond=c_cond,
+        c_hidden=c_hidden,
+        num_heads=num_heads,
+        blocks_down=blocks_down,
+        blocks_up=blocks_up,
+        c_clip_text=c_clip_text,
+        c_clip_text_pooled=c_clip_text_pooled,
+        c_clip_img=shape("clip_img_mapper.weight")[1],
+        c_clip_seq=pooled_out // c_cond,
+        dropout=(0.1,) * levels,
+        switch_level=(False,) * (levels - 1),
+    )
+
+
+def _count_blocks(state_dict: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    counts: dict[int, int] = {}
+    for key in state_dict:
+        parts = key.split(".")
+        if parts[0] == name and key.endswith("depthwise.weight"):
+            counts[int(parts[1])] = counts.get(int(parts[1]), 0) + 1
+    if not counts or set(counts) != set(range(len(counts))):
+        raise ValueError(f"stage C weights: no complete {name!r} found (levels {sorted(counts)})")
+    return tuple(counts[level] for level in range(len(counts)))
+
+
+def timestep_embedding(r: Tensor, width: int) -> Tensor:
+    """Embed noise levels r: (B,) in [0, 1] as (B, width) float32: sines, then cosines, of r * 10,000."""
+    half = width // 2
+    exponents = torch.arange(half, device=r.device, dtype=torch.float32) * (-math.log(MAX_POSITIONS) / (half - 1))
+    angles = (r.float() * MAX_POSITIONS)[:, None] * exponents.exp()[None, :]
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of (B, C, H, W), without learned scale or shift."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels_last = x.permute(0, 2, 3, 1)
+        return F.layer_norm(channels_last, (x.shape[1],), eps=NORM_EPSILON).permute(0, 3, 1, 2)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Scale each channel of (B, H, W, C) by its share of the sample's energy.
+
+    The norm spans the whole picture and is taken in float32: its square overflows float16.
+    Source: Woo et al., "ConvNeXt V2", 2023, algorithm 1.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        share = energy / (energy.mean(dim=-1, keepdim=True) + NORM_EPSILON)
+        # gamma * (x * share) + beta + x, with the per-channel factor formed first: no second (B, H, W, C) product.
+        return (x * (1 + self.gamma * share) + self.beta).to(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """Depthwise convolution, then a per-pixel MLP; `skip` joins the MLP's input where c_skip > 0."""
+
+    def __init__(self, width: int, *, c_skip: int, dropout: float) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
+        self.norm = ChannelNorm()
+        self.channelwise = nn.Sequential(
+            nn.Linear(width + c_skip, width * 4),
+            nn.GELU(),
+            GlobalResponseNorm(width * 4),
+            nn.Dropout(dropout),
+            nn.Linear(width * 4, width),
+        )
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        hidden = self.norm(self.depthwise(x))
+        if skip is not None:
+            hidden = torch.cat([hidden, skip.to(hidden.dtype)], dim=1)
+        return x + self.channelwise(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class TimestepBlock(nn.Module):
+    """Scale and shift by the noise level and the two unused conditions `sca` and `crp` of the published model."""
+
+    def __init__(self, width: int, c_r: int) -> None:
+        super().__init__()
+        self.mapper = nn.Linear(c_r, width * 2)
+        self.mapper_sca = nn.Linear(c_r, width * 2)
+        self.mapper_crp = nn.Linear(c_r, width * 2)
+
+    def forward(self, x: Tensor, r_embeddings: Tensor) -> Tensor:
+        """r_embeddings: (B, 3 * c_r) float32, for r, sca and crp."""
+        r, sca, crp = r_embeddings.to(self.mapper.weight.dtype).chunk(3, dim=1)
+        scale_shift = self.mapper(r) + self.mapper_sca(sca) + self.mapper_crp(crp)
+        scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
+        return x * (1 + scale) + shift
+
+
+class PackedAttention(nn.Module):
+    """Multi-head attention with q, k and v stacked in one weight, as in torch's nn.MultiheadAttention.
+
+    Dropout acts on the attention probabilities, in training mode only. No key mask.
+    """
+
+    def __init__(self, width: int, num_heads: int, *, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        """tokens: (B, N, C), context: (B, M, C) -> (B, N, C)."""
+        width = tokens.shape[-1]
+        q = F.linear(tokens, self.in_proj_weight[:width], self.in_proj_bias[:width])
+        kv = F.linear(context, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, *kv.chunk(2, dim=-1)))
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+
+
+class Attention2d(nn.Module):
+    """Holds the attention under the name `attn`, which is part of the checkpoint's keys."""
+
+    def __init__(self, width: int, num_heads: int, *, dropout: float) -> None:
+        super().__init__()
+        self.attn = PackedAttention(width, num_heads, dropout=dropout)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        return self.attn(tokens, context)
+
+
+class AttnBlock(nn.Module):
+    """Attend from every position to all positions (self_attn) and to the conditioning tokens."""
+
+    def __init__(self, width: int, c_cond: int, num_heads: int, *, self_attn: bool, dropout: float) -> None:
+        super().__init__()
+        self.self_attn = self_attn
+        self.norm = ChannelNorm()
+        self.attention = Attention2d(width, num_heads, dropout=dropout)
+        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        context = self.kv_mapper(condition)
+        if self.self_attn:
+            context = torch.cat([tokens, context.to(tokens.dtype)], dim=1)
+        tokens = self.attention(tokens, context)
+        return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class UpDownBlock(nn.Module):
+    """A 1x1 convolution between two levels, with a bilinear change of size where `switch` is set."""
+
+    def __init__(self, width_in: int, width_out: int, *, up: bool, switch: bool) -> None:
+        super().__init__()
+        mapping = nn.Conv2d(width_in, width_out, kernel_size=1)
+        resize: nn.Module = nn.Identity()
+        if switch:
+            resize = nn.Upsample(scale_factor=2 if up else 0.5, mode="bilinear", align_corners=True)
+        self.blocks = nn.ModuleList([resize, mapping] if up else [mapping, resize])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class StageCNetwork(nn.Module):
+    """Predict the noise in stage C latents, given noise level, text and image conditioning.
+
+    Weights are initialised as the published training code does: linear and convolution weights Xavier uniform,
+    biases 0, conditioning mappers normal (0.02), input convolution Xavier with gain 0.02, last layer of each ResBlock
+    times sqrt(1 / number of down blocks), timestep mappers 0, output convolution 0.
+    """
+
+    def __init__(self, config: StageCConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        widths, last = config.c_hidden, len(config.c_hidden) - 1
+
+        self.clip_txt_mapper = nn.Linear(config.c_clip_text, config.c_cond)
+        self.clip_txt_pooled_mapper = nn.Linear(config.c_clip_text_pooled, config.c_cond * config.c_clip_seq)
+        self.clip_img_mapper = nn.Linear(config.c_clip_img, config.c_cond * config.c_clip_seq)
+        self.embedding = nn.Sequential(
+            nn.PixelUnshuffle(config.patch_size),
+            nn.Conv2d(config.c_in * config.patch_size**2, widths[0], kernel_size=1),
+            ChannelNorm(),
+        )
+
+        self.down_blocks, self.down_downscalers = nn.ModuleList(), nn.ModuleList()
+        for level, count in enumerate(config.blocks_down):
+            self.down_blocks.append(self._make_level(level, count, c_skip=0))
+            self.down_downscalers.append(
+                nn.Identity()
+                if level == 0
+                else nn.Sequential(
+                    ChannelNorm(),
+                    UpDownBlock(widths[level - 1], widths[level], up=False, switch=config.switch_level[level - 1]),
+                )
+            )
+
+        self.up_blocks, self.up_upscalers = nn.ModuleList(), nn.ModuleList()
+        for level, count in zip(reversed(range(len(widths))), config.blocks_up, strict=True):
+            self.up_blocks.append(self._make_level(level, count, c_skip=0 if level == last else widths[level]))
+            self.up_upscalers.append(
+                nn.Identity()
+                if level == 0
+                else nn.Sequential(
+                    ChannelNorm(),
+                    UpDownBlock(widths[level], widths[level - 1], up=True, switch=config.switch_level[level - 1]),
+                )
+            )
+
+        self.clf = nn.Sequential(
+            ChannelNorm(),
+            nn.Conv2d(widths[0], config.c_out * config.patch_size**2, kernel_size=1),
+            nn.PixelShuffle(config.patch_size),
+        )
+        self._init_weights()
+
+    def _make_level(self, level: int, count: int, *, c_skip: int) -> nn.ModuleList:
+        config, width, dropout = self.config, self.config.c_hidden[level], self.config.dropout[level]
+        blocks = nn.ModuleList()
+        for index in range(count):
+            blocks.append(ResBlock(width, c_skip=c_skip if index == 0 else 0, dropout=dropout))
+            blocks.append(TimestepBlock(width, config.c_r))
+            heads = config.num_heads[level]
+            blocks.append(AttnBlock(width, config.c_cond, heads, self_attn=config.self_attn, dropout=dropout))
+        return blocks
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, PackedAttention):
+                nn.init.xavier_uniform_(module.in_proj_weight)
+        for mapper in (self.clip_txt_mapper, self.clip_txt_pooled_mapper, self.clip_img_mapper):
+            nn.init.normal_(mapper.weight, std=0.02)
+        nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
+        nn.init.zeros_(self.clf[1].weight)
+        for block in self.iter_blocks():
+            if isinstance(block, ResBlock):
+                with torch.no_grad():
+                    block.channelwise[-1].weight.mul_(math.sqrt(1 / sum(self.config.blocks_down)))
+            elif isinstance(block, TimestepBlock):
+                for mapper in (block.mapper, block.mapper_sca, block.mapper_crp):
+                    nn.init.zeros_(mapper.weight)
+
+    def iter_blocks(self) -> Iterator[nn.Module]:
+        """Yield every Res, Timestep and Attn block in forward order: the units for sharding and checkpointing."""
+        for level in (*self.down_blocks, *self.up_blocks):
+            yield from level
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute every block in the backward pass instead of keeping its activations."""
+        self.gradient_checkpointing = True
+
+    def condition_tokens(self, clip_text: Tensor, clip_text_pooled: Tensor, clip_img: Tensor | None) -> Tensor:
+        """Return the conditioning sequence (B, T + seq * P + seq * I, c_cond); see forward for the inputs."""
+        config, dtype = self.config, self.clip_txt_mapper.weight.dtype
+        if clip_text_pooled.ndim == 2:
+            clip_text_pooled = clip_text_pooled[:, None]
+        if clip_img is None:
+            clip_img = clip_text.new_zeros(clip_text.shape[0], 1, config.c_clip_img)
+        elif clip_img.ndim == 2:
+            clip_img = clip_img[:, None]
+        parts = [self.clip_txt_mapper(clip_text.to(dtype))]
+        for mapper, values in ((self.clip_txt_pooled_mapper, clip_text_pooled), (self.clip_img_mapper, clip_img)):
+            parts.append(mapper(values.to(dtype)).unflatten(-1, (config.c_clip_seq, config.c_cond)).flatten(1, 2))
+        return F.layer_norm(torch.cat(parts, dim=1), (config.c_cond,), eps=NORM_EPSILON)
+
+    def forward(
+        self,
+        x: Tensor,
+        r: Tensor,
+        clip_text: Tensor,
+        clip_text_pooled: Tensor,
+        clip_img: Tensor | None = None,
+        *,
+        sca: Tensor | None = None,
+        crp: Tensor | None = None,
+    ) -> Tensor:
+        """Return the predicted noise (B, c_out, H, W), in the dtype the network computes in.
+
+        x: noised latents (B, c_in, H, W). r: (B,) noise level from `gdf.noise_level`, float32 or wider.
+        clip_text: (B, T, c_clip_text), pre-norm states. clip_text_pooled: (B, 1, c_clip_text_pooled).
+        clip_img: (B, c_clip_img) or (B, I, c_clip_img); None means zeros, as in all published finetunes, which gives
+        `clip_img_mapper.weight` an exact zero gradient. sca, crp: (B,), None means zeros.
+
+        Raises ValueError if r is narrower than float32 (r * 10,000 would be quantised to a few values).
+        """
+        if r.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"stage C forward: r must be float32, got {r.dtype}; with FSDP2 set cast_forward_inputs=False"
+            )
+        zeros = torch.zeros_like(r)
+        conditions = (r, zeros if sca is None else sca, zeros if crp is None else crp)
+        r_embeddings = torch.cat([timestep_embedding(value, self.config.c_r) for value in conditions], dim=1)
+        condition = self.condition_tokens(clip_text, clip_text_pooled, clip_img)
+
+        x = self.embedding(x.to(self.embedding[1].weight.dtype))
+        skips: list[Tensor] = []
+        for blocks, downscaler in zip(self.down_blocks, self.down_downscalers, strict=True):
+            x = self._run_level(blocks, downscaler(x), r_embeddings, condition, skip=None)
+            skips.append(x)
+        skips.pop()  # the innermost level goes on as x
+        for index, (blocks, upscaler) in enumerate(zip(self.up_blocks, self.up_upscalers, strict=True)):
+            skip = skips.pop() if index else None
+            if skip is not None and x.shape[2:] != skip.shape[2:]:
+                x = F.interpolate(x.float(), skip.shape[2:], mode="bilinear", align_corners=True).to(x.dtype)
+            x = upscaler(self._run_level(blocks, x, r_embeddings, condition, skip=skip))
+        return self.clf(x)
+
+    def _run_level(
+        self, blocks: nn.ModuleList, x: Tensor, r_embeddings: Tensor, condition: Tensor, *, skip: Tensor | None
+    ) -> Tensor:
+        for index, block in enumerate(blocks):
+            if isinstance(block, ResBlock):
+                extra = skip if index == 0 else None
+            else:
+                extra = r_embeddings if isinstance(block, TimestepBlock) else condition
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, extra, use_reentrant=False)
+            else:
+                x = block(x, extra)
+        return x

@@ -1,0 +1,223 @@
+"""Read and write weights files: safetensors with reproducible bytes, and the prefixes found in the wild.
+
+Knows no model: callers name a key to look for (the anchor) and compare keys themselves with `load_into`. Writing is
+our own because the safetensors package orders metadata differently in every process and wants all tensors converted
+in memory at once; the format is 8 bytes of header length, a JSON header, the raw tensors.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+NUM_KEYS_SHOWN = 8
+
+
+class WeightsError(ValueError):
+    """A weights file does not hold what was asked of it."""
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What was written: num_overflowed finite values became infinite, num_vanished non-zero values became zero."""
+
+    path: Path
+    num_tensors: int
+    num_values: int
+    num_bytes: int
+    num_overflowed: int
+    num_vanished: int
+    overflowed_keys: tuple[str, ...]
+
+
+def locate_component(path_or_id: str | Path, component: str, *, file_name: str) -> tuple[str, str]:
+    """Return (folder or hub id, subfolder) where a component of a diffusers pipeline is to be read.
+
+    A folder either holds file_name itself or has a subfolder called component that does. Anything that is no folder
+    and reads owner/name is taken for a hub id, with component as subfolder; owner/name/sub names another one.
+
+    Raises FileNotFoundError if it is neither.
+    """
+    path = Path(path_or_id)
+    if path.is_dir():
+        for folder in (path, path / component):
+            if (folder / file_name).is_file():
+                return str(folder), ""
+        raise FileNotFoundError(f"{path}: no {file_name} here or in {component}/; give that folder or a whole pipeline")
+    parts = path.parts
+    if path.exists() or path.is_absolute() or path.suffix == ".safetensors" or len(parts) not in (2, 3):
+        raise FileNotFoundError(f"{path}: no such {component}; give a folder, a weights file or a hub id owner/name")
+    return "/".join(parts[:2]), parts[2] if len(parts) == 3 else component
+
+
+def read_tensors(
+    path: Path, *, anchor: str | None, dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of one model in a file, without their common prefix, and the file's metadata.
+
+    anchor: a key every file of this model has. Where it stands behind a prefix (`model.diffusion_model.`,
+    `text_encoder.`, `state_dict.`), only keys with that prefix are taken; None takes all keys as they are. dtype converts floating point tensors one
+    by one; tensors are copies, so the file may be replaced afterwards. `.pt`, `.pth`, `.ckpt` and `.bin` files are
+    read with weights_only, also where nested under `state_dict`.
+
+    Raises FileNotFoundError, or WeightsError if the anchor is not there, stands behind several prefixes, or the file
+    is of another kind.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    if path.suffix in TORCH_SUFFIXES:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = loaded.get("state_dict", loaded)
+        prefix = _find_prefix(loaded, anchor, path)
+        return {
+            key.removeprefix(prefix): _converted(value, dtype)
+            for key, value in loaded.items()
+            if key.startswith(prefix) and isinstance(value, Tensor)
+        }, {}
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path}: expected .safetensors or one of {', '.join(TORCH_SUFFIXES)}")
+
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = list(file.keys())
+            prefix = _find_prefix(keys, anchor, path)
+            tensors = {
+                key.removeprefix(prefix): _converted(file.get_tensor(key), dtype)
+                for key in keys
+                if key.startswith(prefix)
+            }
+            return tensors, dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+
+
+def _find_prefix(keys: Iterable[str], anchor: str | None, path: Path) -> str:
+    if anchor is None:
+        return ""
+    prefixes = {key.removesuffix(anchor) for key in keys if key == anchor or key.endswith("." + anchor)}
+    if "" in prefixes or len(prefixes) == 1:
+        return min(prefixes)
+    if not prefixes:
+        shown = ", ".join(sorted(keys)[:NUM_KEYS_SHOWN])
+        raise WeightsError(f"{path}: no key {anchor!r}, so this is a file of another model; it starts with {shown}")
+    raise WeightsError(f"{path}: key {anchor!r} stands behind several prefixes: {sorted(prefixes)}; split the file")
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: Path | str) -> None:
+    """Raise WeightsError listing missing keys, unexpected keys and wrong shapes, if there are any."""
+    missing = [key for key in expected if key not in found]
+    unexpected = [key for key in found if key not in expected]
+    misshapen = [
+        f"{key} {tuple(found[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in found and found[key].shape != value.shape
+    ]
+    problems = []
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen)):
+        if names:
+            more = f", and {len(names) - NUM_KEYS_SHOWN} more" if len(names) > NUM_KEYS_SHOWN else ""
+            problems.append(f"{len(names)} {title}: {', '.join(names[:NUM_KEYS_SHOWN])}{more}")
+    if problems:
+        raise WeightsError(f"{source}: keys do not fit the model; {'; '.join(problems)}")
+
+
+def load_into(module: nn.Module, state_dict: Mapping[str, Tensor], *, source: Path | str) -> None:
+    """Give a module (also one on the meta device) these tensors as its weights, without copying.
+
+    Raises WeightsError if keys or shapes differ.
+    """
+    check_keys(module.state_dict(), state_dict, source=source)
+    module.load_state_dict(dict(state_dict), assign=True)
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> WeightsReport:
+    """Write a safetensors file in one go and return what the conversion to dtype did to the values.
+
+    Tensors are converted and written one at a time. Same tensors and metadata, same bytes. The metadata always
+    contains format = pt, which transformers asks for. The file appears whole or not at all.
+
+    Raises ValueError for a dtype that safetensors files here do not hold or a metadata value that is not a string.
+    """
+    for key, text in (metadata or {}).items():
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: metadata {key!r} must be a string, got {text!r}")
+    targets = {
+        key: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        for key, tensor in tensors.items()
+    }
+    for key, target in targets.items():
+        if target not in DTYPE_NAMES:
+            raise ValueError(f"{path}: tensor {key!r} is {target}; choose one of {list(DTYPE_NAMES)}")
+    names = sorted(tensors, key=lambda key: (-targets[key].itemsize, key))  # wide first keeps every tensor aligned
+    header: dict[str, object] = {"__metadata__": dict(sorted({**(metadata or {}), "format": "pt"}.items()))}
+    offset = 0
+    for name in names:
+        end = offset + tensors[name].numel() * targets[name].itemsize
+        header[name] = {
+            "dtype": DTYPE_NAMES[targets[name]],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+
+    num_overflowed = num_vanished = 0
+    overflowed_keys: list[str] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(head).to_bytes(8, "little"))
+            file.write(head)
+            for name in names:
+                source = tensors[name].detach()
+                converted = source.to(targets[name])
+                if converted.dtype != source.dtype:
+                    overflowed = int((source.isfinite() & ~converted.isfinite()).sum())
+                    num_overflowed += overflowed
+                    num_vanished += int(((source != 0) & (converted == 0)).sum())
+                    if overflowed:
+                        overflowed_keys.append(name)
+                file.write(memoryview(converted.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return WeightsReport(
+        path=path,
+        num_tensors=len(names),
+        num_values=sum(tensor.numel() for tensor in tensors.values()),
+        num_bytes=8 + len(head) + offset,
+        num_overflowed=num_overflowed,
+        num_vanished=num_vanished,
+        overflowed_keys=tuple(overflowed_keys),
+    )
