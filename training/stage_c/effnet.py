@@ -109,7 +109,8 @@ class InvertedBottleneck(nn.Module):
         self.block = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x) if self.is_residual else self.block(x)
+        hidden: Tensor = self.block(x)
+        return x + hidden if self.is_residual else hidden
 
 
 class EffNetEncoder(nn.Module):
@@ -144,7 +145,8 @@ class EffNetEncoder(nn.Module):
 
     def forward(self, normalised: Tensor) -> Tensor:
         """normalised: (B, 3, H, W), ImageNet mean and deviation removed -> (B, 16, H/32, W/32)."""
-        return self.mapper(self.backbone(normalised))
+        latents: Tensor = self.mapper(self.backbone(normalised))
+        return latents
 
     @torch.no_grad()
     def encode(self, rgb: Tensor) -> Tensor:
@@ -159,14 +161,14 @@ class EffNetEncoder(nn.Module):
             )
         if not rgb.is_floating_point():
             raise ValueError(f"effnet encode: expected floating point pixels in [0, 1], got {rgb.dtype}")
-        weight = self.backbone[0][0].weight
-        if weight.dtype != torch.float32:
-            raise ValueError(f"effnet encode: weights are {weight.dtype}; keep the encoder in float32")
+        dtype = next(self.parameters()).dtype
+        if dtype != torch.float32:
+            raise ValueError(f"effnet encode: weights are {dtype}; keep the encoder in float32")
         with torch.autocast(rgb.device.type, enabled=False):
             rgb = rgb.float()
             mean = rgb.new_tensor(IMAGENET_MEAN)[:, None, None]
             std = rgb.new_tensor(IMAGENET_STD)[:, None, None]
-            return self((rgb - mean) / std)
+            return self.forward((rgb - mean) / std)
 
 
 def load_effnet(path: Path, *, device: torch.device | str = "cpu") -> EffNetEncoder:

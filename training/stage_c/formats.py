@@ -191,9 +191,14 @@ def config_from_diffusers(values: Mapping[str, Any], *, source: Path | str) -> S
     return config
 
 
-def _config_from_metadata(text: str) -> StageCConfig:
-    values = json.loads(text)
-    return StageCConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+def _config_from_metadata(text: str, source: Path) -> StageCConfig:
+    try:
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
+        }
+        return StageCConfig(**values)
+    except (json.JSONDecodeError, TypeError) as error:
+        raise WeightsError(f"{source}: metadata {CONFIG_METADATA_KEY!r} is not a config ({error}); pass one") from error
 
 
 def load_stage_c(
@@ -213,7 +218,7 @@ def load_stage_c(
     if path.is_file():
         state_dict, metadata = read_tensors(path, anchor=ANCHOR, dtype=dtype)
         if config is None and CONFIG_METADATA_KEY in metadata:
-            config = _config_from_metadata(metadata[CONFIG_METADATA_KEY])
+            config = _config_from_metadata(metadata[CONFIG_METADATA_KEY], path)
     else:
         source, subfolder = locate_component(path_or_id, "prior", file_name="config.json")
         path = _download(source, subfolder) if subfolder else Path(source)

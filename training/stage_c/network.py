@@ -20,8 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-NORM_EPSILON = 1e-6
-MAX_POSITIONS = 10_000
+from training.stage_c.blocks import (
+    NORM_EPSILON,
+    AttnBlock,
+    ChannelNorm,
+    PackedAttention,
+    ResBlock,
+    TimestepBlock,
+    UpDownBlock,
+    timestep_embedding,
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,8 @@ def config_from_state_dict(
     they tell dropout, self_attn and switch_level; those get the published values. Latents are taken to have
     16 channels unless the patch size that follows is not whole.
 
-    Raises ValueError if a key that carries a shape is missing, or a width is not a multiple of 64 and num_heads is None.
+    Raises ValueError if a key that carries a shape is missing, or num_heads is None and a width is
+    not a multiple of 64.
     """
 
     def shape(key: str) -> torch.Size:
@@ -143,151 +152,6 @@ def _count_blocks(state_dict: Mapping[str, Tensor], name: str) -> tuple[int, ...
     if not counts or set(counts) != set(range(len(counts))):
         raise ValueError(f"stage C weights: no complete {name!r} found (levels {sorted(counts)})")
     return tuple(counts[level] for level in range(len(counts)))
-
-
-def timestep_embedding(r: Tensor, width: int) -> Tensor:
-    """Embed noise levels r: (B,) in [0, 1] as (B, width) float32: sines, then cosines, of r * 10,000."""
-    half = width // 2
-    exponents = torch.arange(half, device=r.device, dtype=torch.float32) * (-math.log(MAX_POSITIONS) / (half - 1))
-    angles = (r.float() * MAX_POSITIONS)[:, None] * exponents.exp()[None, :]
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-class ChannelNorm(nn.Module):
-    """LayerNorm over the channels of (B, C, H, W), without learned scale or shift."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        channels_last = x.permute(0, 2, 3, 1)
-        return F.layer_norm(channels_last, (x.shape[1],), eps=NORM_EPSILON).permute(0, 3, 1, 2)
-
-
-class GlobalResponseNorm(nn.Module):
-    """Scale each channel of (B, H, W, C) by its share of the sample's energy.
-
-    The norm spans the whole picture and is taken in float32: its square overflows float16.
-    Source: Woo et al., "ConvNeXt V2", 2023, algorithm 1.
-    """
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, width))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        energy = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float32)
-        share = energy / (energy.mean(dim=-1, keepdim=True) + NORM_EPSILON)
-        # gamma * (x * share) + beta + x, with the per-channel factor formed first: no second (B, H, W, C) product.
-        return (x * (1 + self.gamma * share) + self.beta).to(x.dtype)
-
-
-class ResBlock(nn.Module):
-    """Depthwise convolution, then a per-pixel MLP; `skip` joins the MLP's input where c_skip > 0."""
-
-    def __init__(self, width: int, *, c_skip: int, dropout: float) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv2d(width, width, kernel_size=3, padding=1, groups=width)
-        self.norm = ChannelNorm()
-        self.channelwise = nn.Sequential(
-            nn.Linear(width + c_skip, width * 4),
-            nn.GELU(),
-            GlobalResponseNorm(width * 4),
-            nn.Dropout(dropout),
-            nn.Linear(width * 4, width),
-        )
-
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        hidden = self.norm(self.depthwise(x))
-        if skip is not None:
-            hidden = torch.cat([hidden, skip.to(hidden.dtype)], dim=1)
-        return x + self.channelwise(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class TimestepBlock(nn.Module):
-    """Scale and shift by the noise level and the two unused conditions `sca` and `crp` of the published model."""
-
-    def __init__(self, width: int, c_r: int) -> None:
-        super().__init__()
-        self.mapper = nn.Linear(c_r, width * 2)
-        self.mapper_sca = nn.Linear(c_r, width * 2)
-        self.mapper_crp = nn.Linear(c_r, width * 2)
-
-    def forward(self, x: Tensor, r_embeddings: Tensor) -> Tensor:
-        """r_embeddings: (B, 3 * c_r) float32, for r, sca and crp."""
-        r, sca, crp = r_embeddings.to(self.mapper.weight.dtype).chunk(3, dim=1)
-        scale_shift = self.mapper(r) + self.mapper_sca(sca) + self.mapper_crp(crp)
-        scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
-        return x * (1 + scale) + shift
-
-
-class PackedAttention(nn.Module):
-    """Multi-head attention with q, k and v stacked in one weight, as in torch's nn.MultiheadAttention.
-
-    Dropout acts on the attention probabilities, in training mode only. No key mask.
-    """
-
-    def __init__(self, width: int, num_heads: int, *, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """tokens: (B, N, C), context: (B, M, C) -> (B, N, C)."""
-        width = tokens.shape[-1]
-        q = F.linear(tokens, self.in_proj_weight[:width], self.in_proj_bias[:width])
-        kv = F.linear(context, self.in_proj_weight[width:], self.in_proj_bias[width:])
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, *kv.chunk(2, dim=-1)))
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
-
-
-class Attention2d(nn.Module):
-    """Holds the attention under the name `attn`, which is part of the checkpoint's keys."""
-
-    def __init__(self, width: int, num_heads: int, *, dropout: float) -> None:
-        super().__init__()
-        self.attn = PackedAttention(width, num_heads, dropout=dropout)
-
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        return self.attn(tokens, context)
-
-
-class AttnBlock(nn.Module):
-    """Attend from every position to all positions (self_attn) and to the conditioning tokens."""
-
-    def __init__(self, width: int, c_cond: int, num_heads: int, *, self_attn: bool, dropout: float) -> None:
-        super().__init__()
-        self.self_attn = self_attn
-        self.norm = ChannelNorm()
-        self.attention = Attention2d(width, num_heads, dropout=dropout)
-        self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, width))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
-        context = self.kv_mapper(condition)
-        if self.self_attn:
-            context = torch.cat([tokens, context.to(tokens.dtype)], dim=1)
-        tokens = self.attention(tokens, context)
-        return x + tokens.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-class UpDownBlock(nn.Module):
-    """A 1x1 convolution between two levels, with a bilinear change of size where `switch` is set."""
-
-    def __init__(self, width_in: int, width_out: int, *, up: bool, switch: bool) -> None:
-        super().__init__()
-        mapping = nn.Conv2d(width_in, width_out, kernel_size=1)
-        resize: nn.Module = nn.Identity()
-        if switch:
-            resize = nn.Upsample(scale_factor=2 if up else 0.5, mode="bilinear", align_corners=True)
-        self.blocks = nn.ModuleList([resize, mapping] if up else [mapping, resize])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
 
 
 class StageCNetwork(nn.Module):
@@ -344,6 +208,18 @@ class StageCNetwork(nn.Module):
         )
         self._init_weights()
 
+    @property
+    def _input_convolution(self) -> nn.Conv2d:
+        layer = self.embedding[1]
+        assert isinstance(layer, nn.Conv2d)
+        return layer
+
+    @property
+    def _output_convolution(self) -> nn.Conv2d:
+        layer = self.clf[1]
+        assert isinstance(layer, nn.Conv2d)
+        return layer
+
     def _make_level(self, level: int, count: int, *, c_skip: int) -> nn.ModuleList:
         config, width, dropout = self.config, self.config.c_hidden[level], self.config.dropout[level]
         blocks = nn.ModuleList()
@@ -358,17 +234,20 @@ class StageCNetwork(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, PackedAttention):
                 nn.init.xavier_uniform_(module.in_proj_weight)
         for mapper in (self.clip_txt_mapper, self.clip_txt_pooled_mapper, self.clip_img_mapper):
             nn.init.normal_(mapper.weight, std=0.02)
-        nn.init.xavier_uniform_(self.embedding[1].weight, gain=0.02)
-        nn.init.zeros_(self.clf[1].weight)
+        nn.init.xavier_uniform_(self._input_convolution.weight, gain=0.02)
+        nn.init.zeros_(self._output_convolution.weight)
         for block in self.iter_blocks():
             if isinstance(block, ResBlock):
+                last = block.channelwise[-1]
+                assert isinstance(last, nn.Linear)
                 with torch.no_grad():
-                    block.channelwise[-1].weight.mul_(math.sqrt(1 / sum(self.config.blocks_down)))
+                    last.weight.mul_(math.sqrt(1 / sum(self.config.blocks_down)))
             elif isinstance(block, TimestepBlock):
                 for mapper in (block.mapper, block.mapper_sca, block.mapper_crp):
                     nn.init.zeros_(mapper.weight)
@@ -376,7 +255,7 @@ class StageCNetwork(nn.Module):
     def iter_blocks(self) -> Iterator[nn.Module]:
         """Yield every Res, Timestep and Attn block in forward order: the units for sharding and checkpointing."""
         for level in (*self.down_blocks, *self.up_blocks):
-            yield from level
+            yield from level.children()
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute every block in the backward pass instead of keeping its activations."""
@@ -393,7 +272,8 @@ class StageCNetwork(nn.Module):
             clip_img = clip_img[:, None]
         parts = [self.clip_txt_mapper(clip_text.to(dtype))]
         for mapper, values in ((self.clip_txt_pooled_mapper, clip_text_pooled), (self.clip_img_mapper, clip_img)):
-            parts.append(mapper(values.to(dtype)).unflatten(-1, (config.c_clip_seq, config.c_cond)).flatten(1, 2))
+            mapped: Tensor = mapper(values.to(dtype))  # (B, N, seq * c_cond): each input makes seq tokens
+            parts.append(mapped.reshape(mapped.shape[0], -1, config.c_cond))
         return F.layer_norm(torch.cat(parts, dim=1), (config.c_cond,), eps=NORM_EPSILON)
 
     def forward(
@@ -425,7 +305,7 @@ class StageCNetwork(nn.Module):
         r_embeddings = torch.cat([timestep_embedding(value, self.config.c_r) for value in conditions], dim=1)
         condition = self.condition_tokens(clip_text, clip_text_pooled, clip_img)
 
-        x = self.embedding(x.to(self.embedding[1].weight.dtype))
+        x = self.embedding(x.to(self._input_convolution.weight.dtype))
         skips: list[Tensor] = []
         for blocks, downscaler in zip(self.down_blocks, self.down_downscalers, strict=True):
             x = self._run_level(blocks, downscaler(x), r_embeddings, condition, skip=None)
@@ -436,12 +316,13 @@ class StageCNetwork(nn.Module):
             if skip is not None and x.shape[2:] != skip.shape[2:]:
                 x = F.interpolate(x.float(), skip.shape[2:], mode="bilinear", align_corners=True).to(x.dtype)
             x = upscaler(self._run_level(blocks, x, r_embeddings, condition, skip=skip))
-        return self.clf(x)
+        prediction: Tensor = self.clf(x)
+        return prediction
 
     def _run_level(
-        self, blocks: nn.ModuleList, x: Tensor, r_embeddings: Tensor, condition: Tensor, *, skip: Tensor | None
+        self, blocks: nn.Module, x: Tensor, r_embeddings: Tensor, condition: Tensor, *, skip: Tensor | None
     ) -> Tensor:
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(blocks.children()):
             if isinstance(block, ResBlock):
                 extra = skip if index == 0 else None
             else:

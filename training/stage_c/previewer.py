@@ -28,8 +28,8 @@ def config_from_state_dict(state_dict: Mapping[str, Tensor]) -> PreviewerConfig:
     """Infer widths from shapes. Raises ValueError if the keys are not a previewer's."""
     try:
         first = state_dict["blocks.0.weight"].shape
-        doubled = (state_dict[f"blocks.{index}.weight"].shape[1] for index in (6, 12, 18))
-        return PreviewerConfig(latent_channels=first[1], widths=(first[0], *doubled))
+        second, third, fourth = (state_dict[f"blocks.{index}.weight"].shape[1] for index in (6, 12, 18))
+        return PreviewerConfig(latent_channels=first[1], widths=(first[0], second, third, fourth))
     except KeyError as error:
         raise ValueError(f"previewer weights: key {error.args[0]!r} is missing; is this a previewer file?") from None
 
@@ -41,7 +41,7 @@ class Previewer(nn.Module):
         super().__init__()
         self.config = config
         width = config.widths[0]
-        convolutions: list[nn.Module] = [
+        convolutions: list[nn.Conv2d | nn.ConvTranspose2d] = [
             nn.Conv2d(config.latent_channels, width, 1),
             nn.Conv2d(width, width, 3, padding=1),
         ]
@@ -64,7 +64,8 @@ class Previewer(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """latents: (B, 16, H, W) -> RGB (B, 3, 8 H, 8 W) float32 in [0, 1]."""
         with torch.autocast(latents.device.type, enabled=False):
-            return self.blocks(latents.float()).clamp(0, 1)
+            rgb: Tensor = self.blocks(latents.float())
+            return rgb.clamp(0, 1)
 
 
 def load_previewer(path: Path, *, device: torch.device | str = "cpu") -> Previewer:

@@ -93,7 +93,7 @@ def tokenize(tokenizer: "PreTrainedTokenizerBase", captions: Sequence[str], *, m
     for index, row in enumerate(rows["input_ids"]):
         kept = row[:max_tokens]
         ids[index, : len(kept)] = torch.tensor(kept, dtype=torch.int64)
-    windows = ids.unflatten(1, (-1, WINDOW_TOKENS))
+    windows = ids.reshape(len(captions), -1, WINDOW_TOKENS)
     # After begin + max_tokens ids the last id is always the end token, whether the caption was cut or filled.
     begin, end = (torch.full_like(windows[..., :1], special) for special in (BOS_ID, EOS_ID))
     num_tokens = torch.tensor([len(row) for row in rows["input_ids"]], dtype=torch.int64)
@@ -136,8 +136,9 @@ def encode(
         output = text_model(input_ids=ids, attention_mask=real_token_mask(ids) if use_attention_mask else None)
     finally:
         handle.remove()
-    states = before_norm[0].unflatten(0, (batch, num_windows))
-    return join_windows(states), output.text_embeds.unflatten(0, (batch, num_windows))[:, :1]
+    states, pooled = before_norm[0], output.text_embeds
+    states = states.reshape(batch, num_windows, *states.shape[1:])
+    return join_windows(states), pooled.reshape(batch, num_windows, -1)[:, :1]
 
 
 class TextConditioner(nn.Module):

@@ -71,9 +71,9 @@ def read_tensors(
     """Return the tensors of one model in a file, without their common prefix, and the file's metadata.
 
     anchor: a key every file of this model has. Where it stands behind a prefix (`model.diffusion_model.`,
-    `text_encoder.`, `state_dict.`), only keys with that prefix are taken; None takes all keys as they are. dtype converts floating point tensors one
-    by one; tensors are copies, so the file may be replaced afterwards. `.pt`, `.pth`, `.ckpt` and `.bin` files are
-    read with weights_only, also where nested under `state_dict`.
+    `text_encoder.`, `state_dict.`), only keys with that prefix are taken; None takes all keys as they are.
+    dtype converts floating point tensors one by one; tensors are copies, so the file may be replaced afterwards.
+    `.pt`, `.pth`, `.ckpt` and `.bin` files are read with weights_only, also where nested under `state_dict`.
 
     Raises FileNotFoundError, or WeightsError if the anchor is not there, stands behind several prefixes, or the file
     is of another kind.
@@ -206,7 +206,7 @@ def write_tensors(
                     num_vanished += int(((source != 0) & (converted == 0)).sum())
                     if overflowed:
                         overflowed_keys.append(name)
-                file.write(memoryview(converted.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(converted.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
