@@ -23,7 +23,8 @@ EXTENSIONS = (
 )  # fmt: skip
 MAX_PIXELS = 200_000_000
 
-_PILLOW_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "JXL", "GIF", "BMP", "DIB", "TIFF")
+# Pillow opens MPO as JPEG; "MPO" itself is no opener and naming it breaks every format after it.
+_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JXL", "GIF", "BMP", "DIB", "TIFF")
 _LOSSLESS = ("png", "gif", "bmp", "tiff")
 _ORIENTATION = 0x0112
 _DATE_TIME_ORIGINAL = 0x9003
@@ -115,6 +116,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     # Our own limit below replaces Pillow's global one, which other code in the process may have changed.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        Image.init()  # registers formats beyond Pillow's first five; a no-op from the second time on
         try:
             image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
         except Image.DecompressionBombError as error:

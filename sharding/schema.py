@@ -32,7 +32,7 @@ MANIFEST = pa.schema(
         ("has_alpha", pa.bool_()),
         ("is_animated", pa.bool_()),
         ("is_pass_through", pa.bool_()),  # JPEG or PNG, upright, sRGB, no alpha: packed without re-encoding
-        ("created_at", pa.timestamp("s", tz="UTC")),  # null when nothing says
+        ("created_at", pa.timestamp("ms", tz="UTC")),  # whole seconds (Parquet has no "s"); null when nothing says
         ("date_source", pa.string()),  # post, exif, path or ""
         ("phash", pa.binary()),  # perceptual hash, big-endian bits; empty when not decodable
         ("rating", pa.string()),  # one of RATINGS or ""
