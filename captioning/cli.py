@@ -1,0 +1,136 @@
+"""`python -m captioning annotate | compose | stats DATASET.toml`: arguments in, report and exit code out.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 bad data. No work is done here.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from captioning.config import CaptioningConfig
+    from sharding.schema import Workspace
+
+DONE, FAILED, BAD_USAGE, BAD_DATA = 0, 1, 2, 3
+
+
+class Report(Protocol):
+    """What every stage returns."""
+
+    def summary(self) -> str: ...
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code."""
+    owners = sorted(set(packages_distributions().get("captioning", [])))
+    if len(owners) > 1:
+        others = ", ".join(name for name in owners if name != "chunkline")
+        print(f"error: {others} also installs a package named captioning: `pip uninstall {others}`", file=sys.stderr)
+        return BAD_USAGE
+    options = _parser().parse_args(arguments)
+
+    from captioning.compose import AnnotationMissingError
+    from captioning.config import CaptioningConfig
+    from sharding.config import ConfigError, load_config
+    from sharding.runlog import configure_logging
+    from sharding.schema import Workspace
+    from sharding.tables import DamagedPartError
+
+    configure_logging(verbose=options.verbose)
+    try:
+        config = load_config(options.dataset, CaptioningConfig, options.set)
+        _check_part(options)
+    except (ConfigError, FileNotFoundError, ValueError) as error:
+        return _fail(error, BAD_USAGE)
+    workspace = Workspace(options.workspace or Path("workspace") / config.name)
+    try:
+        report = _run(options, config, workspace)
+    except ConfigError as error:
+        return _fail(error, BAD_USAGE)
+    except (DamagedPartError, AnnotationMissingError) as error:
+        return _fail(error, BAD_DATA)
+    except (ValueError, OSError, RuntimeError) as error:
+        if options.verbose:
+            logging.getLogger(__name__).exception("failed")
+        return _fail(error, BAD_DATA if _is_broken_fraction(error) else FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted; finished parts stay, run the same command again", FAILED)
+    print(report.summary())
+    return DONE
+
+
+def _run(options: argparse.Namespace, config: "CaptioningConfig", workspace: "Workspace") -> Report:
+    if options.command == "annotate":
+        from captioning.annotate import annotate
+
+        models = [name.strip() for name in options.models.split(",")] if options.models else None
+        return annotate(
+            config,
+            workspace,
+            models=models,
+            workers=options.workers,
+            part_index=options.part_index,
+            num_parts=options.num_parts,
+            dry_run=options.dry_run,
+        )
+    policy = options.policy or config.pack.policy
+    if options.command == "compose":
+        from captioning.compose import compose
+
+        return compose(
+            config,
+            workspace,
+            policy=policy,
+            part_index=options.part_index,
+            num_parts=options.num_parts,
+            dry_run=options.dry_run,
+        )
+    from captioning.stats import stats
+
+    return stats(config, workspace, policy=policy)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m captioning", description="Tag, score and caption kept images.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="annotate | compose | stats")
+    annotate = commands.add_parser("annotate", help="run taggers and scorers, one decode per image for all of them")
+    compose = commands.add_parser("compose", help="make captions of annotations and records, by a policy")
+    stats = commands.add_parser("stats", help="count the words of a policy's captions")
+    for command in (annotate, compose, stats):
+        command.add_argument("dataset", type=Path, metavar="DATASET.toml")
+        command.add_argument("--workspace", type=Path, help="folder of the tables (default: workspace/NAME)")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config value; repeatable"
+        )
+        command.add_argument("-v", "--verbose", action="store_true", help="log more")
+    for command in (annotate, compose):
+        command.add_argument("--part-index", type=int, default=0, help="which task this is, from 0")
+        command.add_argument("--num-parts", type=int, default=1, help="how many tasks share the work")
+        command.add_argument("--dry-run", action="store_true", help="say what would be done")
+    for command in (compose, stats):
+        command.add_argument("--policy", help="name of the policy (default: pack.policy)")
+    annotate.add_argument("--models", metavar="A,B", help="names in annotate.models (default: all)")
+    annotate.add_argument("--workers", type=int, help="decode processes; 0: a thread (default: the config's)")
+    return parser
+
+
+def _check_part(options: argparse.Namespace) -> None:
+    from sharding.tables import owned_parts
+
+    if options.command != "stats":
+        owned_parts([], options.part_index, options.num_parts)
+
+
+def _is_broken_fraction(error: BaseException) -> bool:
+    from captioning.annotate import BrokenFractionError
+
+    return isinstance(error, BrokenFractionError)
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code

@@ -1,0 +1,1 @@
+"""Image or record → one raw number. One file per kind of model."""

@@ -1,0 +1,1 @@
+"""Image → tags with probabilities and categories. One file per kind of model."""

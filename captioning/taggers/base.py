@@ -1,0 +1,82 @@
+"""What every tagger stores: probabilities of tags above a floor, and its list of labels.
+
+Pure functions on arrays; no model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from captioning.plugin import OK, Row
+from sharding.schema import LABELS, RATINGS
+
+LABELS_FILE = "labels.parquet"
+"""Beside the parts of a tagger: what its tag ids mean."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """One output of a tagger. name: underscore form; category: one of rating, general, character, copyright, …"""
+
+    name: str
+    category: str
+
+
+def label_table(labels: Sequence[Label]) -> pa.Table:
+    """Return schema.LABELS; tag_id is the position of the label, which is the position of the output."""
+    return pa.Table.from_pydict(
+        {
+            "tag_id": list(range(len(labels))),
+            "name": [label.name for label in labels],
+            "category": [label.category for label in labels],
+        },
+        schema=LABELS,
+    )
+
+
+def rating_columns(labels: Sequence[Label]) -> list[int]:
+    """Return the outputs that are the four ratings, in the order of RATINGS; empty when the model rates nothing.
+
+    Raises ValueError when it has only some of them.
+    """
+    found = {label.name: number for number, label in enumerate(labels) if label.category == "rating"}
+    if not found:
+        return []
+    if sorted(found) != sorted(RATINGS):
+        raise ValueError(f"rating labels are {', '.join(sorted(found))}, expected {', '.join(RATINGS)}")
+    return [found[name] for name in RATINGS]
+
+
+def tagger_rows(
+    probs: npt.NDArray[np.float32], *, rating_ids: Sequence[int], tag_ids: npt.NDArray[np.int32], floor: float
+) -> list[Row]:
+    """Return schema.TAGGER rows without keys.
+
+    probs: (N, L) float32; tag_ids: the outputs that are tags, ascending. A row with a value that is not finite gets
+    status `not_finite` and no tags: NaN compares false with every threshold and would look like an empty picture.
+    """
+    rows: list[Row] = []
+    limit = np.float32(floor)
+    for row in probs:
+        if not np.isfinite(row).all():
+            rows.append(empty_tagger_row("not_finite"))
+            continue
+        tags = row[tag_ids]
+        chosen = tags >= limit
+        rows.append(
+            {
+                "rating_probs": row[list(rating_ids)].tolist() if rating_ids else [],
+                "tag_ids": tag_ids[chosen].tolist(),
+                "tag_probs": tags[chosen].tolist(),
+                "status": OK,
+            }
+        )
+    return rows
+
+
+def empty_tagger_row(status: str) -> Row:
+    """Return a row that says why there is no result."""
+    return {"rating_probs": [], "tag_ids": [], "tag_probs": [], "status": status}
