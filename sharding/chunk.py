@@ -65,9 +65,14 @@ class ChunkInfo:
     """Digest of everything the chunk was made from."""
     seed: int
     is_combined: bool = False
+    """Its samples stand in plain chunks, too; without real tars of its own its index points at theirs."""
     schema_version: int = SCHEMA_VERSION
     num_dropped: int = 0
     """Planned samples that turned out unusable when packing; each has a row in pack_drops."""
+    shards_from: str = ""
+    """Digest of what the tars were made from: keys in order and how pixels are written, but no caption."""
+    shard_captions: str = ""
+    """`captions_digest` of the KEY.txt in the tars; equal to the index's own when the tars are up to date."""
 
     @property
     def digest(self) -> str:
@@ -86,7 +91,8 @@ class Sample:
     """KEY.json: flat, no null, no NaN."""
     caption: str
     row: Mapping[str, Any] = field(default_factory=dict)
-    """Index columns this module cannot know: width, height, groups, dataset, period, repeats, loss_weight."""
+    """Index columns this module cannot know: width, height, groups, dataset, period, repeats, loss_weight; `sha256`
+    of the image bytes, if known, saves hashing them again."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ class Chunk:
         return self.folder / self.info.index
 
     def read_index(self) -> pa.Table:
-        """Read the index. Raises ChunkError when it is missing, damaged or of another schema."""
+        """Read the index. Raises ChunkError when it is missing, damaged, of another schema or stale."""
+        check_not_stale(self)
         return read_index(self.index_path, expected_sha256=self.info.index_sha256)
 
     def shard_path(self, shard: str) -> Path:
@@ -128,8 +135,52 @@ def read_index(path: Path, *, expected_sha256: str | None = None) -> pa.Table:
     return table
 
 
+def check_not_stale(chunk: Chunk) -> None:
+    """Raise ChunkError if a combined chunk points at shards that are gone or have been replaced.
+
+    A shard's name carries its digest, so one of the same name and size holds the samples that the index means.
+    """
+    if not chunk.info.is_combined:
+        return
+    gone = []
+    for shard in chunk.info.shards:
+        path = chunk.shard_path(shard.path)
+        if shard.sha256[:_DIGEST_LENGTH] not in path.name or not _has_size(path, shard.num_bytes):
+            gone.append(shard.path)
+    if gone:
+        raise ChunkError(
+            f"chunk {chunk.name}: stale: {len(gone)} of {len(chunk.info.shards)} shards that it points at are gone, "
+            f"first {gone[0]}; run `python -m sharding combine` again"
+        )
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    try:
+        return path.stat().st_size == num_bytes
+    except FileNotFoundError:
+        return False
+
+
+def captions_digest(keys: Iterable[str], captions: Iterable[str]) -> str:
+    """Return the SHA-256 over keys and captions in order."""
+    digest = hashlib.sha256()
+    for key, caption in zip(keys, captions, strict=True):
+        digest.update(f"{key}\0{caption}\n".encode())
+    return digest.hexdigest()
+
+
 def open_chunk(folder: Path) -> Chunk:
-    """Open a committed chunk. Raises ChunkError when there is no chunk.json or it cannot be understood."""
+    """Open a committed chunk.
+
+    Raises ChunkError when there is no chunk.json, when it cannot be understood, and when the chunk is stale.
+    """
+    chunk = load_chunk(folder)
+    check_not_stale(chunk)
+    return chunk
+
+
+def load_chunk(folder: Path) -> Chunk:
+    """Read chunk.json like `open_chunk`, but return a stale combined chunk, too: for listing and rebuilding."""
     path = folder / CHUNK_JSON
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -150,10 +201,13 @@ def open_chunk(folder: Path) -> Chunk:
 
 
 def list_chunks(root: Path) -> list[Chunk]:
-    """Return the committed chunks under `root` (folders DATASET/0000), by name. A folder without chunk.json is none."""
+    """Return the committed chunks under `root` (folders DATASET/0000), by name. A folder without chunk.json is none.
+
+    Stale combined chunks are listed; reading their index is refused.
+    """
     if not root.is_dir():
         return []
-    return [open_chunk(path.parent) for path in sorted(root.glob(f"*/*/{CHUNK_JSON}"))]
+    return [load_chunk(path.parent) for path in sorted(root.glob(f"*/*/{CHUNK_JSON}"))]
 
 
 def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[ShardFile, list[dict[str, Any]]]:
@@ -178,12 +232,11 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[S
                 nonlocal position
                 info = tarfile.TarInfo(name)
                 info.size, info.mode, info.uname, info.gname = len(data), 0o444, "chunkline", "chunkline"
-                block = info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % _TAR_BLOCK)
-                stream.write(block)
-                digest.update(block)
-                offset = position + _TAR_BLOCK
-                position += len(block)
-                return offset
+                for piece in (info.tobuf(tarfile.USTAR_FORMAT), data, b"\0" * (-len(data) % _TAR_BLOCK)):
+                    stream.write(piece)
+                    digest.update(piece)
+                    position += len(piece)
+                return position - len(data) - (-len(data) % _TAR_BLOCK)
 
             for sample in samples:
                 if sample.key in seen or "." in sample.key or "/" in sample.key:
@@ -204,8 +257,8 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[S
                         "txt_offset": offsets[f"{sample.key}.txt"],
                         "txt_bytes": len(text),
                         "caption": sample.caption,
-                        "sha256": hashlib.sha256(sample.image).hexdigest(),
                         **sample.row,
+                        "sha256": sample.row.get("sha256") or hashlib.sha256(sample.image).hexdigest(),
                     }
                 )
             end = b"\0" * (2 * _TAR_BLOCK + -(position + 2 * _TAR_BLOCK) % _TAR_RECORD)
@@ -224,7 +277,7 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[S
 
 def commit_chunk(
     folder: Path,
-    rows: Iterable[Mapping[str, Any]],
+    rows: pa.Table | Iterable[Mapping[str, Any]],
     *,
     name: str,
     shards: Iterable[ShardFile],
@@ -234,13 +287,17 @@ def commit_chunk(
     seed: int,
     is_combined: bool = False,
     num_dropped: int = 0,
+    shards_from: str = "",
+    shard_captions: str = "",
 ) -> Chunk:
     """Write the index under a name with its digest, then replace chunk.json: from then on this is the chunk.
 
-    rows: complete index rows in training order (schema.INDEX); a key may stand only once.
+    rows: complete index rows in training order (schema.INDEX); a key may stand only once (ChunkError).
     Files that only the previous chunk.json named are left for `remove_unnamed`.
     """
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=INDEX)
+    if not isinstance(rows, pa.Table):
+        rows = pa.Table.from_pylist([dict(row) for row in rows], schema=INDEX)
+    table = rows.select(INDEX.names).cast(INDEX).replace_schema_metadata(None).combine_chunks()
     keys = table.column("key").to_pylist()
     if len(set(keys)) != len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
@@ -263,6 +320,8 @@ def commit_chunk(
         seed=seed,
         is_combined=is_combined,
         num_dropped=num_dropped,
+        shards_from=shards_from,
+        shard_captions=shard_captions,
     )
     write_json(folder / CHUNK_JSON, asdict(info))
     return Chunk(folder, info)
@@ -285,12 +344,15 @@ def is_sealed(folder: Path) -> bool:
 
 
 def remove_unnamed(chunk: Chunk) -> list[Path]:
-    """Delete files in the chunk's folder that its chunk.json does not name (left by killed or earlier packs)."""
+    """Delete files in the chunk's folder that its chunk.json does not name (left by killed or earlier packs).
+
+    Seals and hidden files stay. Only the owner of the folder may call this, and not while a run may read old shards.
+    """
     named = {CHUNK_JSON, chunk.info.index, *(shard.path for shard in chunk.info.shards)}
     unnamed = [
         path
         for path in sorted(chunk.folder.iterdir())
-        if path.is_file() and path.name not in named and not path.name.startswith(_SEAL)
+        if path.is_file() and path.name not in named and not path.name.startswith((_SEAL, "."))
     ]
     for path in unnamed:
         path.unlink()
@@ -341,10 +403,15 @@ def _read_at(descriptor: int, num_bytes: int, offset: int) -> bytes:
 
 def iterate_samples(chunk: Chunk) -> Iterator[tuple[str, bytes, dict[str, Any], str]]:
     """Yield (key, image bytes, facts, caption of the tar) of every sample in index order, read by offset."""
+    yield from iterate_rows(chunk.folder, chunk.read_index())
+
+
+def iterate_rows(folder: Path, rows: pa.Table) -> Iterator[tuple[str, bytes, dict[str, Any], str]]:
+    """Yield what `iterate_samples` does for some index rows; `folder` is what their shards are relative to."""
     reader = ShardReader()
     try:
-        for row in chunk.read_index().to_pylist():
-            path = chunk.shard_path(row["shard"])
+        for row in rows.to_pylist():
+            path = Path(os.path.normpath(folder / PurePosixPath(row["shard"])))
             image = reader.read(path, row["image_offset"], row["image_bytes"])
             facts = json.loads(reader.read(path, row["json_offset"], row["json_bytes"]))
             text = reader.read(path, row["txt_offset"], row["txt_bytes"]).decode()
