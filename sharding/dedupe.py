@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sharding.config import DatasetConfig
-from sharding.files import digest_of
+from sharding.files import digest_of, remove_temporaries
 from sharding.inherit import Inheritance, collect_inheritances, with_inheritances
 from sharding.keepers import RULES, Candidates, Decision, decide
 from sharding.runlog import EventLog
@@ -96,6 +96,8 @@ def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False
     report = _report(candidates, decision, parts_made=len(parts), dry_run=dry_run)
     if dry_run:
         return report
+    for folder in (workspace.kept, workspace.dedupe / "groups", workspace.dedupe / "drops"):
+        remove_temporaries(folder)
     inheritances: dict[int, Inheritance] = {}
     if config.dedupe.merge_tags:
         inheritances = collect_inheritances(parts, part_of_row, row_in_part, decision.keeper)

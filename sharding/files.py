@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,12 +85,14 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def remove_temporaries(folder: Path) -> list[Path]:
+def remove_temporaries(folder: Path, *, min_age_seconds: float = 0.0) -> list[Path]:
     """Remove what killed writers left in `folder` (not below it) and return the names.
 
-    Only the owner of a folder may call this: another live writer's temporary file would go too.
+    Only the owner of a folder may call this without an age: another live writer's temporary file would go too.
     """
+    oldest = time.time() - min_age_seconds
     left_over = sorted(folder.glob(f"*{TEMPORARY_MARK}*")) if folder.is_dir() else []
+    left_over = [path for path in left_over if min_age_seconds <= 0 or path.stat().st_mtime < oldest]
     for path in left_over:
         if path.is_dir():
             shutil.rmtree(path)

@@ -25,6 +25,7 @@ MAX_PIXELS = 200_000_000
 
 # Pillow opens MPO as JPEG; "MPO" itself is no opener and naming it breaks every format after it.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JXL", "GIF", "BMP", "DIB", "TIFF")
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"\0\0\0\x0cJXL ")
 _LOSSLESS = ("png", "gif", "bmp", "tiff")
 _ORIENTATION = 0x0112
 _DATE_TIME_ORIGINAL = 0x9003
@@ -70,7 +71,8 @@ class ImageFacts:
 
 def probe(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFacts:
     """Read the header only. Raises ImageError (empty_file, not_an_image, undecodable, too_many_pixels)."""
-    with _open(data, max_pixels) as image:
+    with _open(data, max_pixels) as image, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             return _facts(image)
         except _DECODE_ERRORS as error:
@@ -122,6 +124,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise ImageError("too_many_pixels", str(error)) from error
         except UnidentifiedImageError as error:
+            if data.startswith(_SIGNATURES):
+                raise ImageError("undecodable", "starts like an image, but its header cannot be read") from error
             raise ImageError("not_an_image", f"starts with {data[:8].hex()}") from error
         except _DECODE_ERRORS as error:
             raise ImageError("undecodable", _evidence(error)) from error

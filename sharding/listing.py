@@ -6,6 +6,7 @@ when several tasks freeze at once. Nothing here opens a picture.
 
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import pyarrow as pa
 from sharding.files import digest_of, fsync_folder, temporary_name, write_json
 from sharding.images import EXTENSIONS
 from sharding.schema import LISTING
-from sharding.tables import list_parts, part_name, read_part, read_parts, write_part
+from sharding.tables import list_parts, part_name, read_part, write_part
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +139,14 @@ def _add_links(roots: Mapping[str, Path], rows: list[Row], links: list[Row]) -> 
 
 def unlisted(rows: Iterable[Row], listing: Path) -> list[Row]:
     """Return those rows whose (source, path) stands in no part of the listing."""
-    table = read_parts(listing, ["source", "path"], schema=LISTING)
-    known = set(zip(table.column("source").to_pylist(), table.column("path").to_pylist(), strict=True))
+    return _without(rows, list_parts(listing))
+
+
+def _without(rows: Iterable[Row], parts: Iterable[Path]) -> list[Row]:
+    known: set[tuple[str, str]] = set()
+    for part in parts:
+        table = read_part(part, ["source", "path"])
+        known.update(zip(table.column("source").to_pylist(), table.column("path").to_pylist(), strict=True))
     return [row for row in rows if row[:2] not in known]
 
 
@@ -149,14 +156,17 @@ def extend_listing(listing: Path, rows: Iterable[Row], part_size: int) -> int:
     Tasks that do this at once do not disturb each other: part n is written only by who has seen all parts before it,
     and only if no other has written it meanwhile; then the rest is looked at again.
     """
-    rows = list(rows)
+    seen = list_parts(listing)
+    new = _without(rows, seen)
     num_added = 0
-    while new := unlisted(rows, listing):
-        number = len(list_parts(listing))
-        part = new[:part_size]
-        if _write_exclusively(listing / part_name(number), part):
-            num_added += len(part)
-            rows = new[part_size:]
+    while new:
+        path = listing / part_name(len(seen))
+        if _write_exclusively(path, new[:part_size]):
+            num_added += len(new[:part_size])
+            new = new[part_size:]
+        else:
+            new = _without(new, [path])
+        seen.append(path)
     if not is_frozen(listing):
         write_json(listing / _FROZEN, {"part_size": part_size})
     return num_added
@@ -182,7 +192,7 @@ def _write_exclusively(path: Path, rows: list[Row]) -> bool:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    temporary = temporary_name(path)
+    temporary = path.with_name(f"{temporary_name(path).name}-{threading.get_ident()}")
     try:
         yield temporary
     finally:

@@ -26,6 +26,7 @@ Rows = npt.NDArray[np.int64]
 _BAND_BITS = 16
 _NUM_VALUES = 1 << _BAND_BITS
 _VALUES_PER_TASK = 128
+_SMALL = 20_000  # fewer hashes are one task per band
 _FIRST_CAPACITY = 4096
 
 
@@ -135,15 +136,16 @@ def _join(left: Hashes, right: Hashes, radius: int, *, is_same: bool) -> NearPai
         dtype=np.int64,
     )
     lefts, rights, distances = [], [], []
+    step = _VALUES_PER_TASK if len(left) > _SMALL else _NUM_VALUES
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         for band in range(num_bands if len(left) and len(right) else 0):
             left_side = _sort_by_band(left, band)
             right_side = left_side if is_same else _sort_by_band(right, band)
 
             def join_values(first: int, band: int = band, sides: Any = (left_side, right_side)) -> Any:
-                return _join_values(sides[0], sides[1], masks, band, rho, radius, is_same, first)
+                return _join_values(sides[0], sides[1], masks, band, rho, radius, is_same, (first, first + step))
 
-            for pairs in pool.map(join_values, range(0, _NUM_VALUES, _VALUES_PER_TASK)):
+            for pairs in pool.map(join_values, range(0, _NUM_VALUES, step)):
                 lefts.append(left_side[2][pairs[0]])
                 rights.append(right_side[2][pairs[1]])
                 distances.append(pairs[2])
@@ -169,9 +171,9 @@ def _join_values(
     rho: int,
     radius: int,
     is_same: bool,
-    first: int,
+    values: tuple[int, int],
 ) -> tuple[Rows, Rows, npt.NDArray[np.int32]]:
-    last = min(first + _VALUES_PER_TASK, _NUM_VALUES)
+    first, last = values
     capacity = _FIRST_CAPACITY
     while True:
         out = (np.empty(capacity, np.int64), np.empty(capacity, np.int64), np.empty(capacity, np.int32))
@@ -205,6 +207,8 @@ def _compare(  # type: ignore[no-untyped-def]
     band_mask = np.uint64(0xFFFF)
     count = 0
     for value in range(first, last):
+        if left_starts[value] == left_starts[value + 1]:
+            continue
         for mask in masks:
             other = value ^ mask
             if is_same and other < value:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sharding.config import DatasetConfig
-from sharding.files import digest_of
+from sharding.files import digest_of, remove_temporaries
 from sharding.listing import Found, Row, check_roots, extend_listing, find_images, is_frozen, read_listing, unlisted
 from sharding.metadata import sidecar_paths
 from sharding.record import BROKEN, FileTask, Rules, make_record
@@ -38,6 +38,7 @@ MIN_FILES_TO_JUDGE = 20
 """Fewer files than this are never called too broken."""
 
 _FILES_PER_BATCH = 16
+_LEFT_OVER_SECONDS = 3600.0  # another task may be writing; none takes that long for one part's file
 
 
 class BrokenFractionError(ValueError):
@@ -100,6 +101,9 @@ def scan(
     counts: Counter[str] = Counter()
     broken_keys: list[str] = []
     to_make: list[tuple[Path, list[Row], str]] = []
+    if not dry_run:
+        for folder in (workspace.listing, workspace.manifest):
+            remove_temporaries(folder, min_age_seconds=_LEFT_OVER_SECONDS)
     parts = owned_parts(list_parts(workspace.listing), part_index, num_parts)
     for part in parts:
         rows = read_listing(part)

@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image
 
 from sharding.config import DatasetConfig, parse_config
 from sharding.schema import Workspace
 
 
 def paint(seed: int, width: int = 96, height: int = 72) -> Image.Image:
-    """Return an RGB picture with structure: soft colour clouds, the same shapes at every size."""
+    """Return an RGB picture with coarse and fine shapes, the same at every size."""
     rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-    return coarse.resize((width, height), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(1))
+    pixels = np.full((height, width, 3), 128.0)
+    for side in (3, 6, 12, 24):
+        octave = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        pixels += (np.asarray(octave.resize((width, height), Image.Resampling.BICUBIC)) - 127.5) * 0.4
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def encode(image: Image.Image, image_format: str = "JPEG", **options: Any) -> bytes:
