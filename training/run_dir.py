@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from sharding.chunk import CHUNK_JSON, Chunk, ChunkError, open_chunk, read_index, seal
+from sharding.chunk import CHUNK_JSON, Chunk, ChunkError, load_chunk, read_index, seal
 from sharding.files import TEMPORARY_MARK, replacing, write_json
 from training.frozen_config import Change, ConfigChangedError, freeze_config, to_toml
 from training.ledger import Ledger, LedgerError, Line, read_ledger
@@ -224,7 +224,7 @@ class RunDir:
         copy_folder = self.chunk_folder(name)
         if not (copy_folder / CHUNK_JSON).exists():
             return None
-        info = open_chunk(copy_folder).info
+        info = load_chunk(copy_folder).info
         source = _read_json(copy_folder / _SOURCE)
         if source is None:
             raise ChunkError(f'{copy_folder / _SOURCE}: missing; restore it: {{"folder": "the chunk\'s folder"}}')

@@ -68,7 +68,7 @@ def test_a_line_without_one_of_its_fields_is_refused(tmp_path, event):
     ledger = open_ledger(tmp_path)
 
     with pytest.raises(LedgerError, match=EVENTS[event][-1]):
-        ledger.append(event, **{name: None for name in EVENTS[event][:-1]})
+        ledger.append(event, **dict.fromkeys(EVENTS[event][:-1]))
 
     assert ledger.path.read_bytes() == b""
 
@@ -136,7 +136,7 @@ def test_a_removed_added_moved_or_rewritten_line_is_found(tmp_path, tamper):
         lines[1] = (json.dumps({**value, "hash": digest_of(value)}) + "\n").encode()
     ledger.path.write_bytes(b"".join(lines))
 
-    with pytest.raises(LedgerError, match="line [23]"):
+    with pytest.raises(LedgerError, match=r"line [23]"):
         read_ledger(ledger.path)
     with pytest.raises(LedgerError):
         Ledger.open(ledger.path, guard=allow)
