@@ -118,8 +118,7 @@ def query(sql: str, *, memory_limit_mb: int = 1_500, temp_folder: Path | None = 
         connection.execute(f"set memory_limit='{memory_limit_mb}MB'; set preserve_insertion_order=true")
         if temp_folder is not None:
             connection.execute(f"set temp_directory='{str(temp_folder).replace(chr(39), chr(39) * 2)}'")
-        result = connection.execute(sql).arrow()
-        return result.read_all() if isinstance(result, pa.RecordBatchReader) else result
+        return connection.sql(sql).to_arrow_table()
 
 
 def schema_mismatch(table: pa.Table, schema: pa.Schema) -> str:

@@ -257,6 +257,14 @@ class StageCNetwork(nn.Module):
         for level in (*self.down_blocks, *self.up_blocks):
             yield from level.children()
 
+    def set_dropout(self, probability: float) -> None:
+        """Use one dropout probability in all blocks, for attention probabilities and hidden layers alike."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = probability
+            elif isinstance(module, PackedAttention):
+                module.dropout = probability
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute every block in the backward pass instead of keeping its activations."""
         self.gradient_checkpointing = True

@@ -1,0 +1,145 @@
+"""`python -m training`: plan, run, status, export, preview. Parses arguments; heavy imports wait for the subcommand."""
+
+import argparse
+import logging
+import os
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+from sharding.chunk import ChunkError
+from sharding.config import ConfigError, load_config
+from sharding.runlog import configure_logging
+from sharding.tables import DamagedPartError
+from training.config import RunConfig
+
+DONE, FAILED, BAD_USAGE, BAD_DATA, STOPPED = 0, 1, 2, 3, 75
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand and return its exit code: 0 done, 1 failed, 2 usage, 3 bad data, 75 stopped with state saved."""
+    owners = sorted(set(packages_distributions().get("training", [])))
+    if len(owners) > 1:
+        print(f"the import name 'training' is claimed by {' and '.join(owners)}: uninstall the other", file=sys.stderr)
+        return BAD_USAGE
+    options = _parser().parse_args(argv)
+    configure_logging(rank=int(os.environ.get("RANK", "0")), verbose=options.verbose)
+    try:
+        return int(options.action(options))
+    except (ChunkError, DamagedPartError) as error:
+        return _refuse(error, BAD_DATA)
+    except (ConfigError, FileNotFoundError) as error:
+        return _refuse(error, BAD_USAGE)
+    except Exception as error:
+        from training.exit_codes import code_of
+
+        code = code_of(error)
+        if code == FAILED:
+            logger.exception("failed: %s", error)
+            return FAILED
+        return _refuse(error, code)
+
+
+def _refuse(error: BaseException, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description="Train one run over many chunks.")
+    commands = parser.add_subparsers(required=True, metavar="plan|run|status|export|preview")
+
+    run = _command(commands, "run", _run, "train a chunk; run the same command again to resume")
+    run.add_argument("--chunk", help="default: the first chunk of the run that is not done")
+    run.add_argument("--processes", type=int, help="refuse to start unless the launcher started this many")
+
+    plan = _command(commands, "plan", _plan, "show buckets, steps and exposures of a chunk; trains nothing")
+    plan.add_argument("--chunk", help="default: the first chunk of the run that is not done")
+
+    status = _command(commands, "status", _status, "show what is trained and what remains", needs_config=False)
+    status.add_argument("--json", action="store_true", help="the same numbers for programs")
+
+    export = _command(commands, "export", _export, "write weights from the newest state", needs_config=False)
+    export.add_argument("--chunk", help="a finished chunk whose state is kept; default: the newest state")
+    export.add_argument("--output", type=Path, help="folder; default: RUN/export")
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: save.export_dtype")
+
+    preview = _command(
+        commands, "preview", _preview, "make the run's previews from the newest state", needs_config=False
+    )
+    preview.add_argument("--chunk", help="a finished chunk whose state is kept; default: the newest state")
+    preview.add_argument("--output", type=Path, help="folder; default: RUN/previews")
+    return parser
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    action: object,
+    summary: str,
+    *,
+    needs_config: bool = True,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    optional = {} if needs_config else {"nargs": "?"}
+    parser.add_argument("config", type=Path, metavar="RUN.toml", help="settings of the run", **optional)  # type: ignore[arg-type]
+    parser.add_argument("--run-dir", type=Path, required=name != "plan", help="folder of the run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, change nothing")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    parser.set_defaults(action=action)
+    return parser
+
+
+def _load(options: argparse.Namespace) -> RunConfig:
+    """Read the given config, or the run's own frozen one."""
+    path = options.config if options.config is not None else options.run_dir / "run.toml"
+    return load_config(path, RunConfig, options.overrides)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from training.launch import launch
+
+    return launch(
+        _load(options),
+        options.run_dir,
+        chunk_name=options.chunk,
+        num_processes=options.processes,
+        dry_run=options.dry_run,
+    )
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from training.inspect_run import plan_text
+
+    print(plan_text(_load(options), options.run_dir, chunk_name=options.chunk))
+    return DONE
+
+
+def _status(options: argparse.Namespace) -> int:
+    from training.inspect_run import status_json, status_text
+
+    config = _load(options)
+    print(status_json(config, options.run_dir) if options.json else status_text(config, options.run_dir))
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    from training.use_state import export_weights
+
+    config = _load(options)
+    output = options.output or options.run_dir / "export"
+    for line in export_weights(config, options.run_dir, output, chunk_name=options.chunk, dtype_name=options.dtype):
+        print(line)
+    return DONE
+
+
+def _preview(options: argparse.Namespace) -> int:
+    from training.use_state import make_previews
+
+    output = options.output or options.run_dir / "previews"
+    for line in make_previews(_load(options), options.run_dir, output, chunk_name=options.chunk):
+        print(line)
+    return DONE

@@ -1,0 +1,138 @@
+"""One process, or several that each hold the whole model (DDP).
+
+The loss handed to `backward` is this rank's share of (1/N) Σ w L over the whole step. Gradients are *summed* over
+ranks: DDP's own averaging is undone in `backward`, the one place where an engine's averaging is declared.
+
+exact=True reduces gradients by hand in a fixed order after the last backward (DDP rebuilds its buckets after the
+first step, which changes sums from three processes on); exact=False lets DDP overlap reduction with backward.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+_REDUCE_ELEMENTS = 32 << 20  # gradients are copied together in groups of at most this many elements (128 MB in fp32)
+
+
+class PlainEngine:
+    """Drives one module and one optimizer. See `training.loop` for the order of calls within a step."""
+
+    def __init__(self, accelerator: Accelerator, *, exact: bool) -> None:
+        self.accelerator = accelerator
+        self.exact = exact
+        self.rank = accelerator.process_index
+        self.world_size = accelerator.num_processes
+        self.device = accelerator.device
+        self._module: nn.Module | None = None
+        self._prepared: nn.Module | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """Move the module to the device and return what forward must be called on."""
+        self._module, self._optimizer = module.to(self.device), optimizer
+        if self.world_size > 1 and not self.exact:
+            self._prepared = self.accelerator.prepare_model(module)
+        else:
+            self._prepared = module
+        return self._prepared
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context that forward and loss run in."""
+        return self.accelerator.autocast()
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add this micro-batch's gradients; on the last one of the step the sum over ranks is complete."""
+        uses_ddp = self._prepared is not self._module
+        with self._prepared.no_sync() if uses_ddp and not is_last else nullcontext():  # type: ignore[union-attr,operator]
+            (loss * self.world_size if uses_ddp else loss).backward()  # DDP divides by the number of ranks
+        if is_last and self.world_size > 1 and not uses_ddp:
+            for group in self._gradient_groups():
+                flat = torch.cat([gradient.reshape(-1) for gradient in group])
+                dist.all_reduce(flat)
+                for gradient, part in zip(group, flat.split([gradient.numel() for gradient in group]), strict=True):
+                    gradient.copy_(part.view_as(gradient))
+
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients, once, before the norm is taken (used when images failed at run time)."""
+        torch._foreach_mul_(self._gradients(), factor)
+
+    def grad_norm(self) -> float:
+        """Return the 2-norm of all gradients, in fp32; not finite if any gradient is not."""
+        return float(torch.nn.utils.get_total_norm(self._gradients(), foreach=self.device.type == "cuda"))
+
+    def clip(self, norm: float, max_norm: float) -> None:
+        """Scale gradients down so that their norm, which is `norm` now, is at most max_norm."""
+        if norm > max_norm:
+            self.scale_gradients(max_norm / (norm + 1e-6))
+
+    def step(self) -> None:
+        """Apply the update and forget the gradients."""
+        assert self._optimizer is not None
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def skip(self) -> None:
+        """Forget the gradients without an update."""
+        assert self._optimizer is not None
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the picklable values of all ranks, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, value: bool) -> bool:
+        """Tell whether the value is true on any rank; the same answer on all."""
+        return any(self.gather(value))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def model_state(self) -> dict[str, Tensor]:
+        """Return the module's tensors by name, as trained (not gathered copies: do not change them)."""
+        assert self._module is not None
+        return dict(self._module.state_dict())
+
+    def load_model_state(self, tensors: dict[str, Tensor]) -> None:
+        """Copy tensors into the module. Raises ValueError naming missing or unexpected keys."""
+        assert self._module is not None
+        try:
+            self._module.load_state_dict(tensors, strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"the state does not fit the network of this run: {error}") from error
+
+    def on_main_first(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0, then on the others: for things that rank 0 creates and the others find."""
+        with self.accelerator.main_process_first():
+            return action()
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        assert self._module is not None
+        return (parameter for parameter in self._module.parameters() if parameter.requires_grad)
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters() if parameter.grad is not None]
+
+    def _gradient_groups(self) -> Iterator[list[Tensor]]:
+        """Yield gradients in parameter order, grouped for reduction; a parameter without one counts as zeros."""
+        group: list[Tensor] = []
+        elements = 0
+        for parameter in self._parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if group and (elements + parameter.numel() > _REDUCE_ELEMENTS or group[0].dtype != parameter.grad.dtype):
+                yield group
+                group, elements = [], 0
+            group.append(parameter.grad)
+            elements += parameter.numel()
+        if group:
+            yield group

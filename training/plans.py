@@ -1,0 +1,54 @@
+"""From a run's config to its batch plans and to the settings of loader and captions. No torch."""
+
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from training.batch_plan import BatchPlan, make_batch_plan
+from training.buckets import BucketSettings
+from training.caption_text import CaptionSettings
+from training.config import RunConfig
+
+if TYPE_CHECKING:
+    from training.chunk_data import PixelSettings
+
+
+def bucket_settings(config: RunConfig) -> BucketSettings:
+    """Return the bucket rule. Sizes of pictures are scaled by the recipe's encode_scale before a bucket is chosen."""
+    width, height = config.buckets.resolution
+    scale = config.stage_c.encode_scale
+    return BucketSettings(
+        family=config.buckets.family,
+        resolution_area=round(width * scale) * round(height * scale),
+        step=config.buckets.step,
+        min_side=config.buckets.min_side,
+        max_side=config.buckets.max_side,
+        source_scale=scale,
+    )
+
+
+def batch_plan(index: pa.Table, chunk: str, *, config: RunConfig, epoch: int) -> BatchPlan:
+    """Return the plan of one epoch of a chunk."""
+    return make_batch_plan(
+        index,
+        bucket_settings=bucket_settings(config),
+        micro_batch_size=config.batch.micro_batch_size,
+        micro_batches_per_step=config.batch.micro_batches_per_step,
+        remainder=config.batch.remainder,
+        merge_max_crop_loss=config.batch.merge_max_crop_loss,
+        seed=config.seed,
+        epoch=epoch,
+        chunk=chunk,
+    )
+
+
+def caption_settings(config: RunConfig) -> CaptionSettings:
+    """Return what happens to captions."""
+    return CaptionSettings(**config.caption.model_dump())
+
+
+def pixel_settings(config: RunConfig) -> "PixelSettings":
+    """Return what happens to pixels."""
+    from training.chunk_data import PixelSettings
+
+    return PixelSettings(crop=config.data.crop, flip_fraction=0.5 if config.data.horizontal_flip else 0.0)
