@@ -63,7 +63,9 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "transformers" in name else ()) for name in OPTIMIZERS]
+)
 def test_training_goes_on_bit_for_bit(name, dtype):
     whole = make_model(dtype)
     whole_optimizer = OPTIMIZERS[name](whole.parameters())

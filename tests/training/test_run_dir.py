@@ -16,7 +16,10 @@ def make_chunk(folder: Path, *, caption: str = "a cat", num_samples: int = 3) ->
         Sample(
             key=f"key{number}", image_name=f"key{number}.png", image=bytes([number]) * 100, facts={"n": number},
             caption=f"{caption} {number}",
-            row={"width": 8, "height": 8, "groups": [], "dataset": "newest", "period": "", "repeats": 1, "loss_weight": 1.0},
+            row={
+                "width": 8, "height": 8, "groups": [], "dataset": "newest", "period": "", "repeats": 1,
+                "loss_weight": 1.0,
+            },
         )
         for number in range(num_samples)
     ]  # fmt: skip
@@ -163,7 +166,7 @@ def test_a_moved_workspace_is_followed(run, tmp_path):
     shutil.move(tmp_path / "w", tmp_path / "elsewhere")
     moved = tmp_path / "elsewhere" / "chunks" / "newest" / "0004"
 
-    with pytest.raises(ChunkError, match="shard .* is missing"):
+    with pytest.raises(ChunkError, match=r"shard .* is missing"):
         run.started_chunk("newest/0004")
     started = run.start_chunk(open_chunk(moved))
 
