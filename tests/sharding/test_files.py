@@ -1,0 +1,91 @@
+import errno
+import json
+import os
+
+import pytest
+
+from sharding.files import (
+    DiskFullError,
+    digest_of,
+    open_replacing,
+    remove_temporaries,
+    replacing,
+    require_free_bytes,
+    sha256_file,
+    temporary_name,
+    write_bytes,
+    write_json,
+)
+
+
+def test_a_file_appears_whole_in_new_folders(tmp_path):
+    path = tmp_path / "a" / "b" / "c.bin"
+
+    write_bytes(path, b"data")
+
+    assert path.read_bytes() == b"data"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt(), OSError(errno.EIO, "no")])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+
+    with pytest.raises(type(error)), open_replacing(path) as stream:
+        stream.write(b"half")
+        raise error
+
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named(tmp_path):
+    with (
+        pytest.raises(DiskFullError, match=r"disk full while writing .*file: free some space"),
+        replacing(tmp_path / "file"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_json_is_strict_and_readable(tmp_path):
+    write_json(tmp_path / "x.json", {"b": "é", "a": 1})
+
+    assert (tmp_path / "x.json").read_text(encoding="utf-8") == '{\n  "b": "é",\n  "a": 1\n}\n'
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))["a"] == 1
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
+    write_bytes(tmp_path / "whole", b"x")
+    left = temporary_name(tmp_path / "whole")
+    left.write_bytes(b"half")
+    folder = temporary_name(tmp_path / "state")
+    (folder / "inner").mkdir(parents=True)
+
+    assert remove_temporaries(tmp_path, min_age_seconds=60) == []
+    os.utime(left, (0, 0))
+    assert remove_temporaries(tmp_path, min_age_seconds=60) == [left]
+    assert remove_temporaries(tmp_path) == [folder]
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    assert remove_temporaries(tmp_path / "absent") == []
+
+
+def test_digests_do_not_depend_on_the_order_of_keys(tmp_path):
+    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
+    with pytest.raises(TypeError):
+        digest_of({"a": tmp_path})
+
+
+def test_the_sha256_of_a_file(tmp_path):
+    write_bytes(tmp_path / "x", b"abc")
+
+    assert sha256_file(tmp_path / "x").startswith("ba7816bf8f01cfea")
+
+
+def test_a_forecast_over_the_free_space_is_refused_for_folders_that_do_not_exist_yet(tmp_path):
+    require_free_bytes(tmp_path / "not" / "there", 1, "a state")
+
+    with pytest.raises(DiskFullError, match=r"a state needs 1,000,000,000\.00 GB"):
+        require_free_bytes(tmp_path / "not" / "there", 10**18, "a state")

@@ -1,0 +1,185 @@
+import io
+import pickle
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from sharding.images import FORMATS, ImageError, decode_rgb, encode_jpeg, encode_png, probe
+
+PILLOW_NAMES = {name: name.upper() for name in FORMATS}
+
+
+def mean_difference(left, right):
+    return np.abs(np.asarray(left.convert("RGB"), dtype=int) - np.asarray(right.convert("RGB"), dtype=int)).mean()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_probed_and_decoded(paint, encode, name):
+    image = paint(1)
+    data = encode(image, PILLOW_NAMES[name])
+
+    facts = probe(data)
+    decoded = decode_rgb(data)
+
+    assert (facts.format, facts.width, facts.height) == (name, 96, 72)
+    assert (decoded.mode, decoded.size) == ("RGB", (96, 72))
+    assert mean_difference(decoded, image) < (20 if name == "gif" else 8)
+    assert facts.is_lossless == (name in ("png", "gif", "bmp", "tiff"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_to_size_and_pixels(paint, encode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = paint(2)
+    upright_size = (72, 96) if orientation >= 5 else (96, 72)
+
+    data = encode(image, exif=exif)
+
+    facts = probe(data)
+    assert (facts.width, facts.height) == decode_rgb(data).size == upright_size
+    assert facts.is_pass_through == (orientation == 1)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_alpha_is_laid_on_white(encode, mode):
+    image = Image.new("RGBA", (20, 10), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 10, 10))
+
+    data = encode(image.quantize() if mode == "P" else image.convert(mode), "PNG")
+
+    facts = probe(data)
+    assert facts.mode == mode and facts.has_alpha and not facts.is_pass_through
+    assert decode_rgb(data).getpixel((15, 5)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("mode", "image_format"), [("L", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("YCbCr", "JPEG"), ("LAB", "TIFF")]
+)
+def test_other_modes_become_rgb(paint, encode, mode, image_format):
+    image = paint(3).convert(mode) if mode != "LAB" else None
+    if image is None:
+        profiles = [ImageCms.createProfile(name) for name in ("sRGB", "LAB")]
+        image = ImageCms.profileToProfile(paint(3), *profiles, outputMode="LAB")
+
+    assert decode_rgb(encode(image, image_format)).mode == "RGB"
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(encode):
+    samples = np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)
+
+    decoded = np.asarray(decode_rgb(encode(Image.fromarray(samples), "PNG")))[..., 0].ravel()
+
+    assert np.array_equal(decoded, np.arange(256))
+
+
+def test_an_srgb_profile_passes_through_and_a_broken_one_is_ignored(encode):
+    image = Image.new("RGB", (8, 8), (200, 40, 40))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+    for profile in (srgb, b"no profile at all"):
+        data = encode(image, "PNG", icc_profile=profile)
+
+        assert probe(data).is_pass_through
+        assert decode_rgb(data).getpixel((0, 0)) == (200, 40, 40)
+
+
+def test_an_animation_gives_its_first_frame(paint, encode):
+    frames = [paint(seed) for seed in range(3)]
+    for image_format in ("GIF", "WEBP", "PNG"):
+        data = encode(frames[0], image_format, save_all=True, append_images=frames[1:])
+
+        assert probe(data).is_animated
+        assert not probe(data).is_pass_through
+        assert mean_difference(decode_rgb(data), frames[0]) < 25
+
+
+def test_exif_dates_are_read_and_nonsense_is_none(paint, encode):
+    for text, date in (
+        ("2011:02:03 04:05:06", datetime(2011, 2, 3, 4, 5, 6, tzinfo=UTC)),
+        ("0000:00:00 00:00:00", None),
+    ):
+        exif = Image.Exif()
+        exif[0x0132] = text
+
+        assert probe(encode(paint(1), exif=exif)).exif_date == date
+
+
+@pytest.mark.parametrize("min_side", [16, 100, 300, 5000])
+def test_a_smaller_scale_still_covers_what_is_asked(paint, encode, min_side):
+    data = encode(paint(1, 800, 600))
+
+    decoded = decode_rgb(data, min_side=min_side)
+
+    assert min(decoded.size) >= min(min_side, 600)
+    assert decoded.width * 3 == decoded.height * 4
+    assert (decoded.size == (800, 600)) == (min_side > 300)
+
+
+@pytest.mark.parametrize("min_side", [None, 16])
+@pytest.mark.parametrize("image_format", ["JPEG", "progressive JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_file_cut_anywhere_is_an_image_error_at_any_scale(paint, encode, image_format, min_side):
+    options = {"progressive": True} if "progressive" in image_format else {}
+    data = encode(paint(1, 400, 300), image_format.split()[-1], **options)
+
+    for fraction in (0.02, 0.3, 0.6, 0.9):
+        with pytest.raises(ImageError) as caught:
+            decode_rgb(data[: int(len(data) * fraction)], min_side=min_side)
+        assert caught.value.reason in ("undecodable", "not_an_image")
+
+
+def test_random_bytes_and_flipped_bits_never_raise_anything_else(paint, encode):
+    rng = np.random.default_rng(0)
+    wholes = [encode(paint(1), name.upper()) for name in FORMATS]
+    for number in range(300):
+        data = bytearray(wholes[number % len(wholes)])
+        for position in rng.integers(0, len(data) if number % 2 else min(64, len(data)), 4):
+            data[position] = rng.integers(256)
+        try:
+            assert decode_rgb(bytes(data), max_pixels=10_000_000).mode == "RGB"
+            probe(bytes(data), max_pixels=10_000_000)
+        except ImageError as error:
+            assert error.reason in ("undecodable", "not_an_image", "too_many_pixels") and error.detail
+
+
+def test_reasons_are_told_apart(paint, encode):
+    for data, reason in {
+        b"": "empty_file",
+        b"<html>": "not_an_image",
+        b"\x89PNG\r\n\x1a\n" + b"\0" * 50: "undecodable",
+        b"\xff\xd8\xff\xe0rest": "undecodable",
+    }.items():
+        with pytest.raises(ImageError) as caught:
+            probe(data)
+        assert caught.value.reason == reason
+
+
+def test_a_size_over_the_limit_is_refused_from_the_header(paint, encode):
+    data = encode(paint(1), "PNG")
+    giant = data[:16] + (70_000).to_bytes(4, "big") * 2 + data[24:]
+
+    for call in (probe, decode_rgb):
+        with pytest.raises(ImageError, match="too_many_pixels: 96x72 pixels, limit 6,000"):
+            call(data, max_pixels=6000)
+    with pytest.raises(ImageError):
+        decode_rgb(giant)
+
+
+def test_an_image_error_travels_between_processes():
+    error = pickle.loads(pickle.dumps(ImageError("undecodable", "broken")))
+
+    assert (error.reason, error.detail, str(error)) == ("undecodable", "broken", "undecodable: broken")
+
+
+def test_encoding_is_plain_and_repeatable(paint):
+    image = paint(5)
+
+    jpeg, png = encode_jpeg(image, quality=95), encode_png(image)
+
+    assert jpeg == encode_jpeg(image, quality=95) and png == encode_png(image)
+    assert probe(jpeg).is_pass_through and probe(png).is_pass_through
+    with Image.open(io.BytesIO(jpeg)) as stored:
+        assert stored.info.get("exif") is None and stored.layer[0][1:3] == (1, 1)
+    assert mean_difference(decode_rgb(png), image) == 0
