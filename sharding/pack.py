@@ -38,7 +38,10 @@ _BYTES_PER_MEMBERS = 6_000
 """Tar headers, padding, KEY.json and KEY.txt of a sample, for the forecast."""
 _JPEG_BYTES_PER_PIXEL = 0.8
 """Quality 95, 4:4:4, of drawn pictures; for the forecast of what has to be encoded anew."""
+_MIN_SAMPLES_TO_JUDGE = 20
+"""A shorter chunk is judged as if it held this many: one broken file of two is no reason to stop."""
 _CHECKED = ".checked"
+"""Hidden file of a chunk: digest of the tables at the time it was last found current."""
 _RECORD_COLUMNS = [name for name in MANIFEST.names if name not in ("dataset", "phash", "status", "detail", "mode")]
 
 
@@ -391,7 +394,7 @@ def _pack_chunk(
     finished = list(pool.map(pack_shard, tasks) if pool is not None else map(pack_shard, tasks))
     shards = [one.shard for one in finished if one.shard is not None]
     drops = pa.concat_tables([DROPS.empty_table(), *(one.drops for one in finished)])
-    if drops.num_rows > config.max_broken_fraction * job.records.num_rows:
+    if drops.num_rows > config.max_broken_fraction * max(job.records.num_rows, _MIN_SAMPLES_TO_JUDGE):
         _discard(job, finished)
         raise BrokenFractionError(
             f"chunk {job.name}: {drops.num_rows:,} of {job.records.num_rows:,} samples are unusable, more than "
