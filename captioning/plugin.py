@@ -6,7 +6,8 @@ Nothing here knows a particular model.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -206,6 +207,22 @@ def import_transformers() -> Any:
     except ImportError as error:
         raise MissingExtraError("transformers", extras="caption,cpu") from error
     return transformers
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[Any]:
+    """Yield the transformers module with its progress bars and its reports of unused weights switched off."""
+    transformers = import_transformers()
+    settings = transformers.logging
+    verbosity, has_bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        settings.set_verbosity(verbosity)
+        if has_bars:
+            settings.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

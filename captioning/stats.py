@@ -3,13 +3,17 @@
 Reads captions and the status column of annotations; nothing is written.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from captioning.config import CaptioningConfig
 from sharding.config import ConfigError
 from sharding.schema import Workspace
-from sharding.tables import list_parts, query
+from sharding.tables import list_parts, read_part
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,10 @@ class StatsReport:
                 for line in lines
             ]
             blocks.append(_text_table((group, "tag", "count", "share"), rows))
-        rows = [
+        by_status = [
             (model, status, f"{count:,}") for model, counts in self.statuses.items() for status, count in counts.items()
         ]
-        blocks.append(_text_table(("model", "status", "rows"), rows))
+        blocks.append(_text_table(("model", "status", "rows"), by_status))
         return "\n\n".join(blocks)
 
 
@@ -56,12 +60,15 @@ def stats(config: CaptioningConfig, workspace: Workspace, *, policy: str) -> Sta
     if not list_parts(folder):
         raise FileNotFoundError(f"{folder}: no parts; run `python -m captioning compose --policy {policy}` first")
     rules = config.policies[policy]
-    parts = _quoted(folder / "part-*.parquet")
-    num_captions = query(f"select count(*) n from {parts}").column("n")[0].as_py()
-    found = query(
-        f'select g."group" grp, g.tags[1] word, count(*) n from (select unnest(groups) g from {parts}) group by 1, 2'
-    )
-    counts = {(row["grp"], row["word"]): row["n"] for row in found.to_pylist()}
+    num_captions, counts = 0, Counter[tuple[str, str]]()
+    for part in list_parts(folder):
+        groups = read_part(part, ["groups"]).column("groups").combine_chunks()
+        num_captions += len(groups)
+        entries = pc.list_flatten(groups)
+        first_words = pc.list_element(pc.struct_field(entries, "tags"), 0)
+        pairs = pa.table({"group": pc.struct_field(entries, "group"), "word": first_words})
+        for row in pairs.group_by(["group", "word"]).aggregate([([], "count_all")]).to_pylist():
+            counts[row["group"], row["word"]] += row["count_all"]
 
     expected: dict[str, list[tuple[str, str]]] = {}
     for group, table in rules.tiers.items():
@@ -73,8 +80,8 @@ def stats(config: CaptioningConfig, workspace: Workspace, *, policy: str) -> Sta
         expected["date"] = [(name, f"{first} to {last}") for name, (first, last) in config.periods.items()]
     tables = {
         group: [
-            *(WordCount(word, rule, counts.get((group, word), 0)) for word, rule in words),
-            WordCount("(none)", "", num_captions - sum(counts.get((group, word), 0) for word, _ in words)),
+            *(WordCount(word, rule, counts[group, word]) for word, rule in words),
+            WordCount("(none)", "", num_captions - sum(counts[group, word] for word, _ in words)),
         ]
         for group, words in sorted(expected.items(), key=lambda item: rules.groups.index(item[0]))
     }
@@ -83,16 +90,10 @@ def stats(config: CaptioningConfig, workspace: Workspace, *, policy: str) -> Sta
 
 
 def _statuses(workspace: Workspace, model: str) -> dict[str, int]:
-    folder = workspace.annotations(model)
-    if not list_parts(folder):
-        return {}
-    parts = _quoted(folder / "part-*.parquet")
-    found = query(f"select status, count(*) n from {parts} group by 1 order by n desc, status")
-    return {row["status"]: row["n"] for row in found.to_pylist()}
-
-
-def _quoted(path: object) -> str:
-    return "'" + str(path).replace("'", "''") + "'"
+    found: Counter[str] = Counter()
+    for part in list_parts(workspace.annotations(model)):
+        found.update(read_part(part, ["status"]).column("status").to_pylist())
+    return dict(found.most_common())
 
 
 def _text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -19,9 +19,9 @@ from captioning.plugin import (
     Pixels,
     Row,
     import_torch,
-    import_transformers,
     locate,
     locate_file,
+    quiet_transformers,
     torch_device,
 )
 from captioning.scorers.base import normalise, read_processor, score_rows
@@ -126,19 +126,15 @@ def identify(settings: AesB32Config) -> Identity:
 
 def load(settings: AesB32Config, *, device: Device) -> AesB32:
     """Load CLIP's vision tower and the head. Raises ModelError."""
-    transformers = import_transformers()
     target = torch_device(device)
     folder, _ = locate(settings.clip, revision=settings.clip_revision, patterns=_PATTERNS)
     head_path, _ = locate_file(settings.head, revision=settings.revision)
     head = read_head(head_path)
-    previous = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # the text tower's weights are unused on purpose
     try:
-        clip = transformers.CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
+        with quiet_transformers() as transformers:  # the text tower's weights are unused on purpose
+            clip = transformers.CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: not a transformers CLIP model ({error})") from error
-    finally:
-        transformers.logging.set_verbosity(previous)
     if clip.config.projection_dim != _HEAD_SHAPES["fc1.weight"][1]:
         raise ModelError(f"{folder}: projection_dim is {clip.config.projection_dim}, the head takes 512")
     return AesB32(clip.to(target).float().eval(), head=head, processor=read_processor(folder), device=target)

@@ -18,8 +18,8 @@ from captioning.plugin import (
     Pixels,
     Row,
     import_torch,
-    import_transformers,
     locate,
+    quiet_transformers,
     torch_device,
 )
 from captioning.scorers.base import normalise, read_processor, score_rows
@@ -101,12 +101,13 @@ def identify(settings: AestheticShadowConfig) -> Identity:
 
 def load(settings: AestheticShadowConfig, *, device: Device) -> AestheticShadow:
     """Load the model. Raises ModelError."""
-    torch, transformers = import_torch(), import_transformers()
+    torch = import_torch()
     target = torch_device(device)
     folder, _ = locate(settings.model, revision=settings.revision, patterns=_PATTERNS)
     processor = _checked_processor(folder)
     try:
-        model = transformers.AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
+        with quiet_transformers() as transformers:
+            model = transformers.AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: not a transformers image classification model ({error})") from error
     label_ids = [number for number, name in model.config.id2label.items() if name == settings.label]
