@@ -171,7 +171,7 @@ class DedupeConfig(Config):
     )  # fmt: skip
     """Order of comparison for which one stays; the larger, the lossless, the older wins; the key breaks ties."""
     merge_tags: bool = True
-    """The keeper also gets the tags, and a date if it has none, of those dropped for it."""
+    """The keeper also gets the tags, and a date or rating if it has none, of those dropped for it."""
 
 
 class PlanConfig(Config):

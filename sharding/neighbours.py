@@ -67,13 +67,14 @@ def near_pairs(hashes: Hashes, radius: int) -> NearPairs:
         position[inverse] = np.arange(len(hashes))
         return _sorted_pairs(position[found.left], position[found.right], found.distance, is_same=True)
     members = _members(inverse, len(distinct))
-    left, right, distance = _expand(found, members, members)
-    equal = [pair for rows in members if len(rows) > 1 for pair in combinations(rows.tolist(), 2)]
-    equal_pairs = np.array(equal, dtype=np.int64).reshape(-1, 2)
+    repeated = np.nonzero(np.diff(members[1]) > 1)[0]
+    equal = _expand(NearPairs(repeated, repeated, np.zeros(len(repeated), np.int32)), members, members)
+    once = equal.left < equal.right
+    near = _expand(found, members, members)
     return _sorted_pairs(
-        np.concatenate([left, equal_pairs[:, 0]]),
-        np.concatenate([right, equal_pairs[:, 1]]),
-        np.concatenate([distance, np.zeros(len(equal_pairs), dtype=np.int32)]),
+        np.concatenate([near.left, equal.left[once]]),
+        np.concatenate([near.right, equal.right[once]]),
+        np.concatenate([near.distance, equal.distance[once]]),
         is_same=True,
     )
 
@@ -88,10 +89,8 @@ def near_pairs_between(new: Hashes, old: Hashes, radius: int) -> NearPairs:
     new_distinct, new_inverse = unique_hashes(new)
     old_distinct, old_inverse = unique_hashes(old)
     found = _join(new_distinct, old_distinct, radius, is_same=False)
-    left, right, distance = _expand(
-        found, _members(new_inverse, len(new_distinct)), _members(old_inverse, len(old_distinct))
-    )
-    return _sorted_pairs(left, right, distance, is_same=False)
+    pairs = _expand(found, _members(new_inverse, len(new_distinct)), _members(old_inverse, len(old_distinct)))
+    return _sorted_pairs(pairs.left, pairs.right, pairs.distance, is_same=False)
 
 
 def _check(hashes: Hashes) -> None:
@@ -99,21 +98,25 @@ def _check(hashes: Hashes) -> None:
         raise ValueError(f"hashes must be (N, words) uint64, got {hashes.shape} {hashes.dtype}")
 
 
-def _members(inverse: Rows, num_distinct: int) -> list[Rows]:
-    order = np.argsort(inverse, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(inverse, minlength=num_distinct))[:-1]) if num_distinct else []
+def _members(inverse: Rows, num_distinct: int) -> tuple[Rows, Rows]:
+    """Return (rows ordered by their distinct hash, start of each distinct hash in them)."""
+    starts = np.zeros(num_distinct + 1, dtype=np.int64)
+    np.cumsum(np.bincount(inverse, minlength=num_distinct), out=starts[1:])
+    return np.argsort(inverse, kind="stable"), starts
 
 
-def _expand(found: NearPairs, left: list[Rows], right: list[Rows]) -> tuple[Rows, Rows, npt.NDArray[np.int32]]:
-    """Replace pairs of distinct hashes by pairs of the rows that hold them."""
-    lefts, rights, distances = [], [], []
-    for i, j, distance in zip(found.left, found.right, found.distance, strict=True):
-        lefts.append(np.repeat(left[i], len(right[j])))
-        rights.append(np.tile(right[j], len(left[i])))
-        distances.append(np.full(len(lefts[-1]), distance, dtype=np.int32))
-    if not lefts:
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32)
-    return np.concatenate(lefts), np.concatenate(rights), np.concatenate(distances)
+def _expand(found: NearPairs, left: tuple[Rows, Rows], right: tuple[Rows, Rows]) -> NearPairs:
+    """Replace each pair of distinct hashes by all pairs of the rows that hold them."""
+    num_left = np.diff(left[1])[found.left]
+    num_right = np.diff(right[1])[found.right]
+    num_pairs = num_left * num_right
+    pair = np.repeat(np.arange(len(num_pairs)), num_pairs)
+    place = np.arange(len(pair)) - np.repeat(np.cumsum(num_pairs) - num_pairs, num_pairs)
+    return NearPairs(
+        left[0][left[1][found.left[pair]] + place // num_right[pair]],
+        right[0][right[1][found.right[pair]] + place % num_right[pair]],
+        found.distance[pair],
+    )
 
 
 def _sorted_pairs(left: Rows, right: Rows, distance: npt.NDArray[np.int32], *, is_same: bool) -> NearPairs:
