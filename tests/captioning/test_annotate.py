@@ -1,0 +1,377 @@
+"""The annotate loop: one decode per image, resuming, broken images, workers that die."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from captioning import decode
+from captioning.annotate import BrokenFractionError, annotate
+from captioning.decode import Decoders, ImageTask, WorkerDiedError
+from captioning.plugin import ModelError
+from sharding import images
+from sharding.config import ConfigError
+from sharding.files import sha256_file
+from sharding.tables import part_metadata, part_name, read_part
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """Count calls of decode_rgb in this process, by the bytes decoded."""
+    calls = []
+    original = images.decode_rgb
+    monkeypatch.setattr(
+        images, "decode_rgb", lambda data, **options: (calls.append(data), original(data, **options))[1]
+    )
+    return calls
+
+
+def part_path(lab, model, number=0):
+    return lab.workspace.annotations(model) / part_name(number)
+
+
+def digests(lab):
+    return {str(path): sha256_file(path) for path in sorted(lab.workspace.root.glob("annotations/*/*.parquet"))}
+
+
+def test_four_models_share_one_decode_per_image(lab, model_tables, decodes):
+    files = [lab.png(80 + n, 60, seed=n) for n in range(5)]
+    records = lab.save(*files)
+    lab.keep(records[:3], records[3:])
+
+    report = annotate(lab.annotate_config(model_tables), lab.workspace)
+
+    assert sorted(decodes) == sorted(files)
+    assert report.num_decodes == report.num_images == 5
+    assert report.num_rows == {"wd": 5, "aesthetic": 5, "quality": 5, "date": 5}
+    for model in model_tables:
+        for number, part in enumerate((records[:3], records[3:])):
+            table = read_part(part_path(lab, model, number))
+            assert table.column("key").to_pylist() == [row["key"] for row in part]
+            assert table.column("status").to_pylist() == ["ok"] * len(part)
+    assert len(lab.rows("wd")[records[0]["key"]]["rating_probs"]) == 4
+    facts = part_metadata(part_path(lab, "wd"))
+    assert facts["model"] == model_tables["wd"]["model"] and facts["revision"].startswith("sha256:")
+    assert facts["preprocessing"] == "wd/demo/1"
+    labels = read_part(lab.workspace.annotations("wd") / "labels.parquet")
+    assert labels.column("name").to_pylist()[:5] == ["general", "sensitive", "questionable", "explicit", "1girl"]
+
+
+def test_a_current_part_is_not_looked_at_again(lab, model_tables, decodes):
+    lab.keep(lab.save(lab.png(64, 64)))
+    config = lab.annotate_config(model_tables)
+    annotate(config, lab.workspace)
+    before = digests(lab)
+
+    report = annotate(config, lab.workspace)
+
+    assert (len(decodes), report.num_decodes, report.num_parts_current) == (1, 0, 1)
+    assert digests(lab) == before
+
+
+def test_a_new_model_or_setting_runs_alone(lab, model_tables):
+    lab.keep(lab.save(lab.png(64, 64)))
+    annotate(lab.annotate_config(model_tables), lab.workspace, models=["wd", "date"])
+
+    added = annotate(lab.annotate_config(model_tables), lab.workspace)
+    changed = annotate(lab.annotate_config(model_tables | {"wd": model_tables["wd"] | {"floor": 0.5}}), lab.workspace)
+
+    assert added.num_rows == {"wd": 0, "aesthetic": 1, "quality": 1, "date": 0}
+    assert changed.num_rows == {"wd": 1, "aesthetic": 0, "quality": 0, "date": 0}
+    assert all(prob >= 0.5 for row in lab.rows("wd").values() for prob in row["tag_probs"])
+
+
+def test_only_added_keys_are_decoded_and_old_rows_stay(lab, model_tables, decodes):
+    old = lab.save(lab.png(64, 64, seed=1), lab.png(70, 64, seed=2))
+    lab.keep(old)
+    config = lab.annotate_config(model_tables)
+    annotate(config, lab.workspace)
+    rows_before = lab.rows("wd")
+    new = lab.save(lab.png(90, 64, seed=3))
+    decodes.clear()
+
+    lab.keep([old[1], *new, old[0]])
+    report = annotate(config, lab.workspace)
+
+    assert (len(decodes), report.num_decodes) == (1, 1)
+    assert report.num_rows == {"wd": 1, "aesthetic": 1, "quality": 1, "date": 3}
+    assert report.num_rows_reused == {"wd": 2, "aesthetic": 2, "quality": 2}
+    rows = lab.rows("wd")
+    assert list(rows) == [old[1]["key"], new[0]["key"], old[0]["key"]]
+    assert {key: rows[key] for key in rows_before} == rows_before
+
+
+def test_a_new_date_reaches_the_date_scores_without_a_decode(lab, model_tables):
+    (row,) = lab.save(lab.png(64, 64))
+    lab.keep([row])
+    annotate(lab.annotate_config(model_tables), lab.workspace)
+
+    lab.keep([row | {"created_at": None}])
+    report = annotate(lab.annotate_config(model_tables), lab.workspace)
+
+    assert report.num_decodes == 0 and report.without_result == {"no_date": 1}
+    assert lab.rows("date")[row["key"]] == {"key": row["key"], "score": None, "status": "no_date"}
+
+
+def test_broken_images_get_rows_with_the_reason_and_the_others_their_results(lab, model_tables):
+    whole = lab.png(64, 64)
+    records = lab.save(whole, lab.png(65, 64)[:-40], b"<html>", lab.png(66, 64), lab.png(67, 64))
+    lab.keep(records)
+    before = annotate(lab.annotate_config(model_tables), lab.workspace)
+
+    statuses = [row["status"] for row in lab.rows("aesthetic").values()]
+
+    assert statuses == ["ok", "undecodable", "not_an_image", "ok", "ok"]
+    assert [row["status"] for row in lab.rows("wd").values()] == statuses
+    assert [row["status"] for row in lab.rows("date").values()] == ["ok"] * 5
+    assert before.without_result == {"undecodable": 1, "not_an_image": 1}
+    assert "no result, undecodable: 1" in before.summary()
+
+
+def test_too_many_broken_images_stop_the_run_after_the_part_is_written(lab, model_tables):
+    lab.keep(lab.save(lab.png(64, 64), b"no image"), lab.save(lab.png(65, 64)))
+    config = lab.annotate_config(model_tables, max_broken_fraction=0.4)
+
+    with pytest.raises(BrokenFractionError, match=r"1 of 2 images have no result, more than .* = 0\.4"):
+        annotate(config, lab.workspace)
+
+    assert len(lab.rows("wd")) == 2 and not part_path(lab, "wd", 1).exists()
+    assert annotate(config, lab.workspace).num_rows["wd"] == 1  # 1 of 3 is within the limit
+
+
+def test_a_file_that_cannot_be_read_is_tried_again_and_a_changed_one_is_not_trusted(lab, model_tables):
+    records = lab.save(*(lab.png(64 + n, 64) for n in range(4)))
+    gone, changed = (lab.pictures / records[n]["path"] for n in (0, 1))
+    data = gone.read_bytes()
+    gone.unlink()
+    changed.write_bytes(changed.read_bytes() + b"\0")
+    lab.keep(records)
+    config = lab.annotate_config(model_tables)
+    first = annotate(config, lab.workspace)
+    gone.write_bytes(data)
+
+    second = annotate(config, lab.workspace)
+
+    assert first.without_result == {"unreadable": 1, "changed_since_scan": 1} and first.num_decodes == 2
+    assert second.without_result == {"changed_since_scan": 1} and second.num_decodes == 1
+    assert [row["status"] for row in lab.rows("quality").values()] == ["ok", "changed_since_scan", "ok", "ok"]
+
+
+def test_scores_that_are_not_finite_are_no_result(lab, model_tables, monkeypatch):
+    from captioning.scorers.aes_b32 import AesB32
+    from captioning.scorers.base import score_rows
+
+    monkeypatch.setattr(AesB32, "predict", lambda self, batch: score_rows([np.nan] + [0.5] * (len(batch) - 1)))
+    records = lab.save(lab.png(64, 64), lab.png(65, 64))
+    lab.keep(records)
+
+    report = annotate(lab.annotate_config(model_tables), lab.workspace, models=["quality"])
+
+    assert [row["status"] for row in lab.rows("quality").values()] == ["not_finite", "ok"]
+    assert report.without_result == {"not_finite": 1}
+
+
+def test_neither_workers_nor_batches_nor_tasks_change_the_rows(lab, model_tables, tmp_path):
+    records = lab.save(*(lab.png(60 + 7 * n, 90 - 5 * n, seed=n) for n in range(5)))
+    lab.keep(records[:4], records[4:])
+    config = lab.annotate_config(model_tables)
+    annotate(config, lab.workspace)
+    expected, rows = digests(lab), lab.rows("wd")
+
+    for path in lab.workspace.root.glob("annotations/*/part-*"):
+        path.unlink()
+    for index in (1, 0):
+        annotate(config, lab.workspace, workers=1, part_index=index, num_parts=2)
+    assert digests(lab) == expected
+
+    for path in lab.workspace.root.glob("annotations/*/part-*"):
+        path.unlink()
+    values = config.model_dump(mode="json")["annotate"] | {"batch_size": 2}
+    annotate(lab.config(annotate=values), lab.workspace)
+    for key, row in lab.rows("wd").items():
+        assert row["tag_ids"] == rows[key]["tag_ids"]
+        np.testing.assert_allclose(row["tag_probs"], rows[key]["tag_probs"], atol=1e-6)
+
+
+def test_the_last_batch_is_filled_up_so_that_every_call_has_one_shape(lab, model_tables, monkeypatch):
+    from captioning.taggers.wd import WdTagger
+
+    shapes = []
+    original = WdTagger.predict
+    monkeypatch.setattr(WdTagger, "predict", lambda self, batch: (shapes.append(len(batch)), original(self, batch))[1])
+    lab.keep(lab.save(*(lab.png(60 + n, 60) for n in range(4))))
+
+    annotate(lab.annotate_config(model_tables), lab.workspace, models=["wd"])
+
+    assert shapes == [3, 3] and len(lab.rows("wd")) == 4
+
+
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(lab, model_tables, tmp_path):
+    records = lab.save(*(lab.png(60 + n, 60, seed=n) for n in range(6)))
+    lab.keep(*([row] for row in records))
+    models = {name: model_tables[name] for name in ("wd", "date")}
+    config = lab.annotate_config(models)
+    annotate(config, lab.workspace)
+    expected = digests(lab)
+    for path in lab.workspace.root.glob("annotations/*/part-*"):
+        path.unlink()
+    config_path = tmp_path / "config.json"
+    config_path.write_text(config.model_dump_json())
+    # Dies while it writes the third part of the tagger: nothing half written may be taken for a part.
+    code = f"""
+import os, signal
+from pathlib import Path
+import pyarrow.parquet as pq
+from captioning.annotate import annotate
+from captioning.config import CaptioningConfig
+from sharding.schema import Workspace
+original = pq.write_table
+def write_table(table, path, **options):
+    if "wd/part-00002" in str(path):
+        Path(path).write_bytes(b"PAR1 half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(table, path, **options)
+pq.write_table = write_table
+config = CaptioningConfig.model_validate_json(Path({str(config_path)!r}).read_text())
+annotate(config, Workspace(Path({str(lab.workspace.root)!r})))
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    report = annotate(config, lab.workspace)
+
+    assert (report.num_parts_current, report.num_parts_written) == (2, 4)
+    assert digests(lab) == expected
+
+
+def test_a_damaged_part_is_made_again(lab, model_tables):
+    lab.keep(lab.save(lab.png(64, 64)))
+    config = lab.annotate_config(model_tables)
+    annotate(config, lab.workspace, models=["wd"])
+    expected = digests(lab)
+    part_path(lab, "wd").write_bytes(b"garbage")
+
+    annotate(config, lab.workspace, models=["wd"])
+
+    assert digests(lab) == expected
+
+
+def test_a_dry_run_counts_and_writes_nothing(lab, model_tables, decodes):
+    lab.keep(lab.save(lab.png(64, 64), lab.png(65, 64)))
+
+    report = annotate(lab.annotate_config(model_tables), lab.workspace, dry_run=True)
+
+    assert report.num_rows == {"wd": 2, "aesthetic": 2, "quality": 2, "date": 2}
+    assert report.num_images == 2 and not decodes and not (lab.workspace.root / "annotations").exists()
+
+
+def test_a_date_alone_needs_no_pictures(lab):
+    lab.keep([lab.record("a"), lab.record("b", created_at=None)])
+
+    report = annotate(lab.annotate_config({"date": {"kind": "date"}}), lab.workspace)
+
+    assert report.num_decodes == 0
+    assert [row["score"] for row in lab.rows("date").values()] == [2023.0, None]
+
+
+def test_huge_tiny_and_transparent_pictures_pass_through_every_model(lab, model_tables):
+    records = lab.save(lab.png(1, 1), lab.png(3000, 500), lab.png(40, 900, mode="RGBA"), lab.png(5, 5))
+    lab.keep(records)
+
+    report = annotate(lab.annotate_config(model_tables), lab.workspace)
+
+    assert report.without_result == {} and report.num_decodes == 4
+
+
+def test_mistakes_are_named(lab, model_tables):
+    lab.keep(lab.save(lab.png(64, 64)))
+    with pytest.raises(ConfigError, match="model 'nope': unknown"):
+        annotate(lab.annotate_config(model_tables), lab.workspace, models=["nope"])
+    with pytest.raises(ConfigError, match="names no model"):
+        annotate(lab.config(), lab.workspace)
+    with pytest.raises(ModelError, match="no such model folder"):
+        annotate(lab.annotate_config({"wd": {"kind": "wd_tagger", "model": "a/b/c"}}), lab.workspace)
+    with pytest.raises(ModelError, match="CUDAExecutionProvider"):
+        tables = {"models": {"wd": model_tables["wd"]}, "device": "cuda", "workers": 0}
+        annotate(lab.config(annotate=tables), lab.workspace)
+    with pytest.raises(ConfigError, match="kind"):
+        lab.annotate_config({"wd": {"kind": "florence", "model": "x"}})
+
+
+def test_a_missing_runtime_says_which_extra_to_install(lab, model_tables, monkeypatch):
+    lab.keep(lab.save(lab.png(64, 64)))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+
+    with pytest.raises(ModelError, match=r"pip install -e '\.\[caption,cpu\]'"):
+        annotate(lab.annotate_config(model_tables), lab.workspace)
+
+
+class KillTheWorker:
+    """A preparer that takes its process down, as the kernel does when memory runs out."""
+
+    def prepare(self, image):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_ends_the_run_with_its_image_and_never_hangs(lab):
+    (record,) = lab.save(lab.png(64, 64))
+    task = ImageTask(record["key"], lab.pictures / record["path"], record["num_bytes"], {"x": KillTheWorker()})
+
+    with Decoders(1, batch_size=1) as decoders, pytest.raises(WorkerDiedError, match=record["key"]):
+        list(decoders.in_order((number, task) for number in range(3)))
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    code = """
+import time, os
+from captioning.decode import Decoders, ImageTask
+from pathlib import Path
+if __name__ == "__main__":
+    decoders = Decoders(1, batch_size=1)
+    list(decoders.in_order([(0, ImageTask("k", Path("absent"), 1, {}))]))
+    print(*[process.pid for process in decoders._pool._processes.values()], flush=True)
+    time.sleep(60)
+"""
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+
+    parent.kill()
+    parent.wait()
+
+    deadline = time.monotonic() + 10
+    while is_alive(worker) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(worker)
+
+
+def test_answers_come_in_order_and_at_most_a_window_is_in_flight(lab):
+    records = lab.save(*(lab.png(8 + n, 8) for n in range(12)))
+    taken = []
+
+    def items():
+        for number, row in enumerate(records):
+            taken.append(number)
+            yield number, ImageTask(row["key"], lab.pictures / row["path"], row["num_bytes"], {})
+
+    with Decoders(0, batch_size=1) as decoders:
+        for done, (number, prepared) in enumerate(decoders.in_order(items())):
+            assert number == done and prepared is not None and prepared.status == "ok"
+            assert len(taken) <= done + decoders.window
+    assert decode.Decoders(0, batch_size=1).window == 4
+
+
+def is_alive(process_id: int) -> bool:
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().split(")")[-1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

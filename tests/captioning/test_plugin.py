@@ -1,0 +1,69 @@
+"""Where models are found: local folders, the hub, and what stands in for a version."""
+
+import sys
+
+import pytest
+
+from captioning.plugin import MissingExtraError, ModelError, import_torch, locate, locate_file, torch_device
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub with one repository, owner/model, at commit abc123; anything else is not there."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    snapshot = tmp_path / "snapshots" / "abc123"
+    (snapshot / "models").mkdir(parents=True)
+    (snapshot / "models" / "head.pth").write_bytes(b"weights")
+
+    def snapshot_download(repository, *, revision, allow_patterns):
+        if (repository, revision) != ("owner/model", "main"):
+            raise OSError("404 not found\nmore")
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return snapshot
+
+
+def test_a_hub_models_revision_is_the_commit_that_its_branch_stands_for(hub):
+    assert locate("owner/model", revision="main", patterns=["*"]) == (hub, "abc123")
+    assert locate_file("owner/model/models/head.pth", revision="main") == (hub / "models" / "head.pth", "abc123")
+
+
+def test_what_the_hub_does_not_have_is_an_error_that_names_it(hub):
+    with pytest.raises(ModelError, match=r"owner/model@v2: no such folder here, .* \(404 not found\)"):
+        locate("owner/model", revision="v2", patterns=["*"])
+    with pytest.raises(ModelError, match=r"the repository has no file other\.pth"):
+        locate_file("owner/model/other.pth", revision="main")
+    with pytest.raises(ModelError, match="not a hub id OWNER/NAME"):
+        locate("demo/models/captioning/wd-tagger", revision="main", patterns=["*"])
+
+
+def test_a_local_folder_comes_before_the_hub_and_changes_with_its_bytes(tmp_path, monkeypatch):
+    folder = tmp_path / "owner" / "model"
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(b"one")
+    monkeypatch.chdir(tmp_path)
+
+    _, first = locate("owner/model", revision="main", patterns=["model.onnx"])
+    (folder / "model.onnx").write_bytes(b"two")
+    _, second = locate("owner/model", revision="main", patterns=["model.onnx"])
+
+    assert first.startswith("sha256:") and first != second
+    with pytest.raises(ModelError, match=r"holds none of \*\.csv"):
+        locate("owner/model", revision="main", patterns=["*.csv"])
+
+
+def test_a_device_that_torch_does_not_see_is_an_error():
+    torch = pytest.importorskip("torch")
+
+    assert torch_device("cpu") == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="sees no such device"):
+            torch_device("cuda")
+
+
+def test_a_missing_library_says_which_extra_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+    with pytest.raises(MissingExtraError, match=r"torch is not installed: run `pip install -e '\.\[caption,cpu\]'`"):
+        import_torch()
