@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from string import Formatter
 
@@ -274,12 +275,12 @@ class _Speller:
 
     def __init__(self, table: WordTable, rules: TagsConfig, tags: list[tuple[str, str]]) -> None:
         self._table = table
-        keep, drop = frozenset(rules.keep_underscores), frozenset(rules.drop_tags)
+        self._group_of = {category: self._place(group) for category, group in _GROUP_OF_CATEGORY.items()}
+        keep, drop = _frozen(rules.keep_underscores), frozenset(rules.drop_tags)
+        remove = rules.remove_underscores
 
         def spell(tag: str) -> int:
-            return table.word(
-                spell_tag(tag, remove_underscores=rules.remove_underscores, keep_underscores=keep) if tag else ""
-            )
+            return table.word(spell_tag(tag, remove_underscores=remove, keep_underscores=keep)) if tag else NO_WORD
 
         words, series_words, groups = [], [], []
         for tag, category in tags:
@@ -288,10 +289,10 @@ class _Speller:
                 name, series = expand_character(tag)
             else:
                 name = tag
-            is_dropped = tag in drop or category not in _GROUP_OF_CATEGORY
+            is_dropped = tag in drop or category not in self._group_of
             words.append(NO_WORD if is_dropped else spell(name))
             series_words.append(NO_WORD if is_dropped or series in drop else spell(series))
-            groups.append(self._group(category))
+            groups.append(self._group_of.get(category, -1))
         self._words = np.array(words, dtype=np.int64)
         self._series_words = np.array(series_words, dtype=np.int64)
         self._groups = np.array(groups, dtype=np.int64)
@@ -301,13 +302,18 @@ class _Speller:
         if not len(rows):
             return
         self._table.add(rows, self._words[numbers], groups=self._groups[numbers])
-        series_group = np.full(len(rows), self._group("copyright"), dtype=np.int64)
+        series_group = np.full(len(rows), self._group_of["copyright"], dtype=np.int64)
         self._table.add(rows, self._series_words[numbers], groups=series_group)
 
-    def _group(self, category: str) -> int:
-        group = _GROUP_OF_CATEGORY.get(category, "rest")
+    def _place(self, group: str) -> int:
         group = group if group in self._table.groups else "rest"
         return self._table.groups.index(group) if group in self._table.groups else -1
+
+
+@lru_cache(maxsize=8)
+def _frozen(tags: tuple[str, ...]) -> frozenset[str]:
+    """Return one and the same set for the same tags, so that remembered spellings are found by identity."""
+    return frozenset(tags)
 
 
 # --- what goes in ---

@@ -1,7 +1,7 @@
-"""How one tag is spelled in a caption. Pure functions on strings."""
+"""How one tag is spelled in a caption. Pure functions on strings, remembered: the same tags come in every part."""
 
 import re
-from collections.abc import Collection
+from functools import lru_cache
 
 _BREAKS = re.compile(r"[\s,]+")
 _SHORT_TAG = 3
@@ -12,7 +12,8 @@ def clean_word(text: str) -> str:
     return _BREAKS.sub(" ", text).strip()
 
 
-def spell_tag(tag: str, *, remove_underscores: bool, keep_underscores: Collection[str]) -> str:
+@lru_cache(maxsize=1 << 17)
+def spell_tag(tag: str, *, remove_underscores: bool, keep_underscores: frozenset[str]) -> str:
     """Return the tag as it stands in a caption.
 
     A tag of up to three characters keeps its underscore (`^_^`, `o_o`), as do those of `keep_underscores`.
@@ -22,6 +23,7 @@ def spell_tag(tag: str, *, remove_underscores: bool, keep_underscores: Collectio
     return clean_word(tag)
 
 
+@lru_cache(maxsize=1 << 17)
 def expand_character(tag: str) -> tuple[str, str]:
     """Return (character, series) of `name_(series)`, in underscore form; series is "" when there is none.
 

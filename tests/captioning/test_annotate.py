@@ -185,8 +185,8 @@ def test_neither_workers_nor_batches_nor_tasks_change_the_rows(lab, model_tables
 
     for path in lab.workspace.root.glob("annotations/*/part-*"):
         path.unlink()
-    for index in (1, 0):
-        annotate(config, lab.workspace, workers=1, part_index=index, num_parts=2)
+    annotate(config, lab.workspace, workers=0, part_index=1, num_parts=2)
+    annotate(config, lab.workspace, workers=1, part_index=0, num_parts=2)
     assert digests(lab) == expected
 
     for path in lab.workspace.root.glob("annotations/*/part-*"):

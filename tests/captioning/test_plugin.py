@@ -35,7 +35,7 @@ def test_what_the_hub_does_not_have_is_an_error_that_names_it(hub):
     with pytest.raises(ModelError, match=r"the repository has no file other\.pth"):
         locate_file("owner/model/other.pth", revision="main")
     with pytest.raises(ModelError, match="not a hub id OWNER/NAME"):
-        locate("demo/models/captioning/wd-tagger", revision="main", patterns=["*"])
+        locate("no/such/folder", revision="main", patterns=["*"])
 
 
 def test_a_local_folder_comes_before_the_hub_and_changes_with_its_bytes(tmp_path, monkeypatch):

@@ -23,15 +23,17 @@ from captioning.spelling import clean_word, expand_character, spell_tag
     ],
 )
 def test_underscores_become_spaces_but_not_in_faces(tag, expected):
-    assert spell_tag(tag, remove_underscores=True, keep_underscores=KAOMOJI) == expected
+    assert spell_tag(tag, remove_underscores=True, keep_underscores=frozenset(KAOMOJI)) == expected
 
 
 def test_every_face_of_the_list_survives():
-    assert [spell_tag(face, remove_underscores=True, keep_underscores=KAOMOJI) for face in KAOMOJI] == list(KAOMOJI)
+    assert [spell_tag(face, remove_underscores=True, keep_underscores=frozenset(KAOMOJI)) for face in KAOMOJI] == list(
+        KAOMOJI
+    )
 
 
 def test_underscores_stay_when_asked_to():
-    assert spell_tag("long_hair", remove_underscores=False, keep_underscores=()) == "long_hair"
+    assert spell_tag("long_hair", remove_underscores=False, keep_underscores=frozenset()) == "long_hair"
 
 
 @pytest.mark.parametrize(
