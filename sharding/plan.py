@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _KEY_BYTES = 16
 _SHOWN_KEYS = 20
+_BLOCK_ROWS = 500_000
 CURRENT = pa.schema([("key", pa.string()), ("dataset", pa.string()), ("period", pa.string())])
 """Columns of the kept keys as `plan_rows` takes them."""
 
@@ -112,7 +113,7 @@ def make_plan(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = Fa
     )
     planned = key_array(rows.column("key"))
     drops = _no_period_drops(workspace, without_period, planned)
-    num_removed = int((~np.isin(key_array(previous.column("key")), planned)).sum())
+    num_removed = int((~_is_in(key_array(previous.column("key")), planned)).sum())
     report = _report(
         previous, rows, drops.num_rows,
         num_removed=num_removed, vanished=_vanished(rows, current), is_unchanged=False,
@@ -146,6 +147,7 @@ def plan_rows(
     """
     keys = key_array(current.column("key"))
     _require_unique(keys)
+    pa.default_memory_pool().release_unused()
     previous_keys = key_array(previous.column("key"))
     previous_chunks = previous.column("chunk").to_numpy()
     is_fixed = np.zeros(len(previous_keys), dtype=bool)
@@ -162,7 +164,7 @@ def plan_rows(
             is_fixed |= in_dataset & ~in_last
             open_chunks[name] = last
 
-    is_free = ~np.isin(keys, previous_keys[is_fixed])
+    is_free = ~_is_in(keys, previous_keys[is_fixed])
     names, codes = _codes(current.column("dataset"))
     tables = [PLAN.empty_table()]
     for name in sorted({*previous_names, *names}):
@@ -184,7 +186,7 @@ def _training_order(
 ) -> np.ndarray[Any, Any]:
     """Return the shuffled order of `keys`; those in `stayed` keep their place in the first chunk, in a new order."""
     order = _order(keys, seed=seed, dataset=dataset)
-    by_age = np.lexsort((order, ~np.isin(keys, stayed)))
+    by_age = np.lexsort((order, ~_is_in(keys, stayed)))
     first = by_age[:chunk_size]
     return np.concatenate([first[np.argsort(order[first], kind="stable")], by_age[chunk_size:]])
 
@@ -235,6 +237,18 @@ def key_array(column: pa.ChunkedArray) -> np.ndarray[Any, Any]:
             for piece in pieces
         ]
     )
+
+
+def _is_in(keys: np.ndarray[Any, Any], among: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Tell for each key whether it stands in `among`; unlike `np.isin` with no more memory than a sorted copy."""
+    found = np.zeros(len(keys), dtype=bool)
+    if len(among):
+        ordered = np.sort(among)
+        for start in range(0, len(keys), _BLOCK_ROWS):
+            block = keys[start : start + _BLOCK_ROWS]
+            places = np.minimum(np.searchsorted(ordered, block), len(ordered) - 1)
+            found[start : start + _BLOCK_ROWS] = ordered[places] == block
+    return found
 
 
 def _require_unique(keys: np.ndarray[Any, Any]) -> None:
@@ -302,7 +316,7 @@ def _read_kept(config: DatasetConfig, workspace: Workspace) -> tuple[pa.Table, l
         datasets, periods = _file_under(config, pairs)
         table = pa.table([kept.column("key"), datasets, periods], schema=CURRENT)
         has_dataset = pc.not_equal(table.column("dataset"), "")
-        tables.append(table.filter(has_dataset))
+        tables.append(table.filter(has_dataset).combine_chunks())
         if tables[-1].num_rows < table.num_rows:
             without_period.append((part, table.filter(pc.invert(has_dataset)).select(["key"])))
     return pa.concat_tables(tables), without_period
@@ -336,7 +350,7 @@ def _no_period_drops(
 ) -> pa.Table:
     def rows() -> Iterator[dict[str, Any]]:
         for part, keys in without_period:
-            is_dropped = ~np.isin(key_array(keys.column("key")), planned)
+            is_dropped = ~_is_in(key_array(keys.column("key")), planned)
             dropped = keys.column("key").filter(pa.array(is_dropped))
             kept = read_part(part, ["key", "source", "path", "created_at"])
             kept = kept.filter(pc.is_in(kept.column("key"), value_set=dropped.combine_chunks()))
@@ -358,7 +372,7 @@ def _no_period_drops(
 
 def _vanished(plan: pa.Table, current: pa.Table) -> list[str]:
     keys = key_array(plan.column("key"))
-    gone = keys[~np.isin(keys, key_array(current.column("key")))]
+    gone = keys[~_is_in(keys, key_array(current.column("key")))]
     return [key.decode() for key in np.sort(gone)]
 
 
