@@ -9,6 +9,7 @@ What goes into a chunk is decided elsewhere (`plan`, `pack`, `combine`).
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -334,8 +335,11 @@ def seal(chunk: Chunk, run_id: str) -> None:
     """
     shard_folders = {chunk.shard_path(shard.path).parent for shard in chunk.info.shards}
     for folder in sorted({chunk.folder, *shard_folders}):
-        with contextlib.suppress(PermissionError):
+        try:
             (folder / f"{_SEAL}{run_id}").touch()
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
 
 
 def is_sealed(folder: Path) -> bool:
