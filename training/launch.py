@@ -8,19 +8,21 @@ Every rank runs this; only rank 0 writes. To resume, run the same command again.
 
 import logging
 import os
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 
 from sharding.chunk import Chunk
 from training.campaign import campaign_chunks, is_done, next_chunk, require_parent_done
 from training.config import FREE_KEYS, RunConfig
-from training.ledger import chunk_records
-from training.lock import RunLock
+from training.ledger import Ledger, chunk_records
+from training.lock import LockLostError, RunLock
 from training.run_dir import RunDir, freeze_config
 
 logger = logging.getLogger(__name__)
 
 DONE = 0
+_REASON_LENGTH = 500
 
 
 def launch(
@@ -58,38 +60,55 @@ def launch(
 
 
 def _train(config: RunConfig, run_dir: RunDir, chunk: Chunk, number: int, num_processes: int | None) -> int:
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    code = 1
-    with ExitStack() as stack:
-        ledger, guard = None, _no_guard
-        if is_main:
-            run_dir.root.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(RunLock.acquire(run_dir.lock_path))
-            stack.callback(lambda: run_dir.write_last_exit(code, chunk=chunk.name))
-            for key, change in freeze_config(
-                run_dir.config_path, config.model_dump(mode="json"), free=FREE_KEYS
-            ).items():
-                logger.info("%s: %s at the first launch, now %s (free to change)", key, change.was, change.now)
-            guard = lock.check
-            ledger = run_dir.open_ledger(guard=guard)
-            run_dir.clear_stop()
+    if int(os.environ.get("RANK", "0")) != 0:
+        return _run_session(config, run_dir, chunk, number, ledger=None, guard=_no_guard, num_processes=num_processes)
+    run_dir.root.mkdir(parents=True, exist_ok=True)
+    with RunLock.acquire(run_dir.lock_path) as lock:
+        code, ledger = 1, None
         try:
-            # torch is imported only now: a refused launch answers in a moment
-            from training.session import Session
-
-            session = Session(config, run_dir, chunk, number, ledger=ledger, guard=guard, num_processes=num_processes)
-            with closing(session):
-                code = session.run()
+            ledger = _open_run(config, run_dir, guard=lock.check)
+            code = _run_session(
+                config, run_dir, chunk, number, ledger=ledger, guard=lock.check, num_processes=num_processes
+            )
         except BaseException as error:
             from training.exit_codes import code_of
 
             code = code_of(error)
-            if ledger is not None and not isinstance(error, KeyboardInterrupt):
-                ledger.append(
-                    "failed", chunk=chunk.name, global_step=None, reason=f"{type(error).__name__}: {error}"[:500]
-                )
+            if ledger is not None and not isinstance(error, LockLostError):
+                reason = f"{type(error).__name__}: {error}"[:_REASON_LENGTH]
+                ledger.append("failed", chunk=chunk.name, global_step=None, reason=reason)
             raise
+        finally:
+            with suppress(LockLostError):  # then the file is another launch's
+                lock.check()
+                run_dir.write_last_exit(code, chunk=chunk.name)
     return code
+
+
+def _open_run(config: RunConfig, run_dir: RunDir, *, guard: Callable[[], None]) -> Ledger:
+    """Freeze the config, or compare with the frozen one; open the ledger; forget an old request to stop."""
+    changes = freeze_config(run_dir.config_path, config.model_dump(mode="json"), free=FREE_KEYS)
+    for key, change in changes.items():
+        logger.info("%s: %s at the first launch, now %s (free to change)", key, change.was, change.now)
+    run_dir.clear_stop()
+    return run_dir.open_ledger(guard=guard)
+
+
+def _run_session(
+    config: RunConfig,
+    run_dir: RunDir,
+    chunk: Chunk,
+    number: int,
+    *,
+    ledger: Ledger | None,
+    guard: Callable[[], None],
+    num_processes: int | None,
+) -> int:
+    from training.session import Session  # torch is imported only now: a refused launch answers in a moment
+
+    session = Session(config, run_dir, chunk, number, ledger=ledger, guard=guard, num_processes=num_processes)
+    with closing(session):
+        return session.run()
 
 
 def _no_guard() -> None:

@@ -210,7 +210,7 @@ def _advance(position: Position, step: Step, *, is_applied: bool, num_broken: in
         step=position.step + 1,
         global_step=position.global_step + 1,
         applied_updates=position.applied_updates + is_applied,
-        images_seen=position.images_seen + num_real,
+        images_seen=position.images_seen + (num_real if is_applied else 0),
         skipped_steps=position.skipped_steps + (not is_applied),
         broken_images=position.broken_images + num_broken,
         chunk_images_trained=position.chunk_images_trained + (num_real if is_applied else 0),

@@ -34,7 +34,7 @@ def make_optimizer(
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
-        return Adafactor(
+        adafactor: torch.optim.Optimizer = Adafactor(
             groups,
             lr=groups[0]["lr"],
             weight_decay=weight_decay,
@@ -42,6 +42,7 @@ def make_optimizer(
             relative_step=False,
             warmup_init=False,
         )
+        return adafactor
     raise ValueError(f"optimizer.name: {name!r} is not one of adamw, adafactor")
 
 

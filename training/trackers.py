@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -61,7 +61,9 @@ class WandB:
 
     name = "wandb"
 
-    def __init__(self, folder: Path, *, project: str, run_name: str, run_id: str, mode: str, config: Any) -> None:
+    def __init__(
+        self, folder: Path, *, project: str, run_name: str, run_id: str, mode: Literal["online", "offline"], config: Any
+    ) -> None:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,8 @@ class PlainEngine:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context that forward and loss run in."""
-        return self.accelerator.autocast()
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
+        return context
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add this micro-batch's gradients; on the last one of the step the sum over ranks is complete."""
@@ -54,7 +55,8 @@ class PlainEngine:
             for group in self._gradient_groups():
                 flat = torch.cat([gradient.reshape(-1) for gradient in group])
                 dist.all_reduce(flat)
-                for gradient, part in zip(group, flat.split([gradient.numel() for gradient in group]), strict=True):
+                parts = torch.split(flat, [gradient.numel() for gradient in group])
+                for gradient, part in zip(group, parts, strict=True):
                     gradient.copy_(part.view_as(gradient))
 
     def scale_gradients(self, factor: float) -> None:

@@ -46,7 +46,8 @@ class StageCModel(nn.Module):
         if self.text is not None:
             states = self.text(windows, mask)
         assert states is not None
-        return self.network(noised, r, *states)
+        predicted: Tensor = self.network(noised, r, *states)
+        return predicted
 
 
 class StageC:
@@ -73,7 +74,7 @@ class StageC:
                 f"stage_c.text_encoder gives states of width {text_width}, stage_c.network expects "
                 f"{network.config.c_clip_text}: {settings.text_encoder} and {settings.network} do not belong together"
             )
-        self._text = text.to(device)
+        self._text: TextConditioner = text.to(device)
         if settings.train_text_encoder and settings.gradient_checkpointing:
             text.text_model.gradient_checkpointing_enable({"use_reentrant": False})
         self._text.train(settings.train_text_encoder).requires_grad_(settings.train_text_encoder)
