@@ -9,7 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from captioning.config import CaptioningConfig
 from captioning.decode import UNREADABLE, Decoders, ImageTask, PreparedImage, default_workers
 from captioning.plugin import OK, Identity, ImageModel, Pixels, RecordModel, Row
-from captioning.registry import PLUGINS
+from captioning.registry import PLUGINS, ModelConfig
 from captioning.scorers.base import NOT_FINITE
 from captioning.scorers.date import NO_DATE
 from captioning.taggers.base import LABELS_FILE
@@ -176,7 +176,7 @@ class _Run:
         self.workspace = workspace
         self.num_workers = num_workers
         self.settings = {name: config.annotate.models[name] for name in chosen}
-        self.identities = {name: PLUGINS[it.kind].identify(it) for name, it in self.settings.items()}
+        self.identities = {name: _identify(it, config.annotate.min_side) for name, it in self.settings.items()}
         self.events = EventLog(workspace.events, stage="annotate")
         self.loaded: dict[str, ImageModel | RecordModel] = {}
         self.started = time.monotonic()
@@ -259,7 +259,8 @@ class _Run:
                     record = work.records.slice(place, 1).to_pylist()[0]
                     wanted = {name: it for name, it in preparers.items() if place in needed[name]}
                     path = self._root(record["source"], part) / record["path"]
-                    yield (work, place), ImageTask(record["key"], path, record["num_bytes"], wanted)
+                    min_side = self.config.annotate.min_side
+                    yield (work, place), ImageTask(record["key"], path, record["num_bytes"], wanted, min_side)
             yield (work, None), None
 
     def _take(self, work: _PartWork, place: int, prepared: PreparedImage, batchers: Mapping[str, _Batcher]) -> None:
@@ -325,6 +326,9 @@ class _Run:
     def _image_model(self, name: str) -> ImageModel:
         model = self._load(name)
         assert isinstance(model, ImageModel), name
+        min_side, needed = self.config.annotate.min_side, model.preparer.min_side
+        if min_side is not None and min_side < needed:
+            raise ConfigError(f"annotate.min_side: {min_side} is below the {needed} pixels that {name!r} looks at")
         return model
 
     def _write_labels(self) -> None:
@@ -389,6 +393,13 @@ def _chosen_models(config: CaptioningConfig, models: Sequence[str] | None) -> li
         if name not in known:
             raise ConfigError(f"model {name!r}: unknown; annotate.models has {', '.join(known)}")
     return list(known if models is None else dict.fromkeys(models))
+
+
+def _identify(settings: ModelConfig, min_side: int | None) -> Identity:
+    identity = PLUGINS[settings.kind].identify(settings)
+    if min_side is None or not identity.needs_image:
+        return identity
+    return replace(identity, preprocessing=f"{identity.preprocessing} min_side {min_side}")
 
 
 def _num_workers(config: CaptioningConfig, workers: int | None) -> int:

@@ -6,6 +6,7 @@ flight, so memory is bounded whichever side is slower. A worker that dies ends t
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,6 +41,8 @@ class ImageTask:
     """Size the scan saw; another size now means that the file is not the one with this key."""
     preparers: Mapping[str, Preparer]
     """By model."""
+    min_side: int | None = None
+    """As in `images.decode_rgb`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def prepare_image(task: ImageTask) -> PreparedImage:
     if len(data) != task.num_bytes:
         return PreparedImage("changed_since_scan", 0, detail=f"{len(data)} bytes, {task.num_bytes} when scanned")
     try:
-        image = images.decode_rgb(data)
+        image = images.decode_rgb(data, min_side=task.min_side)
     except images.ImageError as error:
         return PreparedImage(error.reason, 1, detail=error.detail)
     return PreparedImage(OK, 1, pixels={name: it.prepare(image) for name, it in task.preparers.items()})
@@ -126,11 +129,12 @@ def default_workers() -> int:
 
 
 def _end_with_parent() -> None:
-    """Make a worker end when its parent is killed; left alone it would wait for its next task for ever."""
+    """Make a worker end with its parent, and only then; left alone by a killed one it would wait for ever."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
     sentinel = parent.sentinel
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
 
     def watch() -> None:
         connection.wait([sentinel])

@@ -82,6 +82,11 @@ class Identity:
 class Preparer(Protocol):
     """Decoded image → the pixels a model sees. Runs in decode workers: picklable, and deterministic."""
 
+    @property
+    def min_side(self) -> int:
+        """Pixels that the shorter side of a picture must have, so that it is not enlarged."""
+        ...
+
     def prepare(self, image: Image.Image) -> Pixels:
         """Return (H, W, 3) uint8, the same H and W for every image; `image` is upright RGB and is not changed."""
         ...

@@ -73,6 +73,10 @@ class CentreCropPreparer:
         resized = image.resize(size, Image.Resampling.BICUBIC)
         return np.array(resized.crop((left, top, left + self.crop, top + self.crop)))
 
+    @property
+    def min_side(self) -> int:
+        return self.shortest
+
 
 class AesB32:
     """CLIP's vision tower and the head, loaded."""

@@ -59,6 +59,10 @@ class SquashPreparer:
         """Return (height, width, 3) uint8 RGB."""
         return np.array(image.resize((self.width, self.height), Image.Resampling(self.resample)))
 
+    @property
+    def min_side(self) -> int:
+        return max(self.width, self.height)
+
 
 class AestheticShadow:
     """A loaded classifier."""

@@ -54,13 +54,21 @@ class SquarePreparer:
         """Return (side, side, 3) uint8 BGR."""
         width, height = image.size
         longest = max(width, height)
+        if width > height:
+            # Pillow resizes rows first and columns of the result afterwards. White rows stay white in the first pass,
+            # so it can be done before they are added: same pixels, without a square of camera size.
+            image = image.resize((self.side, height), Image.Resampling.BICUBIC)
         if width != height:
-            square = Image.new("RGB", (longest, longest), (255, 255, 255))
-            square.paste(image, ((longest - width) // 2, (longest - height) // 2))
-            image = square
-        if longest != self.side:
+            padded = Image.new("RGB", (image.width if width > height else longest, longest), (255, 255, 255))
+            padded.paste(image, ((padded.width - image.width) // 2, (longest - height) // 2))
+            image = padded
+        if image.size != (self.side, self.side):
             image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
         return np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
+
+    @property
+    def min_side(self) -> int:
+        return self.side
 
 
 class WdTagger:

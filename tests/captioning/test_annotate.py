@@ -1,5 +1,6 @@
 """The annotate loop: one decode per image, resuming, broken images, workers that die."""
 
+import io
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from captioning import decode
 from captioning.annotate import BrokenFractionError, annotate
@@ -288,6 +290,26 @@ def test_huge_tiny_and_transparent_pictures_pass_through_every_model(lab, model_
     assert report.without_result == {} and report.num_decodes == 4
 
 
+def test_scaled_decoding_is_another_preprocessing_with_nearly_the_same_scores(lab, model_tables):
+    image = Image.open(io.BytesIO(lab.png(2000, 1500)))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    (row,) = lab.save(buffer.getvalue())
+    lab.keep([row])
+    annotate(lab.annotate_config(model_tables), lab.workspace)
+    full = {name: lab.rows(name)[row["key"]] for name in model_tables}
+    tables = {"models": model_tables, "workers": 0, "min_side": 256}
+
+    report = annotate(lab.config(annotate=tables), lab.workspace)
+
+    assert report.num_rows == {"wd": 1, "aesthetic": 1, "quality": 1, "date": 0}
+    for name in ("aesthetic", "quality"):
+        assert lab.rows(name)[row["key"]]["score"] == pytest.approx(full[name]["score"], abs=0.1)
+    assert part_metadata(part_path(lab, "wd"))["preprocessing"] == "wd/demo/1 min_side 256"
+    with pytest.raises(ConfigError, match="min_side: 200 is below the 224 pixels that 'quality' looks at"):
+        annotate(lab.config(annotate=tables | {"min_side": 200}), lab.workspace)
+
+
 def test_mistakes_are_named(lab, model_tables):
     lab.keep(lab.save(lab.png(64, 64)))
     with pytest.raises(ConfigError, match="model 'nope': unknown"):
@@ -313,6 +335,8 @@ def test_a_missing_runtime_says_which_extra_to_install(lab, model_tables, monkey
 
 class KillTheWorker:
     """A preparer that takes its process down, as the kernel does when memory runs out."""
+
+    min_side = 1
 
     def prepare(self, image):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -25,7 +25,22 @@ def square_by_hand(image, side):
     return np.asarray(resized)[..., ::-1]
 
 
-@pytest.mark.parametrize("size", [(64, 64), (640, 480), (301, 402), (1, 1), (3, 900), (4000, 1100), (64, 33)])
+@pytest.mark.parametrize(
+    "size",
+    [
+        (64, 64),
+        (640, 480),
+        (301, 402),
+        (1, 1),
+        (3, 900),
+        (4000, 1100),
+        (1100, 4000),
+        (64, 33),
+        (33, 64),
+        (65, 64),
+        (1999, 1000),
+    ],
+)
 def test_pixels_are_those_of_the_authors_demo(lab, size):
     image = decode_rgb(lab.png(*size, seed=size[0]))
 
