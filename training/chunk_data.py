@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
@@ -288,8 +289,8 @@ def make_loader(data: ChunkData, *, workers: int, prefetch: int = 2) -> DataLoad
 
     Workers are forked from a server that has imported this module, not from this process: forking one with CUDA and
     threads can deadlock, and spawning each one costs 2.5 s of imports. The first loader of a process pays those once,
-    in the background from this call on; later ones start in 0.05 s. They ignore SIGINT, SIGTERM and SIGUSR1/2, which
-    Slurm sends to every process of a job: only the training process decides when to stop.
+    in the background from this call on; later ones start in 0.05 s. SIGINT, SIGTERM and SIGUSR1/2, which Slurm
+    sends to every process of a job, do not end them: the training process alone decides when to stop.
     """
     return DataLoader(
         data,
@@ -306,10 +307,30 @@ def make_loader(data: ChunkData, *, workers: int, prefetch: int = 2) -> DataLoad
 
 
 def start_worker(worker: int) -> None:
-    """Prepare a worker process: one thread, deaf to the signals that ask a job to stop."""
+    """Prepare a worker process: one thread, deaf to stop signals that do not come from the training process."""
     torch.set_num_threads(1)
     for number in _STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_training_process, daemon=True).start()
+
+
+def _end_with_the_training_process() -> None:
+    """End this worker when its training process is gone or sends SIGTERM.
+
+    torch's own watch looks at the fork server, which lives as long as its workers: after a kill -9 of the training
+    process all would stay for ever. And were SIGTERM ignored altogether, a training process that exits would hang:
+    it ends its workers with one and then waits for them.
+    """
+    training_process = multiprocessing.parent_process()
+    assert training_process is not None
+    while training_process.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if received is not None and received.si_pid == training_process.pid:
+            break
+    os._exit(128 + signal.SIGTERM)
 
 
 def _worker_context() -> BaseContext:

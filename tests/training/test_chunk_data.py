@@ -3,7 +3,11 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -322,10 +326,54 @@ def test_stop_signals_do_not_end_workers_or_their_server(chunk, everything):
     server = forkserver._forkserver._forkserver_pid
     workers = [worker.pid for worker in batches._workers]
 
-    for pid in [server, *workers]:
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGUSR1)
+    # From another process, as Slurm would: from this one SIGTERM means "end".
+    for name in ("TERM", "USR1", "INT"):
+        subprocess.run(["kill", f"-{name}", *map(str, [server, *workers])], check=True)
     rest = list(batches)
 
     assert [content(batch) for batch in [first, *rest]] == [content(batch) for batch in everything]
     del batches, loader
+
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from training.batch_plan import make_batch_plan
+from training.buckets import BucketSettings
+from training.chunk_data import ChunkData, ChunkSource, make_loader
+from sharding.chunk import open_chunk
+
+if __name__ == "__main__":
+    chunk = open_chunk(Path(sys.argv[1]))
+    plan = make_batch_plan(chunk.read_index(), bucket_settings=BucketSettings(resolution_area=96 * 96, step=32),
+                           micro_batch_size=1, micro_batches_per_step=4, seed=5, epoch=0, chunk="newest/0000")
+    batches = iter(make_loader(ChunkData(ChunkSource.of_chunk(chunk), plan, rank=0, world_size=1), workers=2))
+    next(batches)
+    print(*[worker.pid for worker in batches._workers], flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), 9)
+    raise ValueError("stopped by an error while the loader is in use")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "sigtimedwait"), reason="the signals of Linux")
+@pytest.mark.parametrize("end", ["killed", "failed"])
+def test_workers_end_with_the_training_process_however_it_ends(chunk, tmp_path, end):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+
+    with (tmp_path / "stdout").open("w") as stdout:
+        subprocess.run(
+            [sys.executable, str(script), str(chunk.folder), end],
+            stdout=stdout, stderr=subprocess.DEVNULL, env=environment, cwd=root, timeout=60,
+        )  # fmt: skip
+
+    workers = [int(pid) for pid in (tmp_path / "stdout").read_text().split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
