@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("sharding", "captioning", "training", "scripts")
 SHARED = {"config", "schema", "tables", "chunk", "images", "files", "runlog"}
+HEAVY = {"torch", "transformers", "diffusers", "accelerate", "numba", "duckdb", "onnxruntime"}
 ALLOWED = {
     "sharding": {"sharding"},
     "captioning": {"sharding", "captioning"},
@@ -67,8 +68,7 @@ def test_help_imports_nothing_heavy(package):
     code = (
         f"import sys; sys.argv = ['x', '--help']; from {package}.cli import main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'diffusers', 'accelerate', 'numba', 'duckdb', 'onnxruntime'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        f"heavy = {HEAVY} & set(sys.modules)\nassert not heavy, heavy"
     )
 
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
