@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.files import replacing, sha256_file, write_json
+from sharding.files import replacing, sha256_file, temporary_name, write_json
 from sharding.schema import INDEX, SCHEMA_VERSION
 from sharding.tables import schema_mismatch
 
@@ -31,6 +31,7 @@ _SEAL = "trained-by-"
 _DIGEST_LENGTH = 12
 _TAR_BLOCK = 512
 _TAR_RECORD = 10_240
+_REMAKE = "delete it and run `python -m sharding pack` (`combine` for a combined chunk)"
 
 
 class ChunkError(ValueError):
@@ -125,12 +126,14 @@ def read_index(path: Path, *, expected_sha256: str | None = None) -> pa.Table:
     """Read an index file, checked against its hash when one is given. Raises ChunkError."""
     try:
         if expected_sha256 is not None and (actual := sha256_file(path)) != expected_sha256:
-            raise ChunkError(f"{path}: damaged: SHA-256 {actual[:12]}…, chunk.json says {expected_sha256[:12]}…")
+            raise ChunkError(
+                f"{path}: damaged: SHA-256 {actual[:12]}…, chunk.json says {expected_sha256[:12]}…; {_REMAKE}"
+            )
         table = pq.read_table(path, partitioning=None)
     except FileNotFoundError as error:
-        raise ChunkError(f"{path}: the index is missing; pack the chunk again") from error
+        raise ChunkError(f"{path}: the index is missing; run `python -m sharding pack`") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise ChunkError(f"{path}: not a readable index ({error}); pack the chunk again") from error
+        raise ChunkError(f"{path}: not a readable index ({error}); {_REMAKE}") from error
     if difference := schema_mismatch(table, INDEX):
         raise ChunkError(f"{path}: not an index of this version: {difference}")
     return table
@@ -162,6 +165,32 @@ def _has_size(path: Path, num_bytes: int) -> bool:
         return False
 
 
+def chunk_name(dataset: str, number: int) -> str:
+    """Return a chunk's name, which is its folder relative to chunks/: `newest/0004`."""
+    return f"{dataset}/{number:04d}"
+
+
+def name_of(folder: Path) -> str:
+    """Return the name of the chunk in `folder`."""
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def chunk_folders(root: Path) -> list[Path]:
+    """Return the folders DATASET/0000 under `root` that hold a chunk.json, by name, without opening any."""
+    return [path.parent for path in sorted(root.glob(f"*/*/{CHUNK_JSON}"))]
+
+
+def damaged_files(chunk: Chunk) -> list[str]:
+    """Return which of the index and the shards that chunk.json names are missing, or (shards) of another size.
+
+    Cheap enough to ask of every chunk; damage that keeps the size is found by `verify`.
+    """
+    damaged = [
+        shard.path for shard in chunk.info.shards if not _has_size(chunk.shard_path(shard.path), shard.num_bytes)
+    ]
+    return damaged if chunk.index_path.is_file() else [chunk.info.index, *damaged]
+
+
 def captions_digest(keys: Iterable[str], captions: Iterable[str]) -> str:
     """Return the SHA-256 over keys and captions in order."""
     digest = hashlib.sha256()
@@ -186,19 +215,19 @@ def load_chunk(folder: Path) -> Chunk:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = [chunk.name for chunk in list_chunks(folder.parent.parent)][:5] if folder.parent.parent.is_dir() else []
-        hint = f"; there are {', '.join(near)} …" if near else "; pack it first"
-        raise ChunkError(f"chunk {folder.parent.name}/{folder.name}: no {CHUNK_JSON} in {folder}{hint}") from None
+        others = [name_of(other) for other in chunk_folders(folder.parent.parent)]
+        hint = f"there are {', '.join(others[:5])}{' …' if len(others) > 5 else ''}" if others else "pack it first"
+        raise ChunkError(f"chunk {name_of(folder)}: no {CHUNK_JSON} in {folder}; {hint}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ChunkError(f"{path}: not valid JSON ({error}); pack the chunk again") from error
+        raise ChunkError(f"{path}: not valid JSON ({error}); {_REMAKE}") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
-        raise ChunkError(f"{path}: schema version {version!r}, this program reads {SCHEMA_VERSION}; pack it again")
+        raise ChunkError(f"{path}: schema version {version!r}, this program reads {SCHEMA_VERSION}; {_REMAKE}")
     try:
         shards = tuple(ShardFile(**shard) for shard in raw.pop("shards"))
         return Chunk(folder, ChunkInfo(shards=shards, **raw))
     except (TypeError, KeyError) as error:
-        raise ChunkError(f"{path}: {error}; pack the chunk again") from error
+        raise ChunkError(f"{path}: {error}; {_REMAKE}") from error
 
 
 def list_chunks(root: Path) -> list[Chunk]:
@@ -206,9 +235,7 @@ def list_chunks(root: Path) -> list[Chunk]:
 
     Stale combined chunks are listed; reading their index is refused.
     """
-    if not root.is_dir():
-        return []
-    return [load_chunk(path.parent) for path in sorted(root.glob(f"*/*/{CHUNK_JSON}"))]
+    return [load_chunk(folder) for folder in chunk_folders(root)]
 
 
 def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[ShardFile, list[dict[str, Any]]]:
@@ -223,7 +250,7 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[S
     seen: set[str] = set()
     placeholder = folder / f"shard-{number:05d}.tar"
     with contextlib.ExitStack() as stack:
-        temporary = placeholder.with_name(f"{placeholder.name}.partial-{os.getpid()}")
+        temporary = temporary_name(placeholder)
         folder.mkdir(parents=True, exist_ok=True)
         stack.callback(temporary.unlink, missing_ok=True)
         position = 0

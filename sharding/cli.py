@@ -66,23 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _exit_code(error: Exception) -> int:
-    from sharding import pack, scan
+    """Log an error that a user or a file has caused in one line and return its exit code."""
     from sharding.chunk import ChunkError
-    from sharding.files import DiskFullError
+    from sharding.images import BrokenFractionError
     from sharding.tables import DamagedPartError
 
-    if isinstance(error, (ChunkError, DamagedPartError, pack.BrokenFractionError, scan.BrokenFractionError)):
-        logger.error("%s", error)
+    place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+    logger.error("%s%s", place, error.strerror if isinstance(error, OSError) and error.strerror else error)
+    logger.debug("where", exc_info=error)
+    if isinstance(error, (ChunkError, DamagedPartError, BrokenFractionError)):
         return BAD_DATA
-    if isinstance(error, DiskFullError):
-        logger.error("%s", error.strerror or error)
-        return FAILED
-    if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError)):
-        logger.error("%s", error)
-        logger.debug("where", exc_info=error)
-        return BAD_USAGE
-    logger.error("%s", error, exc_info=error)
-    return FAILED
+    return BAD_USAGE if isinstance(error, (ValueError, FileNotFoundError, NotADirectoryError)) else FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,7 +126,7 @@ def _run(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, DatasetConfig, options.overrides)
     workspace = Workspace(options.workspace if options.workspace is not None else Path("workspace") / config.name)
-    if options.command not in ("scan",) and not workspace.root.is_dir():
+    if options.command != "scan" and not workspace.root.is_dir():
         raise FileNotFoundError(f"{workspace.root}: no such workspace; run `python -m sharding scan` first")
     if options.command == "verify":
         return _verify(workspace, options)
@@ -143,7 +137,7 @@ def _run(options: argparse.Namespace) -> int:
         print(_json([asdict(facts) | {"fate": facts.fate} for facts in found]) if options.json else render_keys(found))
         return DONE
     report = _stage(config, workspace, options)
-    print(_json(_values(report)) if options.json else _summary(report))
+    print(_json(_values(report)) if options.json else report.summary())
     if options.command == "report" and not report.adds_up:
         return BAD_DATA
     return DONE
@@ -187,12 +181,6 @@ def _verify(workspace: "Workspace", options: argparse.Namespace) -> int:
     else:
         print("\n".join(str(problem) for problem in problems) or "no problems")
     return BAD_DATA if problems else DONE
-
-
-def _summary(report: Any) -> str:
-    if hasattr(report, "summary"):
-        return str(report.summary())
-    return "\n".join(f"{name}: {value}" for name, value in _values(report).items())
 
 
 def _values(report: Any) -> dict[str, Any]:

@@ -23,7 +23,9 @@ from sharding.chunk import (
     Sample,
     ShardFile,
     captions_digest,
+    chunk_name,
     commit_chunk,
+    damaged_files,
     is_sealed,
     iterate_rows,
     list_chunks,
@@ -32,7 +34,6 @@ from sharding.chunk import (
 )  # fmt: skip
 from sharding.config import DatasetConfig
 from sharding.files import digest_of, require_free_bytes
-from sharding.plan import chunk_name
 from sharding.runlog import EventLog
 from sharding.schema import INDEX, PLAN, Workspace
 from sharding.tables import read_parts
@@ -122,7 +123,7 @@ def combine(
         first_mixture = first_mixture or wave.fractions()
         if wave.state == "written":
             made_from = _made_from(config, members, materialize=materialize)
-            if all(name in old and old[name].info.made_from == made_from for name in wave.chunks):
+            if all(name in old and _is_current(old[name], made_from) for name in wave.chunks):
                 wave = replace(wave, state="current")
             elif not dry_run:
                 _write_wave(config, workspace, wave.chunks, members, made_from=made_from, materialize=materialize)
@@ -134,6 +135,10 @@ def combine(
         for name in removed:
             shutil.rmtree(old[name].folder)
     return CombineReport(tuple(waves), tuple(removed), is_dry_run=dry_run)
+
+
+def _is_current(chunk: Chunk, made_from: str) -> bool:
+    return chunk.info.made_from == made_from and not damaged_files(chunk)
 
 
 def _planned(workspace: Workspace) -> set[str]:

@@ -44,6 +44,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such config file; presets are in configs/") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def parse_config(

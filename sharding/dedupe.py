@@ -19,11 +19,13 @@ import pyarrow.compute as pc
 
 from sharding.config import DatasetConfig
 from sharding.files import digest_of, remove_temporaries
+from sharding.images import LOSSLESS_FORMATS
 from sharding.inherit import Inheritance, collect_inheritances, with_inheritances
 from sharding.keepers import RULES, Candidates, Decision, decide
 from sharding.runlog import EventLog
-from sharding.schema import DROPS, GROUPS, MANIFEST, Workspace
+from sharding.schema import DROPS, GROUPS, MANIFEST, Workspace, drop_row
 from sharding.tables import (
+    DamagedPartError,
     is_current,
     list_parts,
     part_metadata,
@@ -40,7 +42,6 @@ DEDUPE_VERSION = 1
 """Raised when the code would decide otherwise on the same manifest."""
 
 _COLUMNS = ("key", "sha256", "source", "path", "num_bytes", "format", "width", "height", "created_at", "phash")
-_LOSSLESS_FORMATS = ("png", "gif", "bmp", "tiff")
 _NO_DATE = np.iinfo(np.int64).max
 
 
@@ -69,6 +70,28 @@ class DedupeReport:
     is_current: bool
     """Nothing had changed; nothing was decided anew."""
     is_dry_run: bool
+
+    def summary(self) -> str:
+        """Return the sum, the drops by reason and what was written."""
+        num_dropped = self.num_identical + self.num_near
+        lines = [
+            f"{self.num_files:,} files: {self.num_kept:,} kept, {num_dropped:,} dropped in {self.num_groups:,} groups"
+        ]
+        reasons = {
+            "identical_bytes": self.num_identical,
+            "near_duplicate": self.num_near - self.num_planned_over_better,
+            "better_copy_of_planned": self.num_planned_over_better,
+        }
+        lines += [f"  {count:,} {reason}" for reason, count in reasons.items() if count]
+        if self.num_degenerate:
+            lines.append(f"{self.num_degenerate:,} pictures are nearly flat and were not compared")
+        if self.is_current:
+            lines.append("everything is current")
+        elif self.is_dry_run:
+            lines.append("nothing was written (--dry-run)")
+        else:
+            lines.append(f"{self.parts_made:,} parts of dedupe/kept written, the others are current")
+        return "\n".join(lines)
 
 
 def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False) -> DedupeReport:
@@ -154,7 +177,7 @@ def _made_from(config: DatasetConfig, parts: list[Path], planned: list[str]) -> 
 
 
 def _kept_digest(workspace: Workspace, parts: list[Path]) -> str:
-    """Digest of which kept parts there are and what each was made from: one that changed alone is noticed."""
+    """Return a digest of which kept parts there are and what each was made from; a part that changed is noticed."""
     folder = workspace.kept
     return digest_of([[part.name, part_metadata(folder / part.name).get("made_from")] for part in parts])
 
@@ -169,7 +192,10 @@ def _current_report(
     if [part.name for part in list_parts(workspace.kept)] != names:
         return None
     facts = part_metadata(groups)
-    if facts.get("kept_digest") != _kept_digest(workspace, parts):
+    try:
+        if facts.get("kept_digest") != _kept_digest(workspace, parts):
+            return None
+    except DamagedPartError:
         return None
     counts = {name: int(value) for name, value in facts.items() if name.startswith("num_")}
     return DedupeReport(**counts, parts_made=0, is_current=True, is_dry_run=dry_run)
@@ -215,7 +241,7 @@ def _candidates(config: DatasetConfig, table: pa.Table, planned: list[str]) -> C
         is_planned=pc.is_in(keys, value_set=pa.array(planned, pa.string())).to_numpy(),
         priority=by_code[sources.indices.to_numpy()] if len(table) else np.empty(0, np.int64),
         pixels=table.column("width").to_numpy().astype(np.int64) * table.column("height").to_numpy(),
-        lossless=pc.is_in(table.column("format"), value_set=pa.array(_LOSSLESS_FORMATS)).to_numpy(),
+        lossless=pc.is_in(table.column("format"), value_set=pa.array(LOSSLESS_FORMATS)).to_numpy(),
         bytes=table.column("num_bytes").to_numpy(),
         date=dates,
     )
@@ -290,21 +316,18 @@ def _write_kept(
 def _drops_table(table: pa.Table, candidates: Candidates, decision: Decision) -> pa.Table:
     dropped = np.nonzero(decision.keeper != np.arange(len(decision.keeper)))[0]
     keepers = decision.keeper[dropped]
-    rows = table.select(["key", "source", "path", "width", "height", "format", "num_bytes"]).take(dropped).to_pylist()
-    kept = table.select(["key", "source", "path", "width", "height", "format", "num_bytes"]).take(keepers).to_pylist()
+    described = table.select(["key", "source", "path", "width", "height", "format", "num_bytes"])
+    rows, kept = described.take(dropped).to_pylist(), described.take(keepers).to_pylist()
     return pa.Table.from_pylist(
         [
-            {
-                "key": row["key"],
-                "source": row["source"],
-                "path": row["path"],
-                "stage": "dedupe",
-                "reason": _reason(RULES[rule], row["key"] == keeper["key"]),
-                "kept_key": keeper["key"],
-                "distance": int(distance),
-                "detail": f"{RULES[rule]}: {_describe(row)}; kept {keeper['source']}/{keeper['path']} "
-                f"{_describe(keeper)}",
-            }
+            drop_row(
+                row,
+                stage="dedupe",
+                reason=_reason(RULES[rule], row["key"] == keeper["key"]),
+                kept_key=keeper["key"],
+                distance=int(distance),
+                detail=f"{RULES[rule]}: {_describe(row)}; kept {keeper['source']}/{keeper['path']} {_describe(keeper)}",
+            )
             for row, keeper, rule, distance in zip(
                 rows, kept, decision.rule[dropped], decision.distance[dropped], strict=True
             )

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -35,8 +36,11 @@ def fsync_folder(folder: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """Return the name that `path` is written under until it is complete; unique to this process."""
-    return path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}")
+    """Return the name that `path` is written under until it is complete; no other writer gets the same one.
+
+    Random, because tasks on different machines share folders and may have the same process id.
+    """
+    return path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
 
 
 @contextmanager
@@ -90,15 +94,20 @@ def remove_temporaries(folder: Path, *, min_age_seconds: float = 0.0) -> list[Pa
 
     Only the owner of a folder may call this without an age: another live writer's temporary file would go too.
     """
-    oldest = time.time() - min_age_seconds
-    left_over = sorted(folder.glob(f"*{TEMPORARY_MARK}*")) if folder.is_dir() else []
-    left_over = [path for path in left_over if min_age_seconds <= 0 or path.stat().st_mtime < oldest]
-    for path in left_over:
+    removed = []
+    for path in sorted(folder.glob(f"*{TEMPORARY_MARK}*")) if folder.is_dir() else []:
+        try:
+            age_seconds = time.time() - path.stat().st_mtime
+        except FileNotFoundError:
+            continue  # its writer has just finished it
+        if min_age_seconds > 0 and age_seconds <= min_age_seconds:
+            continue
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    return left_over
+        removed.append(path)
+    return removed
 
 
 def sha256_file(path: Path) -> str:

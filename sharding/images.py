@@ -22,11 +22,13 @@ EXTENSIONS = (
     ".tif", ".tiff",
 )  # fmt: skip
 MAX_PIXELS = 200_000_000
+LOSSLESS_FORMATS = ("png", "gif", "bmp", "tiff")
+
+_MIN_IMAGES_TO_JUDGE = 20
 
 # Pillow opens MPO as JPEG; "MPO" itself is no opener and naming it breaks every format after it.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JXL", "GIF", "BMP", "DIB", "TIFF")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"\0\0\0\x0cJXL ")
-_LOSSLESS = ("png", "gif", "bmp", "tiff")
 _ORIENTATION = 0x0112
 _DATE_TIME_ORIGINAL = 0x9003
 _DATE_TIME = 0x0132
@@ -49,6 +51,18 @@ class ImageError(ValueError):
         return (type(self), (self.reason, self.detail))
 
 
+class BrokenFractionError(ValueError):
+    """More images are broken than `max_broken_fraction` allows; the message has counts and the first reasons."""
+
+
+def is_too_broken(num_broken: int, num_images: int, *, max_broken_fraction: float) -> bool:
+    """Tell whether a stage must stop because too large a share of its images is broken.
+
+    Fewer than 20 images are judged as if they were 20: one broken file of two says nothing about a source.
+    """
+    return num_broken > max_broken_fraction * max(num_images, _MIN_IMAGES_TO_JUDGE)
+
+
 @dataclass(frozen=True)
 class ImageFacts:
     """What the header says. width, height: pixels after EXIF rotation."""
@@ -66,7 +80,7 @@ class ImageFacts:
 
     @property
     def is_lossless(self) -> bool:
-        return self.format in _LOSSLESS
+        return self.format in LOSSLESS_FORMATS
 
 
 def probe(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFacts:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from sharding.phash import are_degenerate
+
 RULES = ("exact", "planned", "priority", "pixels", "lossless", "bytes", "date", "key")
 """What can decide; `Decision.rule` holds positions in it."""
 
@@ -65,7 +67,7 @@ def decide(candidates: Candidates, *, radius: int, max_diameter: int, order: Seq
     survivors = np.sort(survivors)
     criteria = _criteria(candidates, order)[:, survivors]
     hashes = candidates.phash[survivors]
-    comparable = ~_is_degenerate(hashes)
+    comparable = ~are_degenerate(hashes)
     component = _components(hashes, comparable, radius)
     near_keeper, near_distance, near_rule = _cut_components(component, criteria, hashes, max_diameter, order)
     changed = near_rule >= 0
@@ -93,14 +95,6 @@ def _criteria(candidates: Candidates, order: Sequence[str]) -> npt.NDArray[np.in
     }
     rows = [-candidates.is_planned.astype(np.int64), *(columns[name] for name in (*order, "key"))]
     return np.stack(rows)
-
-
-def _is_degenerate(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    """The rule of phash.is_degenerate for many hashes at once."""
-    num_bits = 64 * hashes.shape[1]
-    num_ones = np.bitwise_count(hashes).sum(axis=1, dtype=np.int64)
-    result: npt.NDArray[np.bool_] = np.minimum(num_ones, num_bits - num_ones) * 32 < num_bits
-    return result
 
 
 def _components(

@@ -6,10 +6,8 @@ when several tasks freeze at once. Nothing here opens a picture.
 
 import logging
 import os
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,17 +154,20 @@ def extend_listing(listing: Path, rows: Iterable[Row], part_size: int) -> int:
     Tasks that do this at once do not disturb each other: part n is written only by who has seen all parts before it,
     and only if no other has written it meanwhile; then the rest is looked at again.
     """
-    seen = list_parts(listing)
-    new = _without(rows, seen)
+    # Parts are looked up one by one: reading a folder that grows meanwhile may show a part and not the one before it.
+    num_seen = 0
+    while (listing / part_name(num_seen)).exists():
+        num_seen += 1
+    new = _without(rows, [listing / part_name(number) for number in range(num_seen)])
     num_added = 0
     while new:
-        path = listing / part_name(len(seen))
+        path = listing / part_name(num_seen)
         if _write_exclusively(path, new[:part_size]):
             num_added += len(new[:part_size])
             new = new[part_size:]
         else:
             new = _without(new, [path])
-        seen.append(path)
+        num_seen += 1
     if not is_frozen(listing):
         write_json(listing / _FROZEN, {"part_size": part_size})
     return num_added
@@ -180,23 +181,16 @@ def is_frozen(listing: Path) -> bool:
 def _write_exclusively(path: Path, rows: list[Row]) -> bool:
     columns = list(zip(*rows, strict=True))
     table = pa.table([pa.array(column, field.type) for column, field in zip(columns, LISTING, strict=True)], LISTING)
-    with _temporary(path) as temporary:
-        write_part(temporary, table, made_from=digest_of(rows))
-        try:
-            os.link(temporary, path)  # unlike a rename, this fails when another task was first
-        except FileExistsError:
-            return False
+    temporary = temporary_name(path)
+    write_part(temporary, table, made_from=digest_of(rows))
+    try:
+        os.link(temporary, path)  # unlike a rename, this fails when another task was first
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
     fsync_folder(path.parent)
     return True
-
-
-@contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f"{temporary_name(path).name}-{threading.get_ident()}")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_listing(part: Path) -> list[Row]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from sharding.chunk import Sample, ShardFile, write_shard
 from sharding.files import sha256_file
 from sharding.images import ImageError, decode_rgb, encode_jpeg, encode_png, probe
-from sharding.schema import DROPS, INDEX, SCHEMA_VERSION, TAG_CATEGORIES
+from sharding.schema import DROPS, INDEX, SCHEMA_VERSION, TAG_CATEGORIES, drop_row
 from sharding.tables import is_current, part_metadata, read_part, write_part
 
 BUILDING = ".building"
@@ -118,21 +118,7 @@ def _samples(task: ShardTask, drops: list[dict[str, Any]]) -> Iterator[Sample]:
         try:
             yield _sample(row, task)
         except ImageError as error:
-            drops.append(drop_row(row["key"], row["source"], row["path"], error.reason, error.detail))
-
-
-def drop_row(key: str, source: str, path: str, reason: str, detail: str) -> dict[str, Any]:
-    """Return a DROPS row of stage pack."""
-    return {
-        "key": key,
-        "source": source,
-        "path": path,
-        "stage": "pack",
-        "reason": reason,
-        "kept_key": "",
-        "distance": None,
-        "detail": detail,
-    }
+            drops.append(drop_row(row, stage="pack", reason=error.reason, detail=error.detail))
 
 
 def _sample(row: Mapping[str, Any], task: ShardTask) -> Sample:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 Algorithm = Literal["phash", "dhash", "average_hash", "whash"]
@@ -60,18 +61,12 @@ def is_flat(image: Image.Image) -> bool:
     return highest - lowest <= _FLAT_RANGE
 
 
-def is_degenerate(hash_bytes: bytes) -> bool:
-    """Tell whether a hash says nothing: absent, or fewer than 1 in 32 bits differ from all zero or all one.
+def are_degenerate(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Tell for each hash whether it says nothing: fewer than 1 in 32 bits differ from all zero or all one.
 
-    Such pictures are flat but for a detail, and would all be duplicates of each other.
+    hashes: (N, words). Such pictures are flat but for a detail, and would all be duplicates of each other.
     """
-    num_bits = 8 * len(hash_bytes)
-    num_ones = int.from_bytes(hash_bytes, "big").bit_count()
-    return min(num_ones, num_bits - num_ones) * 32 < num_bits or num_bits == 0
-
-
-def hamming(left: bytes, right: bytes) -> int:
-    """Return the number of bits in which two hashes of the same length differ. Raises ValueError otherwise."""
-    if len(left) != len(right):
-        raise ValueError(f"hashes of {8 * len(left)} and {8 * len(right)} bits cannot be compared")
-    return (int.from_bytes(left, "big") ^ int.from_bytes(right, "big")).bit_count()
+    num_bits = 64 * hashes.shape[1]
+    num_ones = np.bitwise_count(hashes).sum(axis=1, dtype=np.int64)
+    result: npt.NDArray[np.bool_] = np.minimum(num_ones, num_bits - num_ones) * 32 < num_bits
+    return result

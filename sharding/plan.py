@@ -21,7 +21,7 @@ from sharding.chunk import is_sealed
 from sharding.config import DatasetConfig
 from sharding.files import digest_of
 from sharding.runlog import EventLog
-from sharding.schema import DROPS, PLAN, Workspace
+from sharding.schema import DROPS, PLAN, Workspace, drop_row
 from sharding.tables import is_current, list_parts, part_metadata, part_name, read_part, read_parts, write_part
 
 logger = logging.getLogger(__name__)
@@ -197,11 +197,6 @@ def sealed_chunks(workspace: Workspace) -> set[tuple[str, int]]:
     return {(folder.parent.name, int(folder.name)) for folder in folders if is_sealed(folder)}
 
 
-def chunk_name(dataset: str, chunk: int) -> str:
-    """Return a chunk's name, which is its folder relative to chunks/: `newest/0004`."""
-    return f"{dataset}/{chunk:04d}"
-
-
 def _cut(rows: pa.Table, *, chunk_size: int, first_chunk: int) -> pa.Table:
     numbers = np.arange(rows.num_rows)
     columns: dict[str, Any] = {
@@ -356,16 +351,8 @@ def _no_period_drops(
             kept = kept.filter(pc.is_in(kept.column("key"), value_set=dropped.combine_chunks()))
             for row in kept.to_pylist():
                 date = row["created_at"]
-                yield {
-                    "key": row["key"],
-                    "source": row["source"],
-                    "path": row["path"],
-                    "stage": "plan",
-                    "reason": "no_period",
-                    "kept_key": "",
-                    "distance": None,
-                    "detail": "no date is known" if date is None else f"no period holds the year {date.year}",
-                }
+                detail = "no date is known" if date is None else f"no period holds the year {date.year}"
+                yield drop_row(row, stage="plan", reason="no_period", detail=detail)
 
     return pa.Table.from_pylist(list(rows()), schema=DROPS)
 

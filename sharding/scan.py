@@ -7,7 +7,6 @@ read once, in worker processes (`record`). What belongs to which command line is
 """
 
 import logging
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,27 +21,22 @@ import pyarrow.compute as pc
 
 from sharding.config import DatasetConfig
 from sharding.files import digest_of, remove_temporaries
+from sharding.images import BrokenFractionError, is_too_broken
 from sharding.listing import Found, Row, check_roots, extend_listing, find_images, is_frozen, read_listing, unlisted
 from sharding.metadata import sidecar_paths
 from sharding.record import BROKEN, FileTask, Rules, make_record
 from sharding.runlog import EventLog, Progress
 from sharding.schema import MANIFEST, Workspace
 from sharding.tables import is_current, list_parts, owned_parts, read_part, write_part
+from sharding.workers import make_pool
 
 logger = logging.getLogger(__name__)
 
 SCAN_VERSION = 1
 """Raised when the code would make other rows from the same files."""
 
-MIN_FILES_TO_JUDGE = 20
-"""Fewer files than this are never called too broken."""
-
 _FILES_PER_BATCH = 16
 _LEFT_OVER_SECONDS = 3600.0  # another task may be writing; none takes that long for one part's file
-
-
-class BrokenFractionError(ValueError):
-    """More than `max_broken_fraction` of the files are broken; the manifest says which."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +58,23 @@ class ScanReport:
     """What could not be listed, one line each."""
     is_dry_run: bool
 
+    def summary(self) -> str:
+        """Return the sum, the drops by reason, what was done and what could not be listed."""
+        num_kept = self.status_counts.get("kept", 0)
+        lines = [f"{self.num_files:,} files: {num_kept:,} kept, {self.num_files - num_kept:,} dropped"]
+        lines += [f"  {count:,} {status}" for status, count in self.status_counts.items() if status != "kept"]
+        made, listed = ("would be made", "would be listed") if self.is_dry_run else ("made", "listed")
+        lines.append(f"{self.parts_made:,} parts {made}, {self.parts_current:,} current")
+        if self.num_new_files:
+            lines.append(f"{self.num_new_files:,} new files {listed}")
+        if self.num_other_files:
+            lines.append(f"{self.num_other_files:,} other files are neither pictures nor sidecars")
+        if self.num_linked_files:
+            lines.append(f"{self.num_linked_files:,} links to files that are listed already")
+        if self.problems:
+            lines.append(f"{len(self.problems):,} could not be listed, first {self.problems[0]}")
+        return "\n".join(lines)
+
 
 def scan(
     config: DatasetConfig,
@@ -80,8 +91,8 @@ def scan(
     sources are walked for new files unless this is a later task of several and the listing exists.
 
     Raises FileNotFoundError for a missing source folder before anything is written, ValueError for a part_index out
-    of range, and BrokenFractionError, after all parts are written, when more than config.max_broken_fraction of this
-    task's files are undecodable, not_an_image, empty_file or unreadable (judged from MIN_FILES_TO_JUDGE files on).
+    of range, and BrokenFractionError, after all parts are written, when `is_too_broken` says so of this task's files
+    that are undecodable, not_an_image, empty_file or unreadable.
     """
     owned_parts([], part_index, num_parts)  # refuses a wrong share before any work
     events = EventLog(workspace.events, stage="scan")
@@ -214,7 +225,7 @@ def _count(table: pa.Table, counts: Counter[str], broken_keys: list[str]) -> Non
 def _refuse_broken(config: DatasetConfig, counts: Counter[str], broken_keys: Sequence[str]) -> None:
     num_files = sum(counts.values())
     num_broken = sum(counts[status] for status in BROKEN)
-    if num_files < MIN_FILES_TO_JUDGE or num_broken <= config.max_broken_fraction * num_files:
+    if not is_too_broken(num_broken, num_files, max_broken_fraction=config.max_broken_fraction):
         return
     by_reason = ", ".join(f"{counts[status]:,} {status}" for status in BROKEN if counts[status])
     raise BrokenFractionError(
@@ -235,8 +246,6 @@ class _Workers:
     """Makes records in order, in processes or (workers = 0) here. A file that kills its process costs only itself."""
 
     def __init__(self, workers: int, rules: Rules) -> None:
-        if workers < 0:
-            raise ValueError(f"--workers must not be negative, got {workers}")
         self.workers = workers
         self.rules = rules
         self._pool: ProcessPoolExecutor | None = None
@@ -284,9 +293,7 @@ class _Workers:
 
     def _open(self, workers: int) -> ProcessPoolExecutor:
         if self._pool is None:
-            methods = multiprocessing.get_all_start_methods()
-            method = "forkserver" if "forkserver" in methods else "spawn"
-            self._pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method))
+            self._pool = make_pool(workers)
         return self._pool
 
     def _close(self) -> None:

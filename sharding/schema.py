@@ -1,10 +1,12 @@
 """The tables of a workspace: their columns and where they lie. DESIGN section 4 in code.
 
-Nothing here reads or writes; `tables` does.
+Nothing here reads or writes files; `tables` does.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -123,6 +125,16 @@ INDEX = pa.schema(
         ("sha256", pa.string()),  # of the stored image bytes
     ]
 )
+
+
+def drop_row(
+    record: Mapping[str, Any], *, stage: str, reason: str, detail: str, kept_key: str = "", distance: int | None = None
+) -> dict[str, Any]:
+    """Return a row of DROPS for a record, of which key, source and path are used."""
+    return {
+        **{name: record[name] for name in ("key", "source", "path")},
+        "stage": stage, "reason": reason, "kept_key": kept_key, "distance": distance, "detail": detail,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

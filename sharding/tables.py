@@ -107,17 +107,15 @@ def iterate_rows(table: pa.Table, batch_size: int = 8_000) -> Iterator[dict[str,
         yield from batch.to_pylist()
 
 
-def query(sql: str, *, memory_limit_mb: int = 1_500, temp_folder: Path | None = None) -> pa.Table:
+def query(sql: str, *, memory_limit_mb: int = 1_500) -> pa.Table:
     """Answer a question across parts with DuckDB: `query("select … from 'ws/manifest/*.parquet'")`.
 
-    DuckDB spills to `temp_folder` (default: its own) beyond the memory limit, so memory does not grow with the data.
+    Beyond the memory limit DuckDB spills to disk, so memory does not grow with the data.
     """
     import duckdb
 
     with duckdb.connect() as connection:
         connection.execute(f"set memory_limit='{memory_limit_mb}MB'; set preserve_insertion_order=true")
-        if temp_folder is not None:
-            connection.execute(f"set temp_directory='{str(temp_folder).replace(chr(39), chr(39) * 2)}'")
         return connection.sql(sql).to_arrow_table()
 
 

@@ -6,27 +6,27 @@ Trusts nothing that chunk.json or the index says. Repairs nothing; the problems 
 import hashlib
 import json
 import logging
-import multiprocessing
 import tarfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sharding.chunk import (
-    CHUNK_JSON,
     Chunk,
     ChunkError,
     ShardFile,
     ShardReader,
     captions_digest,
     check_not_stale,
+    chunk_folders,
     load_chunk,
+    name_of,
 )  # fmt: skip
 from sharding.files import sha256_file
 from sharding.images import ImageError, decode_rgb
 from sharding.schema import Workspace
+from sharding.workers import open_pool
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +51,21 @@ def verify(workspace: Workspace, *, chunk: str | None = None, workers: int = 0) 
     Checks shard and index digests, each tar's members against the index, each picture's digest, size and pixels,
     KEY.json and KEY.txt, that a key stands once in a chunk and once in all plain chunks, and that combined chunks
     point at samples that are there. workers: processes, one chunk each at a time; 0 works in this process.
-    Raises ChunkError when `chunk` is not there.
+    Raises FileNotFoundError when `chunk` is not there.
     """
-    names = [f"{path.parent.parent.name}/{path.parent.name}" for path in workspace.chunks.glob(f"*/*/{CHUNK_JSON}")]
+    names = [name_of(folder) for folder in chunk_folders(workspace.chunks)]
     if chunk is not None:
         if chunk not in names:
-            load_chunk(workspace.chunks / chunk)
+            raise FileNotFoundError(
+                f"--chunk {chunk}: no such chunk in {workspace.chunks}; "
+                f"there are {', '.join(names[:5]) or 'none'}{' …' if len(names) > 5 else ''}"
+            )
         names = [chunk]
-    tasks = [(workspace.chunks, name) for name in sorted(names)]
+    tasks = [(workspace.chunks, name) for name in names]
     problems: list[Problem] = []
     owners: dict[bytes, str] = {}
-    if workers > 0:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            results = list(pool.map(_verify_chunk, tasks))
-    else:
-        results = [_verify_chunk(task) for task in tasks]
+    with open_pool(workers) as pool:
+        results = list(pool.map(_verify_chunk, tasks) if pool is not None else map(_verify_chunk, tasks))
     for (_, name), (found, keys) in zip(tasks, results, strict=True):
         problems += found
         for key in keys:
@@ -91,7 +91,7 @@ def _verify_chunk(task: tuple[Path, str]) -> tuple[list[Problem], list[bytes]]:
 
 def _chunk_problems(chunk: Chunk, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     info = chunk.info
-    if info.name != f"{chunk.folder.parent.name}/{chunk.folder.name}":
+    if info.name != name_of(chunk.folder):
         yield f"chunk.json calls it {info.name}; it was moved by hand", ""
     if len(rows) != info.num_samples:
         yield f"the index has {len(rows):,} rows, chunk.json says {info.num_samples:,}", ""
@@ -121,12 +121,14 @@ def _chunk_problems(chunk: Chunk, rows: list[dict[str, Any]]) -> Iterator[tuple[
 
 def _shard_problem(chunk: Chunk, shard: ShardFile) -> str:
     path = chunk.shard_path(shard.path)
+    stage = "combine" if chunk.info.is_combined and "/" not in shard.path else "pack"
+    again = f"run `python -m sharding {stage}` again"
     if not path.exists():
-        return "missing; pack the chunk again"
+        return f"missing; {again}"
     if (num_bytes := path.stat().st_size) != shard.num_bytes:
-        return f"{num_bytes:,} bytes, expected {shard.num_bytes:,}; damaged: delete it and pack the chunk again"
+        return f"{num_bytes:,} bytes, expected {shard.num_bytes:,}; damaged: delete it and {again}"
     if (actual := sha256_file(path)) != shard.sha256:
-        return f"SHA-256 {actual[:12]}…, expected {shard.sha256[:12]}…; damaged: delete it and pack the chunk again"
+        return f"SHA-256 {actual[:12]}…, expected {shard.sha256[:12]}…; damaged: delete it and {again}"
     return ""
 
 
@@ -175,7 +177,7 @@ def _sample_problems(
 
 def _image_problem(image: bytes, row: Mapping[str, Any]) -> str:
     if (actual := hashlib.sha256(image).hexdigest()) != row["sha256"]:
-        return f"the picture's SHA-256 is {actual[:12]}…, the index says {row['sha256'][:12]}…; pack the chunk again"
+        return f"the picture's SHA-256 is {actual[:12]}…, the index says {row['sha256'][:12]}…"
     try:
         width, height = decode_rgb(image, max_pixels=_MANY_PIXELS).size
     except ImageError as error:

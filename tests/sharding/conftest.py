@@ -2,16 +2,20 @@
 
 import io
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from sharding import cli
 from sharding.config import DatasetConfig, parse_config
-from sharding.schema import Workspace
+from sharding.schema import CAPTIONS, Workspace
+from sharding.tables import part_name, read_parts, write_part
 
 
 def paint(seed: int, width: int = 96, height: int = 72) -> Image.Image:
@@ -39,6 +43,12 @@ def _paint() -> Callable[..., Image.Image]:
 @pytest.fixture(name="encode")
 def _encode() -> Callable[..., bytes]:
     return encode
+
+
+@pytest.fixture
+def hamming() -> Callable[[bytes, bytes], int]:
+    """Count the bits in which two perceptual hashes differ."""
+    return lambda left, right: (int.from_bytes(left, "big") ^ int.from_bytes(right, "big")).bit_count()
 
 
 @pytest.fixture
@@ -80,3 +90,49 @@ def make_config(tmp_path: Path) -> Callable[..., DatasetConfig]:
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path / "workspace")
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, save: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str]]]:
+    """Return a function that runs a command over a small dataset: 6 pictures, one duplicate, one broken file.
+
+    It returns (exit code, stdout); stderr is in `run.err`. The config is `test.toml`, the workspace `ws`.
+    """
+    for number in range(6):
+        save(f"{number}.jpg", paint(number))
+    save("copy.jpg", (tmp_path / "raw" / "0.jpg").read_bytes())
+    save("broken.jpg", b"no picture")
+    config = tmp_path / "test.toml"
+    config.write_text(
+        f'name = "t"\nmax_broken_fraction = 0.5\n[sources.photos]\nroot = {json.dumps(str(tmp_path / "raw"))}\n'
+        "[filters]\nmin_pixels = 1\n[plan]\nchunk_size = 4\n"
+    )
+
+    def run_command(command: str, *arguments: str, key: Sequence[str] = ()) -> tuple[int, str]:
+        workers = ["--workers", "0"] if command in ("scan", "pack", "verify") else []
+        code = cli.main([command, *key, str(config), "--workspace", str(tmp_path / "ws"), *workers, *arguments])
+        captured = capsys.readouterr()
+        run_command.err = captured.err
+        return code, captured.out
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield run_command
+    root.handlers[:] = handlers  # a command configures the root logger, which outlives the test
+    root.setLevel(level)
+
+
+@pytest.fixture
+def write_captions(tmp_path: Path) -> Callable[[], None]:
+    """Return a function that captions every kept key of the workspace that `run` works in."""
+
+    def write() -> None:
+        workspace = Workspace(tmp_path / "ws")
+        keys = read_parts(workspace.kept, ["key"]).column("key").to_pylist()
+        rows = [{"key": key, "text": "solo", "groups": []} for key in keys]
+        table = pa.Table.from_pylist(rows, schema=CAPTIONS)
+        write_part(workspace.captions("default") / part_name(0), table, made_from="x")
+
+    return write

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from sharding.dedupe import DuplicateKeyError, dedupe
 from sharding.files import digest_of
 from sharding.keepers import RULES, Candidates, decide
-from sharding.phash import hamming
 from sharding.scan import scan
 from sharding.schema import DROPS, GROUPS, MANIFEST, PLAN
 from sharding.tables import list_parts, part_name, read_part, read_parts, schema_mismatch, write_part
@@ -401,7 +400,9 @@ def test_every_decision_holds_its_promises(data):
     assert all(RULES[rule] for rule in decision.rule)
 
 
-def test_pictures_in_other_sizes_and_formats_are_found_across_sources(save, paint, make_config, workspace, tmp_path):
+def test_pictures_in_other_sizes_and_formats_are_found_across_sources(
+    save, paint, make_config, workspace, tmp_path, hamming
+):
     for seed in range(4):
         image = paint(seed, 400, 300)
         save(f"a/{seed}.png", image)

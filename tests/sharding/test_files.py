@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +71,17 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     assert remove_temporaries(tmp_path) == [folder]
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
     assert remove_temporaries(tmp_path / "absent") == []
+
+
+def test_no_two_writers_get_the_same_temporary_name_even_with_the_same_process_id(tmp_path):
+    assert len({temporary_name(tmp_path / "x") for _ in range(100)}) == 100
+
+
+def test_a_file_that_its_writer_finishes_meanwhile_is_not_a_left_over(tmp_path, monkeypatch):
+    gone = temporary_name(tmp_path / "x")
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [gone])
+
+    assert remove_temporaries(tmp_path, min_age_seconds=60) == []
 
 
 def test_digests_do_not_depend_on_the_order_of_keys(tmp_path):

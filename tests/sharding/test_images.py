@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sharding.images import FORMATS, ImageError, decode_rgb, encode_jpeg, encode_png, probe
+from sharding.images import FORMATS, ImageError, decode_rgb, encode_jpeg, encode_png, is_too_broken, probe
 
 PILLOW_NAMES = {name: name.upper() for name in FORMATS}
 
@@ -183,3 +183,11 @@ def test_encoding_is_plain_and_repeatable(paint):
     with Image.open(io.BytesIO(jpeg)) as stored:
         assert stored.info.get("exif") is None and stored.layer[0][1:3] == (1, 1)
     assert mean_difference(decode_rgb(png), image) == 0
+
+
+def test_a_few_images_are_judged_as_if_they_were_twenty():
+    assert not is_too_broken(1, 2, max_broken_fraction=0.05)
+    assert is_too_broken(2, 2, max_broken_fraction=0.05)
+    assert not is_too_broken(5, 100, max_broken_fraction=0.05)
+    assert is_too_broken(6, 100, max_broken_fraction=0.05)
+    assert is_too_broken(1, 1_000_000, max_broken_fraction=0)

@@ -19,8 +19,8 @@ from sharding import pack_shard as pack_shard_module
 from sharding.chunk import iterate_samples, open_chunk
 from sharding.config import DatasetConfig
 from sharding.files import DiskFullError
-from sharding.images import decode_rgb, probe
-from sharding.pack import BrokenFractionError, pack
+from sharding.images import BrokenFractionError, decode_rgb, probe
+from sharding.pack import pack
 from sharding.plan import make_plan
 from sharding.schema import CAPTIONS, MANIFEST, Workspace
 from sharding.tables import part_name, read_part, write_part

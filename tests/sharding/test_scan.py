@@ -18,8 +18,9 @@ from PIL import Image
 import sharding.listing
 import sharding.record
 import sharding.scan
+from sharding.images import BrokenFractionError
 from sharding.listing import extend_listing, find_images, read_listing
-from sharding.scan import BrokenFractionError, scan
+from sharding.scan import scan
 from sharding.schema import LISTING, MANIFEST
 from sharding.tables import list_parts, read_parts, schema_mismatch
 
@@ -146,7 +147,7 @@ def test_a_file_that_kills_its_process_costs_only_itself(ten_pictures, make_conf
     class DyingPool:
         """A pool that breaks at any batch with 3.jpg, as a process killed by a decoder breaks a real one."""
 
-        def __init__(self, workers, mp_context):
+        def __init__(self, workers):
             self.is_broken = False
 
         def submit(self, function, tasks, rules):
@@ -166,7 +167,7 @@ def test_a_file_that_kills_its_process_costs_only_itself(ten_pictures, make_conf
         def shutdown(self, cancel_futures):
             self.is_broken = True
 
-    monkeypatch.setattr(sharding.scan, "ProcessPoolExecutor", DyingPool)
+    monkeypatch.setattr(sharding.scan, "make_pool", DyingPool)
     monkeypatch.setattr(sharding.scan, "_FILES_PER_BATCH", 2)
 
     scan(make_config(part_size=100), workspace, workers=2)
@@ -434,6 +435,18 @@ def test_tasks_that_freeze_at_once_list_every_file_exactly_once(workspace):
     listed = read_parts(workspace.listing, schema=LISTING).column("path").to_pylist()
     assert sorted(listed) == [row[1] for row in rows]
     assert sum(added) == 200
+
+
+def test_a_part_that_a_growing_folder_does_not_show_is_not_passed_over(workspace, monkeypatch):
+    rows = [("photos", f"{number}.jpg", 1) for number in range(4)]
+    extend_listing(workspace.listing, rows[:3], 1)
+    real = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [p for p in real(self, pattern) if "00001" not in p.name])
+
+    assert extend_listing(workspace.listing, rows, 1) == 1
+
+    monkeypatch.undo()
+    assert [read_listing(part) for part in list_parts(workspace.listing)] == [[row] for row in rows]
 
 
 def test_a_source_that_left_the_config_is_an_error_that_names_it(ten_pictures, make_config, workspace, tmp_path):

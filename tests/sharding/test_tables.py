@@ -96,9 +96,7 @@ def test_duckdb_answers_across_parts(tmp_path):
     for number in range(2):
         write_part(tmp_path / part_name(number), TABLE, made_from="x")
 
-    answer = query(
-        f"select key, sum(n) as n from '{tmp_path}/*.parquet' group by key order by key", temp_folder=tmp_path
-    )
+    answer = query(f"select key, sum(n) as n from '{tmp_path}/*.parquet' group by key order by key")
 
     assert answer.to_pydict() == {"key": ["a", "b", "c"], "n": [2, 4, 6]}
 
