@@ -21,7 +21,8 @@ from sharding.config import load_config
 from training.campaign import campaign_chunks, is_done
 from training.config import RunConfig
 from training.ledger import chunk_records
-from training.run_dir import RunDir, read_metrics
+from training.metrics_file import read_metrics
+from training.run_dir import RunDir
 
 DATASET = Path("configs/datasets/demo.toml")
 TRAINING = Path("configs/training/demo.toml")

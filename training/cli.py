@@ -7,13 +7,10 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-from sharding.chunk import ChunkError
-from sharding.config import ConfigError, load_config
+from sharding.config import load_config
 from sharding.runlog import configure_logging
-from sharding.tables import DamagedPartError
 from training.config import RunConfig
-
-DONE, FAILED, BAD_USAGE, BAD_DATA, STOPPED = 0, 1, 2, 3, 75
+from training.exit_codes import BAD_USAGE, DONE, code_of, is_foreseen
 
 logger = logging.getLogger(__name__)
 
@@ -28,23 +25,13 @@ def main(argv: list[str] | None = None) -> int:
     configure_logging(rank=int(os.environ.get("RANK", "0")), verbose=options.verbose)
     try:
         return int(options.action(options))
-    except (ChunkError, DamagedPartError) as error:
-        return _refuse(error, BAD_DATA)
-    except (ConfigError, FileNotFoundError) as error:
-        return _refuse(error, BAD_USAGE)
     except Exception as error:
-        from training.exit_codes import code_of
-
-        code = code_of(error)
-        if code == FAILED:
+        if is_foreseen(error):
+            print(f"error: {error}", file=sys.stderr)
+            logger.debug("where it came from", exc_info=True)
+        else:
             logger.exception("failed: %s", error)
-            return FAILED
-        return _refuse(error, code)
-
-
-def _refuse(error: BaseException, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
+        return code_of(error)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,31 +2,40 @@
 
 from sharding.chunk import ChunkError
 from sharding.config import ConfigError
+from sharding.files import DiskFullError
 from sharding.images import ImageError
 from sharding.tables import DamagedPartError
 from training.buckets import BucketError
 from training.ledger import LedgerError
-from training.lock import LockHeldError
-from training.loop import BrokenDataError
-from training.run_dir import ConfigChangedError
-from training.stage_c.weight_files import WeightsError
-from training.state import StateError
+from training.lock import LockHeldError, LockLostError
+from training.metrics_file import MetricsError
 
-_BAD_DATA = (
-    ChunkError,
-    DamagedPartError,
-    BrokenDataError,
-    StateError,
-    LedgerError,
-    WeightsError,
-    ImageError,
-    BucketError,
-)
-_BAD_USAGE = (ConfigError, ConfigChangedError, LockHeldError, FileNotFoundError, ValueError)
+DONE, FAILED, BAD_USAGE, BAD_DATA, STOPPED = 0, 1, 2, 3, 75
+
+_BAD_DATA = (ChunkError, DamagedPartError, LedgerError, MetricsError, ImageError, BucketError)
+_BAD_USAGE = (ConfigError, LockHeldError, FileNotFoundError)
 
 
 def code_of(error: BaseException) -> int:
     """Return the exit code for an error: 3 for data that is damaged, 2 for what a user can change, 1 for the rest."""
     if isinstance(error, _BAD_DATA):
-        return 3
-    return 2 if isinstance(error, _BAD_USAGE) else 1
+        return BAD_DATA
+    if isinstance(error, _BAD_USAGE):
+        return BAD_USAGE
+    if not isinstance(error, ValueError):
+        return FAILED
+    # These modules import torch: a refused launch should not wait for that.
+    from training.loop import BrokenDataError
+    from training.stage_c.weight_files import WeightsError
+    from training.state_folder import StateError
+
+    return BAD_DATA if isinstance(error, BrokenDataError | WeightsError | StateError) else BAD_USAGE
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """Tell whether an error's message says all: one line for the user; anything else gets its traceback."""
+    if code_of(error) != FAILED or isinstance(error, DiskFullError | LockLostError):
+        return True
+    from training.loop import NonFiniteError
+
+    return isinstance(error, NonFiniteError)

@@ -9,19 +9,24 @@ Every rank runs this; only rank 0 writes. To resume, run the same command again.
 import logging
 import os
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sharding.chunk import Chunk
 from training.campaign import campaign_chunks, is_done, next_chunk, require_parent_done
 from training.config import FREE_KEYS, RunConfig
-from training.ledger import Ledger, chunk_records
+from training.exit_codes import DONE, FAILED, code_of
+from training.frozen_config import freeze_config
+from training.ledger import Ledger, LedgerError, chunk_records
 from training.lock import LockLostError, RunLock
-from training.run_dir import RunDir, freeze_config
+from training.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from training.session import Session
 
 logger = logging.getLogger(__name__)
 
-DONE = 0
 _REASON_LENGTH = 500
 
 
@@ -36,52 +41,80 @@ def launch(
     """Train a chunk; return 0 when it is done, 75 when the launch was asked to stop and a state is saved.
 
     chunk_name: default: the first chunk that is not done. num_processes: refuse to start with another number.
-    A chunk that is done returns 0 at once, without loading anything.
+    A chunk that is done returns 0 at once, without loading anything. On rank 0 the code, also of an error, is written
+    to last_exit.json, except that a launch refused because another holds the run leaves that one's file alone.
 
     Raises ConfigError, ConfigChangedError, LockHeldError, ChunkError, StateError, BrokenDataError, NonFiniteError.
     """
     run_dir = RunDir(root)
-    records = chunk_records(run_dir.read_ledger())
-    chunks = {chunk.name: chunk for chunk in campaign_chunks(config.data.workspace, config.data.chunks)}
-    chunk_name = chunk_name or next_chunk(list(chunks), records)
-    if chunk_name is None:
-        logger.info("all %d chunks of %s are done; nothing to do", len(chunks), root)
+    chunks: list[Chunk] = []
+    code, name = DONE, chunk_name
+    try:
+        chunks = campaign_chunks(config.data.workspace, config.data.chunks)
+        name = _chunk_to_train(run_dir, [chunk.name for chunk in chunks], chunk_name)
+    except Exception as error:
+        code = code_of(error)
+        raise
+    finally:
+        is_answered = code != DONE or name is None
+        if is_answered and _is_main() and root.is_dir() and run_dir.last_exit_code() != code:
+            _write_last_exit(run_dir, code, chunk_name)
+    if name is None:
         return DONE
-    if is_done(chunk_name, records):
-        logger.info("chunk %s is done already; nothing to do", chunk_name)
-        return DONE
-    require_parent_done(chunk_name, list(chunks), records)
     if dry_run:
         from training.inspect_run import plan_text
 
-        print(plan_text(config, root, chunk_name=chunk_name))
+        print(plan_text(config, root, chunk_name=name))
         return DONE
-    return _train(config, run_dir, chunks[chunk_name], list(chunks).index(chunk_name), num_processes)
+    number = [chunk.name for chunk in chunks].index(name)
+    return _train(config, run_dir, chunks[number], number, num_processes)
+
+
+def _chunk_to_train(run_dir: RunDir, names: list[str], asked_for: str | None) -> str | None:
+    """Return the chunk that this launch trains; None when there is nothing to do."""
+    records = chunk_records(run_dir.read_ledger())
+    name = asked_for or next_chunk(names, records)
+    if name is None:
+        logger.info("all %d chunks of %s are done; nothing to do", len(names), run_dir.root)
+        return None
+    if is_done(name, records):
+        logger.info("chunk %s is done already; nothing to do", name)
+        return None
+    require_parent_done(name, names, records)
+    return name
 
 
 def _train(config: RunConfig, run_dir: RunDir, chunk: Chunk, number: int, num_processes: int | None) -> int:
-    if int(os.environ.get("RANK", "0")) != 0:
-        return _run_session(config, run_dir, chunk, number, ledger=None, guard=_no_guard, num_processes=num_processes)
+    def run_session(ledger: Ledger | None, guard: Callable[[], None]) -> int:
+        from training.session import Session  # torch is imported only now: a refused launch answers in a moment
+
+        session: Session | None = None
+        try:
+            session = Session(config, run_dir, chunk, number, ledger=ledger, guard=guard, num_processes=num_processes)
+            with closing(session):
+                return session.run()
+        except BaseException as error:
+            if ledger is not None:
+                _append_failed(ledger, chunk.name, session, error)
+            raise
+
+    if not _is_main():
+        return run_session(None, _no_guard)
     run_dir.root.mkdir(parents=True, exist_ok=True)
     with RunLock.acquire(run_dir.lock_path) as lock:
-        code, ledger = 1, None
+        code = FAILED
         try:
-            ledger = _open_run(config, run_dir, guard=lock.check)
-            code = _run_session(
-                config, run_dir, chunk, number, ledger=ledger, guard=lock.check, num_processes=num_processes
-            )
+            code = run_session(_open_run(config, run_dir, guard=lock.check), lock.check)
         except BaseException as error:
-            from training.exit_codes import code_of
-
             code = code_of(error)
-            if ledger is not None and not isinstance(error, LockLostError):
-                reason = f"{type(error).__name__}: {error}"[:_REASON_LENGTH]
-                ledger.append("failed", chunk=chunk.name, global_step=None, reason=reason)
             raise
         finally:
-            with suppress(LockLostError):  # then the file is another launch's
+            try:
                 lock.check()
-                run_dir.write_last_exit(code, chunk=chunk.name)
+            except LockLostError:
+                pass  # then the file is another launch's
+            else:
+                _write_last_exit(run_dir, code, chunk.name)
     return code
 
 
@@ -94,21 +127,24 @@ def _open_run(config: RunConfig, run_dir: RunDir, *, guard: Callable[[], None]) 
     return run_dir.open_ledger(guard=guard)
 
 
-def _run_session(
-    config: RunConfig,
-    run_dir: RunDir,
-    chunk: Chunk,
-    number: int,
-    *,
-    ledger: Ledger | None,
-    guard: Callable[[], None],
-    num_processes: int | None,
-) -> int:
-    from training.session import Session  # torch is imported only now: a refused launch answers in a moment
+def _append_failed(ledger: Ledger, chunk: str, session: "Session | None", error: BaseException) -> None:
+    reason = f"{type(error).__name__}: {error}"[:_REASON_LENGTH]
+    global_step = session.position.global_step if session is not None else None
+    try:
+        ledger.append("failed", chunk=chunk, global_step=global_step, reason=reason)
+    except (LockLostError, LedgerError, OSError) as second:  # the first error is the one to show
+        logger.error("the ledger has no line about this failure: %s", second)
 
-    session = Session(config, run_dir, chunk, number, ledger=ledger, guard=guard, num_processes=num_processes)
-    with closing(session):
-        return session.run()
+
+def _write_last_exit(run_dir: RunDir, code: int, chunk_name: str | None) -> None:
+    try:
+        run_dir.write_last_exit(code, chunk=chunk_name)
+    except OSError as error:
+        logger.error("%s could not be written: %s", run_dir.last_exit_path, error)
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _no_guard() -> None:

@@ -15,7 +15,7 @@ and launches, as the state holds them; so steps that were lost or rolled back ar
                  resumed_from devices; one per launch. steps, images_planned: of all epochs. resumed_from: path or null
     state_saved  chunk path manifest_digest epoch step global_step images_trained applied_updates busy_seconds
     chunk_done   the same; path is the final state
-    skipped      chunk epoch step global_step keys reason; reason is `not_finite` or `passed_over`
+    skipped      chunk epoch step global_step keys reason; reason is `not_finite`, `no_image` or `passed_over`
     broken       chunk epoch step global_step keys reasons; images that failed at run time
     rolled_back  chunk from_global_step global_step path pass_over; pass_over: global steps not to be tried again
     extended     chunk epochs steps images_planned reason; the new totals of a chunk, which is thereby running again

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -59,11 +59,11 @@ class Position:
 class Recorder(Protocol):
     """What the loop tells the outside, on every rank; only rank 0 writes."""
 
-    def step_done(self, metrics: Mapping[str, Any], trace: Mapping[str, Any]) -> None:
-        """Take a finished step's metrics row and trace row."""
+    def step_done(self, position: Position, metrics: Mapping[str, Any], trace: Mapping[str, Any]) -> None:
+        """Take a finished step's metrics row and trace row; position: after it."""
 
-    def skipped(self, position: Position, keys: Sequence[str], reason: str) -> None:
-        """Take a step that was passed over without an update."""
+    def skipped(self, position: Position, keys: Sequence[str], reason: str, not_finite_keys: Sequence[str]) -> None:
+        """Take a step that was passed over without an update, and the images whose own loss was not finite."""
 
     def broken(self, position: Position, images: Sequence[tuple[str, str]]) -> None:
         """Take (key, reason) of images that failed at run time."""
@@ -147,9 +147,9 @@ def train_epoch(
         norm = engine.grad_norm()
         problem = ""
         if not results:
-            problem = "no image of the step could be read"
+            problem = "no_image"
         elif not (all(rank[2] for rank in gathered) and math.isfinite(norm)):
-            problem = "non-finite loss or gradient"
+            problem = "not_finite"
         if problem:
             engine.skip()
             skipped_in_a_row += 1
@@ -168,11 +168,11 @@ def train_epoch(
             recorder.broken(done, broken)
         if problem:
             keys = [sample.key for micro_batch in step.micro_batches for sample in micro_batch.samples]
-            recorder.skipped(done, keys, problem)
+            recorder.skipped(done, keys, problem, [r.key for r in results if not math.isfinite(r.loss)])
         metrics = _metrics(
-            done, results, rates=rates, norm=norm, seconds=seconds, waited_seconds=max(g[3] for g in gathered)
+            position, results, rates=rates, norm=norm, seconds=seconds, waited_seconds=max(g[3] for g in gathered)
         ) | {"data/broken": len(broken), "train/skipped": int(bool(problem))}
-        recorder.step_done(metrics, _trace(done, step, results, rates))
+        recorder.step_done(position, metrics, _trace(done, step, results, rates))
         _log_step(plan, position, metrics)
         _check_limits(position, plan, config, skipped_in_a_row)
 
@@ -222,7 +222,7 @@ def _advance(position: Position, step: Step, *, is_applied: bool, num_broken: in
 
 
 def _metrics(
-    done: Position,
+    position: Position,
     results: Sequence[SampleResult],
     *,
     rates: Mapping[str, float],
@@ -230,7 +230,8 @@ def _metrics(
     seconds: float,
     waited_seconds: float,
 ) -> dict[str, Any]:
-    """Return the row of metrics.jsonl. `global_step` is the number of the finished step, counted from 1.
+    """Return the row of metrics.jsonl; position: after the step. `global_step` counts finished steps from 1, `step`
+    is the step's number in its plan from 0.
 
     Sums run in plan order in double precision, so that they do not depend on the number of ranks. A value that is not
     finite is left out: JSON has no word for it.
@@ -240,7 +241,7 @@ def _metrics(
         "train/loss": sum(result.loss for result in results) / count,
         "train/weighted_loss": sum(result.weighted_loss for result in results) / count,
         "train/grad_norm": norm,
-        "train/images_seen": done.images_seen + len(results),
+        "train/images_seen": position.images_seen,
         "speed/images_per_second": len(results) / max(seconds, 1e-9),
         "speed/step_seconds": seconds,
         "data/wait_seconds": waited_seconds,
@@ -250,7 +251,12 @@ def _metrics(
     for dataset in sorted({result.dataset for result in results}):
         losses = [result.loss for result in results if result.dataset == dataset]
         values[f"loss_by_dataset/{dataset}"] = sum(losses) / len(losses)
-    place = {"global_step": done.global_step + 1, "chunk": done.chunk, "epoch": done.epoch, "step": done.step}
+    place = {
+        "global_step": position.global_step,
+        "chunk": position.chunk,
+        "epoch": position.epoch,
+        "step": position.step - 1,
+    }
     return place | {name: value for name, value in values.items() if math.isfinite(value)}
 
 
@@ -266,9 +272,21 @@ def _trace(done: Position, step: Step, results: Sequence[SampleResult], rates: M
         "epoch": done.epoch,
         "step": done.step,
         "planned": planned,
-        "samples": [[result.key, result.caption, dict(result.scalars), result.loss] for result in results],
+        "samples": [
+            [
+                result.key,
+                result.caption,
+                {name: _json(value) for name, value in result.scalars.items()},
+                _json(result.loss),
+            ]
+            for result in results
+        ],
         "rates": dict(rates),
     }
+
+
+def _json(value: float) -> float | str:
+    return value if math.isfinite(value) else repr(value)  # "nan": JSON has no word for it
 
 
 def _log_step(plan: BatchPlan, position: Position, metrics: Mapping[str, Any]) -> None:
@@ -295,8 +313,3 @@ def _check_limits(position: Position, plan: BatchPlan, config: RunConfig, skippe
             f"{position.chunk}: {position.chunk_images_broken} of {plan.num_images:,} images could not be read "
             f"(max_broken_fraction {config.data.max_broken_fraction}); run `python -m sharding verify`"
         )
-
-
-def position_facts(position: Position) -> dict[str, Any]:
-    """Return a position as the JSON facts of a state."""
-    return asdict(position)

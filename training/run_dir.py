@@ -25,14 +25,7 @@ import pyarrow as pa
 
 from sharding.chunk import CHUNK_JSON, Chunk, ChunkError, load_chunk, read_index, seal
 from sharding.files import TEMPORARY_MARK, replacing, write_json
-from training.frozen_config import Change, ConfigChangedError, freeze_config, to_toml
 from training.ledger import Ledger, LedgerError, Line, read_ledger
-from training.metrics_file import MetricsError, append_metrics, read_metrics, trim_metrics
-
-__all__ = [
-    "Change", "ConfigChangedError", "MetricsError", "RunDir", "StartedChunk",
-    "append_metrics", "freeze_config", "read_metrics", "to_toml", "trim_metrics",
-]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

@@ -21,34 +21,24 @@ from training.batch_plan import BatchPlan
 from training.chunk_data import Batch, ChunkData, ChunkSource, make_loader
 from training.config import RunConfig
 from training.engines.plain import PlainEngine
-from training.ledger import Ledger, chunk_records, has_state, parent_of
+from training.exit_codes import DONE, STOPPED
+from training.ledger import Ledger, LedgerError, chunk_records, has_state, parent_of
+from training.lock import LockLostError
 from training.loop import Position, train_epoch
 from training.metrics_file import append_metrics, read_metrics, trim_metrics
+from training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from training.optimizers import make_optimizer
 from training.plans import batch_plan, caption_settings, pixel_settings
 from training.precision import DTYPES, choose_device, set_exact
 from training.preview import read_pictures, write_pictures
 from training.recipes.base import load_recipe
 from training.run_dir import RunDir, StartedChunk
-from training.state import (
-    LoadedState,
-    StateError,
-    StateSaver,
-    check_room,
-    load_optimizer_tensors,
-    load_state,
-    newest_verified,
-    optimizer_tensors,
-    retain_states,
-    state_bytes,
-    take_snapshot,
-)
+from training.state import StateSaver, check_room, state_bytes, take_snapshot
+from training.state_folder import LoadedState, StateError, load_state, newest_verified, read_manifest, retain_states
 from training.stop import StopRequest
 from training.trackers import TensorBoard, Tracker, Trackers, WandB
 
 logger = logging.getLogger(__name__)
-
-DONE, STOPPED = 0, 75
 
 
 class Session:
@@ -69,11 +59,18 @@ class Session:
         self._run_dir = run_dir
         self._number = number
         self._ledger = ledger
-        self._guard = guard
         self._trackers: Trackers | None = None
         self._trace_path = run_dir.root / "trace.jsonl"
         self._unfed_rows: list[dict[str, Any]] = []
         self._covered_step = 0
+        self.position = Position(chunk=chunk.name)
+        """Where training stands; after an error, where it was last known to stand."""
+        self._saver = StateSaver(
+            asynchronous=config.save.asynchronous,
+            check=guard,
+            on_saved=self._state_saved,
+            keep_last=config.save.keep_states,
+        )
 
         # --- processes ---
         device = choose_device(config.device)
@@ -97,27 +94,39 @@ class Session:
         self._chunk: StartedChunk = started
         folder = self._engine.gather(self._find_state() if self._is_main else None)[0]
         self._state: LoadedState | None = load_state(Path(folder), is_verified=True) if folder is not None else None
-        self._position = self._start_position()
+        self.position = self._start_position()
 
     def close(self) -> None:
-        """Let go of trackers; after an error, too."""
-        if self._trackers is not None:
-            self._trackers.close()
-            self._trackers = None
+        """Finish the state that is being written and let go of trackers; after an error, too."""
+        try:
+            self._saver.drain()
+            if self._trackers is not None:
+                self._feed_trackers()
+        except (StateError, LedgerError, LockLostError, OSError) as error:
+            logger.error("the state under way was not saved: %s", error)
+        finally:
+            if self._trackers is not None:
+                self._trackers.close()
+                self._trackers = None
 
     # --- the launch, from top to bottom ---
 
     def run(self) -> int:
         """Train the chunk to its end, or until a stop is requested; return 0 or 75."""
+        with StopRequest(self._run_dir.stop_requested) as self._stop:
+            return self._run()
+
+    def _run(self) -> int:
         config, engine = self._config, self._engine
         index = self._chunk.read_index()
         plans = [batch_plan(index, self._chunk.name, config=config, epoch=e) for e in range(config.data.epochs)]
+        self._num_planned = sum(plan.num_images for plan in plans)
         self._plan_digests = [plan.digest for plan in plans]
         self._require_same_plan()
-        if self._position.epoch < len(plans) and self._position.step == len(plans[self._position.epoch].steps):
-            self._position = replace(self._position, epoch=self._position.epoch + 1, step=0)  # stopped at its end
+        if self.position.epoch < len(plans) and self.position.step == len(plans[self.position.epoch].steps):
+            self.position = replace(self.position, epoch=self.position.epoch + 1, step=0)  # stopped at its end
         batches = self._batches(plans)
-        first_loader = next(batches, None)  # its workers start while the networks load
+        loader = next(batches, None)  # its workers start while the networks load
 
         self._recipe = load_recipe(config)
         self._recipe.load(engine.device)
@@ -126,31 +135,22 @@ class Session:
         self._load_state()
         if self._is_main:
             self._open_outside(plans)
-        self._saver = StateSaver(
-            asynchronous=config.save.asynchronous,
-            check=self._guard,
-            on_saved=self._state_saved,
-            keep_last=config.save.keep_states,
-        )
 
-        with StopRequest(self._run_dir.stop_requested) as self._stop:
-            loader = first_loader
-            while loader is not None:
-                plan = plans[self._position.epoch]
-                self._position, reason = train_epoch(
-                    plan, loader, position=self._position, config=config, recipe=self._recipe, engine=engine,
-                    model=model, optimizer=self._optimizer, recorder=self,
-                )  # fmt: skip
-                if reason:
-                    return self._finish_stopped(reason)
-                self._position = replace(self._position, epoch=self._position.epoch + 1, step=0)
-                loader = next(batches, None)
-            self._finish_chunk()
+        while loader is not None:
+            self.position, reason = train_epoch(
+                plans[self.position.epoch], loader, position=self.position, config=config, recipe=self._recipe,
+                engine=engine, model=model, optimizer=self._optimizer, recorder=self,
+            )  # fmt: skip
+            if reason:
+                return self._finish_stopped(reason)
+            self.position = replace(self.position, epoch=self.position.epoch + 1, step=0)
+            loader = next(batches, None)
+        self._finish_chunk()
         return DONE
 
     def _batches(self, plans: Sequence[BatchPlan]) -> Iterator[Iterator[Batch]]:
         """Yield one iterator of batches per epoch that is left, from the position on."""
-        start = self._position
+        start = self.position
         first_global_step = start.global_step - start.step
         for plan in plans[start.epoch :]:
             first_step = start.step if plan.epoch == start.epoch else 0
@@ -172,7 +172,7 @@ class Session:
         self._saver.drain()
         if self._is_main and self._ledger is not None:
             self._feed_trackers()
-            position = self._position
+            position = self.position
             self._ledger.append("stopped", chunk=position.chunk, global_step=position.global_step, reason=reason)
             self._run_dir.clear_stop()
             logger.info(
@@ -185,26 +185,37 @@ class Session:
     def _finish_chunk(self) -> None:
         """Save the final state, make previews and weights, then say that the chunk is done: in this order."""
         name, config = self._chunk.name, self._config
+        self._require_all_accounted_for()
         final = self._run_dir.final_folder(name)
         if self._state is None or self._state.folder != final:
             self._save(final)
         if config.preview.at_chunk_end:
-            self.preview(self._position)  # while the state is written
+            self.preview(self.position)  # while the state is written
         self._saver.drain()
         every = config.save.export_every_chunks
         if every and (self._number + 1) % every == 0:
             self._export()
         if self._is_main and self._ledger is not None:
             manifest_digest = load_state(final, is_verified=True).manifest.digest
-            saved = self._saved_fields(final, manifest_digest, self._position)
+            saved = self._saved_fields(final, manifest_digest, self.position)
             facts = {name: value for name, value in saved.items() if name != "chunk"}
             digests = {"chunk_digest": self._chunk.info.digest, "plan_digests": self._plan_digests}
             self._run_dir.write_complete(name, **digests, **facts)
             self._ledger.append("chunk_done", **saved)
             self._feed_trackers()
             self._retain()
-            logger.info("chunk %s is done: %s images trained", name, f"{self._position.chunk_images_trained:,}")
+            logger.info("chunk %s is done: %s images trained", name, f"{self.position.chunk_images_trained:,}")
         self._engine.barrier()
+
+    def _require_all_accounted_for(self) -> None:
+        """Raise StateError unless each planned image was trained, passed over or broken: a done chunk says so."""
+        position = self.position
+        counts = (position.chunk_images_trained, position.chunk_images_skipped, position.chunk_images_broken)
+        if sum(counts) != self._num_planned:
+            raise StateError(
+                f"chunk {self._chunk.name}: {self._num_planned:,} images were planned, but {counts[0]:,} trained + "
+                f"{counts[1]:,} skipped + {counts[2]:,} broken are {sum(counts):,}; the state does not fit the plan"
+            )
 
     # --- starting ---
 
@@ -213,7 +224,7 @@ class Session:
         assert self._ledger is not None
         own = self._run_dir.state_folders(self._chunk.name)
         if own:
-            return str(newest_verified(own)[0])
+            return str(self._newest(own))
         parent = parent_of(self._ledger.lines, self._chunk.name)
         record = chunk_records(self._ledger.lines).get(self._chunk.name)
         if record is not None and record.last_state is not None:
@@ -223,7 +234,18 @@ class Session:
             )
         if parent is None:
             return None
-        return str(newest_verified(self._run_dir.state_folders(parent))[0])
+        return str(self._newest(self._run_dir.state_folders(parent)))
+
+    def _newest(self, folders: Sequence[Path]) -> Path:
+        try:
+            folder, _ = newest_verified(folders)
+        except StateError as error:
+            raise StateError(
+                f"{error}; restore one of them from a copy, or start a new run folder with exported weights as "
+                "stage_c.network"
+            ) from error
+        self._saver.trusted.add(read_manifest(folder).digest)
+        return folder
 
     def _start_position(self) -> Position:
         """Return where to go on: inside this chunk, or at its start with the counters of its parent."""
@@ -273,24 +295,18 @@ class Session:
             self._recipe.load_state_tensors(self._state.component("recipe"))
         logger.info(
             "resuming at chunk %s, epoch %d, step %d (global step %s) from %s",
-            self._position.chunk, self._position.epoch, self._position.step,
-            f"{self._position.global_step:,}", self._state.folder,
+            self.position.chunk, self.position.epoch, self.position.step,
+            f"{self.position.global_step:,}", self._state.folder,
         )  # fmt: skip
 
     def _open_outside(self, plans: Sequence[BatchPlan]) -> None:
         """Rank 0: ledger line, run.json, metrics trimmed to the state, trackers, disk forecast."""
         assert self._ledger is not None
-        config, position, run_dir = self._config, self._position, self._run_dir
+        config, position, run_dir = self._config, self.position, self._run_dir
         for path in (run_dir.metrics_path, self._trace_path):
             trim_metrics(path, after_step=position.global_step)
         self._devices = f"{self._engine.world_size} x {_device_name(self._engine.device)}"
-        facts = run_dir.update_run_json(
-            torch=torch.__version__,
-            python=platform.python_version(),
-            num_threads=self._num_threads,
-            exact=self._exact,
-            devices=self._devices,
-        )
+        facts = self._describe_machine()
         if self._state is not None and not has_state(self._ledger.lines, self._state.manifest.digest):
             # saved by a launch that was killed before it could say so
             self._state_saved(self._state.folder, self._state.manifest.digest)
@@ -332,6 +348,20 @@ class Session:
         ]
         self._feed_trackers()
 
+    def _describe_machine(self) -> dict[str, Any]:
+        """Put into run.json what bit-equality depends on, and say aloud what changed since the last launch."""
+        now: dict[str, Any] = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "num_threads": self._num_threads,
+            "exact": self._exact,
+            "devices": self._devices,
+        }
+        before = self._run_dir.read_run_json()
+        if changes := [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]:
+            logger.warning("since the last launch: %s; the same images, but not the same bits", ", ".join(changes))
+        return self._run_dir.update_run_json(**now)
+
     # --- states ---
 
     def _state_tensors(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -346,8 +376,8 @@ class Session:
         append_metrics(self._run_dir.metrics_path, [], durable=True)
         _, optimizer_facts = optimizer_tensors(self._optimizer, self._names)
         facts = {
-            "global_step": self._position.global_step,
-            "position": asdict(self._position),
+            "global_step": self.position.global_step,
+            "position": asdict(self.position),
             "plan_digests": self._plan_digests,
             "chunk_digest": self._chunk.info.digest,
             "optimizer": optimizer_facts,
@@ -374,11 +404,15 @@ class Session:
         }
 
     def _retain(self) -> None:
-        """The final state stands for this chunk's others; of earlier chunks' final ones, the newest are kept."""
-        chunk = self._chunk.name
-        retain_states(self._run_dir.state_folders(chunk), keep_last=1)
-        finals = [folder for folder in self._run_dir.state_folders() if folder.name == "final"]
-        retain_states(finals, keep_last=self._config.save.keep_chunks)
+        """A done chunk's final state stands for its others, also where a kill came first; keep the newest of these."""
+        assert self._ledger is not None
+        trusted, finals = self._saver.trusted, []
+        for name, record in chunk_records(self._ledger.lines).items():
+            if record.status == "done":
+                folders = self._run_dir.state_folders(name)
+                retain_states(folders, keep_last=1, trusted=trusted)
+                finals += [folder for folder in folders if folder.name == "final"]
+        retain_states(finals, keep_last=self._config.save.keep_chunks, trusted=trusted)
 
     def _export(self) -> None:
         folder = self._run_dir.weights_folder(self._chunk.name)
@@ -386,14 +420,12 @@ class Session:
             metadata = {
                 "chunkline.run": self._run_dir.read_run_json()["run_id"],
                 "chunkline.chunk": self._chunk.name,
-                "chunkline.global_step": str(self._position.global_step),
-                "chunkline.images_seen": str(self._position.images_seen),
+                "chunkline.global_step": str(self.position.global_step),
+                "chunkline.images_seen": str(self.position.images_seen),
             }
             dtype = DTYPES[self._config.save.export_dtype]
             for file in self._recipe.export(folder, dtype=dtype, metadata=metadata):
-                logger.info(
-                    "weights %s  (%d values overflowed, %d vanished)", file.path, file.num_overflowed, file.num_vanished
-                )
+                logger.info("weights %s", file)
         self._engine.barrier()
 
     def _feed_trackers(self) -> None:
@@ -405,7 +437,8 @@ class Session:
 
     # --- what the loop tells (training.loop.Recorder) ---
 
-    def step_done(self, metrics: Mapping[str, Any], trace: Mapping[str, Any]) -> None:
+    def step_done(self, position: Position, metrics: Mapping[str, Any], trace: Mapping[str, Any]) -> None:
+        self.position = position
         if not self._is_main:
             return
         append_metrics(self._run_dir.metrics_path, [metrics])
@@ -413,10 +446,14 @@ class Session:
         if self._config.trackers.trace:
             append_metrics(self._trace_path, [trace])
 
-    def skipped(self, position: Position, keys: Sequence[str], reason: str) -> None:
-        logger.warning("%s step %d is passed over: %s", position.chunk, position.step, reason)
+    def skipped(self, position: Position, keys: Sequence[str], reason: str, not_finite_keys: Sequence[str]) -> None:
+        suspects = f" ({', '.join(not_finite_keys)})" if not_finite_keys else ""
+        logger.warning("%s step %d is passed over: %s%s", position.chunk, position.step, reason, suspects)
         if self._ledger is not None:
-            self._ledger.append("skipped", **_step_fields(position), keys=list(keys), reason=reason)
+            self._ledger.append(
+                "skipped", **_step_fields(position), keys=list(keys), reason=reason,
+                not_finite_keys=list(not_finite_keys),
+            )  # fmt: skip
 
     def broken(self, position: Position, images: Sequence[tuple[str, str]]) -> None:
         for key, reason in images:
@@ -426,12 +463,13 @@ class Session:
             self._ledger.append("broken", **_step_fields(position), keys=keys, reasons=reasons)
 
     def save(self, position: Position) -> None:
-        self._position = position
         self._save(self._run_dir.state_folder(position.chunk, position.global_step))
 
     def poll(self) -> None:
-        if self._is_main and self._saver.poll() is not None:
-            self._feed_trackers()
+        if self._is_main:
+            self._saver.poll()
+            if self._unfed_rows and self._unfed_rows[0]["global_step"] <= self._covered_step:
+                self._feed_trackers()
 
     def preview(self, position: Position) -> None:
         """Make previews on every rank, in eval mode and the run's compute format; rank 0 writes them."""

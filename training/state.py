@@ -20,30 +20,17 @@ import torch
 from torch import Tensor
 
 from sharding.files import TEMPORARY_MARK, fsync_folder, require_free_bytes
-from training.optimizer_state import OptimizerStateError, load_optimizer_tensors, optimizer_tensors
 from training.state_folder import (
     FACTS,
     MANIFEST,
-    LoadedState,
     Manifest,
     StateError,
     being_written,
-    load_state,
-    newest_verified,
     publish,
     read_manifest,
-    remove_partials,
     retain,
-    retain_states,
-    verify_state,
 )
 from training.tensor_file import WrittenFile, write_file, write_tensors
-
-__all__ = [
-    "LoadedState", "Manifest", "OptimizerStateError", "Snapshot", "StateError", "StateSaver", "check_room",
-    "load_optimizer_tensors", "load_state", "newest_verified", "optimizer_tensors", "remove_partials", "retain",
-    "retain_states", "state_bytes", "take_snapshot", "verify_state",
-]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +114,7 @@ class StateSaver:
     check: raises when this process may no longer write (`RunLock.check`); called before writing and before publishing.
     on_saved(folder, manifest digest): called on the caller's thread, by `poll`, `drain` or the next `save`, when the
     state is durable: there the ledger gets its line. Rank 0 only.
-    keep_last: remove older `state-*` beside a new one once it was read back and verifies (on the writer's thread);
-    None: remove nothing.
+    keep_last: remove older `state-*` beside a new one once it is durable, on the writer's thread; None: remove nothing.
     """
 
     def __init__(
@@ -143,6 +129,8 @@ class StateSaver:
         wait_seconds: float = 1800.0,
     ) -> None:
         self.last_saved: Path | None = None
+        self.trusted: set[str] = set()
+        """Digests of states that need not be read again to know that they verify; those saved here are added."""
         self._asynchronous = asynchronous
         self._check = check
         self._on_saved = on_saved
@@ -214,8 +202,9 @@ class StateSaver:
         try:
             digest = self._write(folder, partial, snapshot)
             self._published = (folder, digest)
+            self.trusted.add(digest)
             if self._keep_last is not None and self._rank == 0:
-                retain(folder.parent, keep_last=self._keep_last)
+                retain(folder.parent, keep_last=self._keep_last, trusted=self.trusted)
         except BaseException as error:  # handed to the caller's thread by drain
             self._error = error
             if self._rank == 0:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,16 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify_state(folder: Path) -> Manifest:
-    """Read every byte of a state and compare with its manifest. Raises StateError naming the first bad file."""
+def verify_state(folder: Path, *, trusted: Container[str] = ()) -> Manifest:
+    """Read every byte of a state and compare with its manifest. Raises StateError naming the first bad file.
+
+    trusted: digests of states that this process has itself written and hashed, or verified before: of these only
+    manifest and sizes are compared, since reading tens of gigabytes again at every save would tell nothing new.
+    """
     manifest = read_manifest(folder)
     _require_sizes(folder, manifest)
+    if manifest.digest in trusted:
+        return manifest
     for name, written in manifest.files.items():
         try:
             actual = sha256_file(folder / name)
@@ -196,7 +202,7 @@ def _age(state: tuple[int, Path]) -> tuple[int, bool]:
 # --- keeping and removing ---
 
 
-def retain(folder: Path, *, keep_last: int) -> list[Path]:
+def retain(folder: Path, *, keep_last: int, trusted: Container[str] = ()) -> list[Path]:
     """Keep the newest `keep_last` of the `state-*` in `folder`; remove left-over partial ones. Return what went.
 
     For the lock holder: what another process left half-written is dead. Other rules as `retain_states`.
@@ -205,18 +211,18 @@ def retain(folder: Path, *, keep_last: int) -> list[Path]:
     for older in sorted(folder.glob(f"*{_REPLACED_MARK}*")):  # a kill came between `publish`'s last two acts
         newer = older.with_name(older.name.split(_REPLACED_MARK)[0])
         if newer.is_dir():
-            verify_state(newer)
+            verify_state(newer, trusted=trusted)
             _remove(older)
             removed.append(older)
     states = [path for path in folder.glob("state-*") if path.is_dir() and TEMPORARY_MARK not in path.name]
-    return removed + retain_states(states, keep_last=keep_last)
+    return removed + retain_states(states, keep_last=keep_last, trusted=trusted)
 
 
-def retain_states(folders: Iterable[Path], *, keep_last: int) -> list[Path]:
+def retain_states(folders: Iterable[Path], *, keep_last: int, trusted: Container[str] = ()) -> list[Path]:
     """Remove all but the `keep_last` newest of these states; return the removed ones.
 
-    Nothing goes before that many newer ones were read and verify. A damaged one in the way is not counted, reported
-    and kept for a person to look at. keep_last: at least 1.
+    Nothing goes before that many newer ones verify (`trusted`: see `verify_state`). A damaged one in the way is not
+    counted, reported and kept for a person to look at. keep_last: at least 1.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last: must be at least 1, got {keep_last}")
@@ -236,7 +242,7 @@ def retain_states(folders: Iterable[Path], *, keep_last: int) -> list[Path]:
             removed.append(folder)
             continue
         try:
-            verify_state(folder)
+            verify_state(folder, trusted=trusted)
             num_kept += 1
         except StateError as error:
             logger.warning("%s", error)

@@ -1,15 +1,18 @@
 """Write and read named tensors as a .safetensors file: streamed, hashed on the way, without a second copy in memory.
 
-Any safetensors reader opens the files. Why not the library's `save_file` and `load_file`: they build the bytes of all
-tensors in memory first (before 0.6), the hash would need another pass over tens of gigabytes, and a load by mmap dies
-with SIGBUS when a network file system loses the file. Pure file I/O on CPU tensors, safe in a background thread.
+The one writer of the project: states use `write_tensors`, weights for other programs go through
+`training.stage_c.weight_files`, which converts them on the way. Any safetensors reader opens the files. Why not the
+library's `save_file` and `load_file`: they build the bytes of all tensors in memory first (before 0.6), order metadata
+differently in every process, the hash would need another pass over tens of gigabytes, and a load by mmap dies with
+SIGBUS when a network file system loses the file. Pure file I/O on CPU tensors, safe in a background thread.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +23,7 @@ from sharding.files import DiskFullError
 
 _BLOCK_BYTES = 16 << 20
 _HEADER_LIMIT_BYTES = 100_000_000
-_DTYPES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -34,7 +37,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPE_OF_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+_DTYPE_OF_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class TensorFileError(ValueError):
@@ -53,29 +56,41 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> WrittenFile:
 
     Raises TensorFileError for tensors of another kind, DiskFullError.
     """
-    header: dict[str, dict[str, object]] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise TensorFileError(
+                f"{path}: {name}: take a snapshot first (contiguous, on the CPU, not {tensor.device})"
+            )
+    names, header = header_of(path, {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
+    return write_file(path, [header, *(bytes_of(tensors[name]) for name in names)])
+
+
+def header_of(
+    path: Path, layout: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> tuple[list[str], memoryview]:
+    """Return the order in which tensors must follow, and the bytes before them: the same for the same layout.
+
+    Raises TensorFileError for a dtype that the format has no name for, or too many names. path: for the message.
+    """
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
     # Wide dtypes first, so that every tensor is aligned in the file.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    for name in order:
-        tensor = tensors[name]
-        if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dtype not in _DTYPES:
-            raise TensorFileError(
-                f"{path}: {name}: {tensor.dtype} on {tensor.device}; take a snapshot first (contiguous, on the CPU)"
-            )
-        num_bytes = tensor.numel() * tensor.element_size()
-        offsets = [position, position + num_bytes]
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        position += num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
+    names = sorted(layout, key=lambda name: (-layout[name][0].itemsize, name))
+    for name in names:
+        dtype, shape = layout[name]
+        if dtype not in DTYPE_NAMES:
+            raise TensorFileError(f"{path}: {name}: {dtype}; must be one of {', '.join(map(str, DTYPE_NAMES))}")
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > _HEADER_LIMIT_BYTES:
-        raise TensorFileError(f"{path}: the names of {len(tensors):,} tensors take more than 100 MB; use fewer tensors")
-    parts = [memoryview(len(text).to_bytes(8, "little") + text), *(_bytes_of(tensors[name]) for name in order)]
-    return write_file(path, parts)
+        raise TensorFileError(f"{path}: the names of {len(layout):,} tensors take more than 100 MB; use fewer tensors")
+    return names, memoryview(len(text).to_bytes(8, "little") + text)
 
 
-def write_file(path: Path, parts: list[memoryview]) -> WrittenFile:
+def write_file(path: Path, parts: Iterable[memoryview]) -> WrittenFile:
     """Write bytes to `path` and fsync it; hash them on the way. Raises DiskFullError."""
     digest = hashlib.sha256()
     num_bytes = 0
@@ -132,7 +147,7 @@ def read_tensors(path: Path, *, expected_sha256: str | None = None) -> dict[str,
             position = 0
             for name, entry in entries:
                 tensor = torch.empty(entry["shape"], dtype=_DTYPE_OF_NAME[entry["dtype"]])
-                view = _bytes_of(tensor)
+                view = bytes_of(tensor)
                 if entry["data_offsets"] != [position, position + len(view)]:
                     raise TensorFileError(f"{path}: {name}: its bytes are not where its size says; damaged")
                 fill(view)
@@ -149,7 +164,7 @@ def read_tensors(path: Path, *, expected_sha256: str | None = None) -> dict[str,
     return tensors
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor, without a copy; any dtype, 0-d and empty ones too."""
     if tensor.numel() == 0:
         return memoryview(b"")

@@ -30,6 +30,9 @@ class Tracker(Protocol):
     def images(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
         """Record pictures at a step."""
 
+    def flush(self) -> None:
+        """Hand everything to the operating system: a kill after this loses nothing."""
+
     def close(self) -> None:
         """Flush everything."""
 
@@ -51,6 +54,9 @@ class TensorBoard:
     def images(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
         for name, picture in pictures.items():
             self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -78,6 +84,9 @@ class WandB:
 
     def images(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
         self._run.log({name: self._wandb.Image(picture) for name, picture in pictures.items()}, step=step)
+
+    def flush(self) -> None:
+        """Do nothing: W&B's own process writes as it goes."""
 
     def close(self) -> None:
         self._run.finish()
@@ -121,6 +130,7 @@ class Trackers:
                 tracker.scalars(step, chart_values(by_step[step]))
                 if step in pictures:
                     tracker.images(step, {name: Image.open(path) for name, path in pictures[step].items()})
+            tracker.flush()
 
     def close(self) -> None:
         """Flush and close every tracker."""

@@ -1,6 +1,5 @@
 """Use a run's state outside a launch: export weights, make pictures. One process; the run is not changed."""
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +8,7 @@ from training.precision import DTYPES, choose_device
 from training.preview import write_pictures
 from training.recipes.base import Recipe, load_recipe
 from training.run_dir import RunDir
-from training.state import LoadedState, load_state, newest_verified
-
-logger = logging.getLogger(__name__)
+from training.state_folder import LoadedState, load_state, newest_verified
 
 
 def export_weights(
@@ -29,7 +26,7 @@ def export_weights(
         "chunkline.images_seen": str(state.facts["position"]["images_seen"]),
     }
     for file in recipe.export(output, dtype=DTYPES[dtype_name or config.save.export_dtype], metadata=metadata):
-        yield f"{file.path}  ({file.num_overflowed} values overflowed, {file.num_vanished} vanished)"
+        yield str(file)
 
 
 def make_previews(config: RunConfig, root: Path, output: Path, *, chunk_name: str | None = None) -> Iterator[str]:

@@ -14,18 +14,8 @@ from safetensors.torch import load_file
 
 from sharding.files import DiskFullError
 from training import state_folder
-from training.state import (
-    StateError,
-    StateSaver,
-    check_room,
-    load_state,
-    newest_verified,
-    remove_partials,
-    retain,
-    state_bytes,
-    take_snapshot,
-    verify_state,
-)
+from training.state import StateSaver, check_room, state_bytes, take_snapshot
+from training.state_folder import StateError, load_state, newest_verified, remove_partials, retain, verify_state
 
 
 def allow():
@@ -386,7 +376,8 @@ SAVE_FOREVER = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from training.state import StateSaver, load_state, newest_verified, take_snapshot
+from training.state import StateSaver, take_snapshot
+from training.state_folder import load_state, newest_verified
 
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)

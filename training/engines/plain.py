@@ -7,7 +7,7 @@ exact=True reduces gradients by hand in a fixed order after the last backward (D
 first step, which changes sums from three processes on); exact=False lets DDP overlap reduction with backward.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -91,10 +91,6 @@ class PlainEngine:
         dist.all_gather_object(values, value)
         return values
 
-    def any(self, value: bool) -> bool:
-        """Tell whether the value is true on any rank; the same answer on all."""
-        return any(self.gather(value))
-
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.accelerator.wait_for_everyone()
@@ -111,11 +107,6 @@ class PlainEngine:
             self._module.load_state_dict(tensors, strict=True)
         except RuntimeError as error:
             raise ValueError(f"the state does not fit the network of this run: {error}") from error
-
-    def on_main_first(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on rank 0, then on the others: for things that rank 0 creates and the others find."""
-        with self.accelerator.main_process_first():
-            return action()
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         assert self._module is not None

@@ -47,6 +47,9 @@ class ExportFile:
     num_overflowed: int = 0
     num_vanished: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.path}  ({self.num_overflowed:,} values overflowed, {self.num_vanished:,} vanished)"
+
 
 class Recipe(Protocol):
     """One thing to train. Made on every rank; talks to no other rank and no file but those of its weights."""

@@ -1,30 +1,20 @@
 """Read and write weights files: safetensors with reproducible bytes, and the prefixes found in the wild.
 
-Knows no model: callers name a key to look for (the anchor) and compare keys themselves with `load_into`. Writing is
-our own because the safetensors package orders metadata differently in every process and wants all tensors converted
-in memory at once; the format is 8 bytes of header length, a JSON header, the raw tensors.
+Knows no model: callers name a key to look for (the anchor) and compare keys themselves with `load_into`. The bytes
+are written by `training.tensor_file`; here tensors are converted one at a time on the way, and losses counted.
 """
 
-import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sharding.files import replacing
+from training.tensor_file import bytes_of, header_of, write_file
+
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 NUM_KEYS_SHOWN = 8
 
 
@@ -163,7 +153,8 @@ def write_tensors(
     Tensors are converted and written one at a time. Same tensors and metadata, same bytes. The metadata always
     contains format = pt, which transformers asks for. The file appears whole or not at all.
 
-    Raises ValueError for a dtype that safetensors files here do not hold or a metadata value that is not a string.
+    Raises ValueError for a dtype that safetensors files do not hold or a metadata value that is not a string,
+    DiskFullError.
     """
     for key, text in (metadata or {}).items():
         if not isinstance(text, str):
@@ -172,52 +163,29 @@ def write_tensors(
         key: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         for key, tensor in tensors.items()
     }
-    for key, target in targets.items():
-        if target not in DTYPE_NAMES:
-            raise ValueError(f"{path}: tensor {key!r} is {target}; choose one of {list(DTYPE_NAMES)}")
-    names = sorted(tensors, key=lambda key: (-targets[key].itemsize, key))  # wide first keeps every tensor aligned
-    header: dict[str, object] = {"__metadata__": dict(sorted({**(metadata or {}), "format": "pt"}.items()))}
-    offset = 0
-    for name in names:
-        end = offset + tensors[name].numel() * targets[name].itemsize
-        header[name] = {
-            "dtype": DTYPE_NAMES[targets[name]],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    head += b" " * (-len(head) % 8)
+    layout = {key: (targets[key], tensor.shape) for key, tensor in tensors.items()}
+    names, header = header_of(path, layout, {**(metadata or {}), "format": "pt"})
+    overflowed: dict[str, int] = {}
+    vanished: dict[str, int] = {}
 
-    num_overflowed = num_vanished = 0
-    overflowed_keys: list[str] = []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(head).to_bytes(8, "little"))
-            file.write(head)
-            for name in names:
-                source = tensors[name].detach()
-                converted = source.to(targets[name])
-                if converted.dtype != source.dtype:
-                    overflowed = int((source.isfinite() & ~converted.isfinite()).sum())
-                    num_overflowed += overflowed
-                    num_vanished += int(((source != 0) & (converted == 0)).sum())
-                    if overflowed:
-                        overflowed_keys.append(name)
-                file.write(converted.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    def parts() -> Iterator[memoryview]:
+        yield header
+        for name in names:
+            source = tensors[name].detach()
+            converted = source.to(targets[name])
+            if converted.dtype != source.dtype:
+                overflowed[name] = int((source.isfinite() & ~converted.isfinite()).sum())
+                vanished[name] = int(((source != 0) & (converted == 0)).sum())
+            yield bytes_of(converted.cpu().contiguous())
+
+    with replacing(path) as temporary:
+        written = write_file(temporary, parts())
     return WeightsReport(
         path=path,
         num_tensors=len(names),
         num_values=sum(tensor.numel() for tensor in tensors.values()),
-        num_bytes=8 + len(head) + offset,
-        num_overflowed=num_overflowed,
-        num_vanished=num_vanished,
-        overflowed_keys=tuple(overflowed_keys),
+        num_bytes=written.num_bytes,
+        num_overflowed=sum(overflowed.values()),
+        num_vanished=sum(vanished.values()),
+        overflowed_keys=tuple(name for name, count in overflowed.items() if count),
     )
