@@ -7,6 +7,7 @@ keeper inherits by `inherit`. This file reads, writes and knows when all is curr
     python -m sharding dedupe configs/datasets/X.toml --workspace W
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from sharding.files import digest_of, remove_temporaries
 from sharding.images import LOSSLESS_FORMATS
 from sharding.inherit import Inheritance, collect_inheritances, with_inheritances
 from sharding.keepers import RULES, Candidates, Decision, decide
+from sharding.keys import is_in, key_array
 from sharding.runlog import EventLog
-from sharding.schema import DROPS, GROUPS, MANIFEST, Workspace, drop_row
+from sharding.schema import DROPS, GROUPS, MANIFEST, PLAN, Workspace, drop_row
 from sharding.tables import (
     DamagedPartError,
     is_current,
@@ -105,8 +107,8 @@ def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False
     """
     parts = _manifest_parts(workspace)
     planned = _planned_keys(workspace)
-    made_from = _made_from(config, parts, planned)
-    if report := _current_report(workspace, parts, made_from, dry_run=dry_run):
+    made_from = _made_from(config, parts)
+    if report := _current_report(workspace, parts, made_from, planned, dry_run=dry_run):
         return report
     table, part_of_row, row_in_part = _read_candidates(config, parts)
     candidates = _candidates(config, table, planned)
@@ -134,7 +136,7 @@ def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False
         workspace.dedupe / "groups" / part_name(0),
         groups,
         made_from=made_from,
-        metadata={"kept_digest": kept_digest, **counts},
+        metadata={"kept_digest": kept_digest, "planned_elsewhere": _planned_elsewhere(workspace, planned), **counts},
     )
     _remove_stale(workspace, parts)
     EventLog(workspace.events, stage="dedupe").write("done", **{name: int(value) for name, value in counts.items()})
@@ -157,23 +159,29 @@ def _manifest_parts(workspace: Workspace) -> list[Path]:
     return parts
 
 
-def _planned_keys(workspace: Workspace) -> list[str]:
-    if not list_parts(workspace.plan):
-        return []
-    keys = read_parts(workspace.plan, ["key"]).column("key")
-    return sorted(pc.unique(keys).to_pylist())
+def _planned_keys(workspace: Workspace) -> Any:
+    """Return the keys of the plan, sorted, as `key_array` does."""
+    return np.unique(key_array(read_parts(workspace.plan, ["key"], schema=PLAN).column("key")))
 
 
-def _made_from(config: DatasetConfig, parts: list[Path], planned: list[str]) -> str:
+def _made_from(config: DatasetConfig, parts: list[Path]) -> str:
     return digest_of(
         {
             "version": DEDUPE_VERSION,
             "parts": [[part.name, part_metadata(part).get("made_from")] for part in parts],
             "dedupe": config.dedupe.model_dump(mode="json"),
             "priorities": {name: source.priority for name, source in config.sources.items()},
-            "planned": digest_of(planned),
         }
     )
+
+
+def _planned_elsewhere(workspace: Workspace, planned: Any) -> str:
+    """Return a digest of the planned keys that are not kept.
+
+    Those that are kept change nothing when they are asked first: who was kept stays kept.
+    """
+    kept = key_array(read_parts(workspace.kept, ["key"], schema=MANIFEST).column("key"))
+    return hashlib.sha256(planned[~is_in(planned, kept)].tobytes()).hexdigest()
 
 
 def _kept_digest(workspace: Workspace, parts: list[Path]) -> str:
@@ -183,8 +191,9 @@ def _kept_digest(workspace: Workspace, parts: list[Path]) -> str:
 
 
 def _current_report(
-    workspace: Workspace, parts: list[Path], made_from: str, *, dry_run: bool
+    workspace: Workspace, parts: list[Path], made_from: str, planned: Any, *, dry_run: bool
 ) -> DedupeReport | None:  # fmt: skip
+    """Return the report on disk if what it was made from, and all that was written with it, is still the same."""
     groups = workspace.dedupe / "groups" / part_name(0)
     if not is_current(groups, made_from) or not is_current(workspace.dedupe / "drops" / part_name(0), made_from):
         return None
@@ -196,6 +205,8 @@ def _current_report(
         if facts.get("kept_digest") != _kept_digest(workspace, parts):
             return None
     except DamagedPartError:
+        return None
+    if facts.get("planned_elsewhere") != _planned_elsewhere(workspace, planned):
         return None
     counts = {name: int(value) for name, value in facts.items() if name.startswith("num_")}
     return DedupeReport(**counts, parts_made=0, is_current=True, is_dry_run=dry_run)
@@ -221,7 +232,7 @@ def _read_candidates(config: DatasetConfig, parts: list[Path]) -> tuple[pa.Table
     return pa.concat_tables(tables).combine_chunks(), np.concatenate(part_numbers), np.concatenate(rows)
 
 
-def _candidates(config: DatasetConfig, table: pa.Table, planned: list[str]) -> Candidates:
+def _candidates(config: DatasetConfig, table: pa.Table, planned: Any) -> Candidates:
     keys = table.column("key")
     priorities = {name: source.priority for name, source in config.sources.items()}
     sources = table.column("source").combine_chunks().dictionary_encode()
@@ -238,7 +249,7 @@ def _candidates(config: DatasetConfig, table: pa.Table, planned: list[str]) -> C
     return Candidates(
         key=_hex_numbers(keys),
         phash=_hash_words(table.column("phash"), config.dedupe.hash_size),
-        is_planned=pc.is_in(keys, value_set=pa.array(planned, pa.string())).to_numpy(),
+        is_planned=is_in(key_array(keys), planned),
         priority=by_code[sources.indices.to_numpy()] if len(table) else np.empty(0, np.int64),
         pixels=table.column("width").to_numpy().astype(np.int64) * table.column("height").to_numpy(),
         lossless=pc.is_in(table.column("format"), value_set=pa.array(LOSSLESS_FORMATS)).to_numpy(),

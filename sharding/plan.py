@@ -20,15 +20,14 @@ import pyarrow.compute as pc
 from sharding.chunk import is_sealed
 from sharding.config import DatasetConfig
 from sharding.files import digest_of
+from sharding.keys import is_in, key_array
 from sharding.runlog import EventLog
 from sharding.schema import DROPS, PLAN, Workspace, drop_row
 from sharding.tables import is_current, list_parts, part_metadata, part_name, read_part, read_parts, write_part
 
 logger = logging.getLogger(__name__)
 
-_KEY_BYTES = 16
 _SHOWN_KEYS = 20
-_BLOCK_ROWS = 500_000
 CURRENT = pa.schema([("key", pa.string()), ("dataset", pa.string()), ("period", pa.string())])
 """Columns of the kept keys as `plan_rows` takes them."""
 
@@ -113,7 +112,7 @@ def make_plan(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = Fa
     )
     planned = key_array(rows.column("key"))
     drops = _no_period_drops(workspace, without_period, planned)
-    num_removed = int((~_is_in(key_array(previous.column("key")), planned)).sum())
+    num_removed = int((~is_in(key_array(previous.column("key")), planned)).sum())
     report = _report(
         previous, rows, drops.num_rows,
         num_removed=num_removed, vanished=_vanished(rows, current), is_unchanged=False,
@@ -164,7 +163,7 @@ def plan_rows(
             is_fixed |= in_dataset & ~in_last
             open_chunks[name] = last
 
-    is_free = ~_is_in(keys, previous_keys[is_fixed])
+    is_free = ~is_in(keys, previous_keys[is_fixed])
     names, codes = _codes(current.column("dataset"))
     tables = [PLAN.empty_table()]
     for name in sorted({*previous_names, *names}):
@@ -186,7 +185,7 @@ def _training_order(
 ) -> np.ndarray[Any, Any]:
     """Return the shuffled order of `keys`; those in `stayed` keep their place in the first chunk, in a new order."""
     order = _order(keys, seed=seed, dataset=dataset)
-    by_age = np.lexsort((order, ~_is_in(keys, stayed)))
+    by_age = np.lexsort((order, ~is_in(keys, stayed)))
     first = by_age[:chunk_size]
     return np.concatenate([first[np.argsort(order[first], kind="stable")], by_age[chunk_size:]])
 
@@ -211,39 +210,7 @@ def _cut(rows: pa.Table, *, chunk_size: int, first_chunk: int) -> pa.Table:
     return pa.table([columns[name] for name in PLAN.names], schema=PLAN)
 
 
-# --- keys as arrays ---
-
-
-def key_array(column: pa.ChunkedArray) -> np.ndarray[Any, Any]:
-    """Return keys as an array of 16 bytes each (dtype S16), 1/4 of the memory of Python strings."""
-    if not len(column):
-        return np.empty(0, dtype=f"S{_KEY_BYTES}")
-    longest = pc.max(pc.binary_length(column)).as_py()
-    if longest is None or longest > _KEY_BYTES or column.null_count:
-        raise ValueError(f"a key of {longest} characters, or none at all; a key has {_KEY_BYTES}")
-    padded = pc.ascii_rpad(column, _KEY_BYTES, padding="\0").cast(pa.binary()).cast(pa.binary(_KEY_BYTES))
-    array = padded.combine_chunks() if isinstance(padded, pa.ChunkedArray) else padded
-    pieces = array.chunks if isinstance(array, pa.ChunkedArray) else [array]
-    return np.concatenate(
-        [
-            np.frombuffer(
-                piece.buffers()[1], dtype=f"S{_KEY_BYTES}", count=len(piece), offset=piece.offset * _KEY_BYTES
-            )
-            for piece in pieces
-        ]
-    )
-
-
-def _is_in(keys: np.ndarray[Any, Any], among: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Tell for each key whether it stands in `among`; unlike `np.isin` with no more memory than a sorted copy."""
-    found = np.zeros(len(keys), dtype=bool)
-    if len(among):
-        ordered = np.sort(among)
-        for start in range(0, len(keys), _BLOCK_ROWS):
-            block = keys[start : start + _BLOCK_ROWS]
-            places = np.minimum(np.searchsorted(ordered, block), len(ordered) - 1)
-            found[start : start + _BLOCK_ROWS] = ordered[places] == block
-    return found
+# --- keys and their order ---
 
 
 def _require_unique(keys: np.ndarray[Any, Any]) -> None:
@@ -345,7 +312,7 @@ def _no_period_drops(
 ) -> pa.Table:
     def rows() -> Iterator[dict[str, Any]]:
         for part, keys in without_period:
-            is_dropped = ~_is_in(key_array(keys.column("key")), planned)
+            is_dropped = ~is_in(key_array(keys.column("key")), planned)
             dropped = keys.column("key").filter(pa.array(is_dropped))
             kept = read_part(part, ["key", "source", "path", "created_at"])
             kept = kept.filter(pc.is_in(kept.column("key"), value_set=dropped.combine_chunks()))
@@ -359,7 +326,7 @@ def _no_period_drops(
 
 def _vanished(plan: pa.Table, current: pa.Table) -> list[str]:
     keys = key_array(plan.column("key"))
-    gone = keys[~_is_in(keys, key_array(current.column("key")))]
+    gone = keys[~is_in(keys, key_array(current.column("key")))]
     return [key.decode() for key in np.sort(gone)]
 
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -262,6 +263,17 @@ def test_a_planned_picture_stays_and_the_better_copy_is_dropped_with_that_reason
     assert (report.num_near, report.num_planned_over_better) == (2, 1)
 
 
+def test_planning_what_was_kept_leaves_dedupe_current(write_manifest, make_config, workspace):
+    write_manifest([{"path": "a", "width": 200}, {"path": "b"}, {"path": "far", "phash": flip(*range(40))}])
+    dedupe(make_config(), workspace)
+
+    write_plan(workspace, "a", "far")
+    assert dedupe(make_config(), workspace).is_current
+    write_plan(workspace, "b", "far")
+    assert not dedupe(make_config(), workspace).is_current
+    assert kept_paths(workspace) == ["b", "far"]
+
+
 def test_two_planned_pictures_of_one_group_both_stay(write_manifest, make_config, workspace):
     write_manifest([{"path": str(n), "phash": flip(n)} for n in range(3)])
     write_plan(workspace, "0", "1")
@@ -398,6 +410,28 @@ def test_every_decision_holds_its_promises(data):
     assert (bits <= 2).all() and np.array_equal(bits, decision.distance)
     assert set(key[candidates.is_planned]) <= set(key[np.unique(keeper)])
     assert all(RULES[rule] for rule in decision.rule)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(0, 8))
+def test_planning_any_of_the_kept_keeps_the_same_ones(seed, max_diameter):
+    rng = np.random.default_rng(seed)
+    num_files = 24
+    ones = np.ones(num_files, dtype=np.int64)
+    bits = np.uint64(1) << rng.integers(0, 64, (num_files, 4)).astype(np.uint64)
+    candidates = Candidates(
+        key=np.arange(num_files, dtype=np.uint64),
+        phash=(np.uint64(0x5555555555555555) ^ np.bitwise_xor.reduce(bits, axis=1)).reshape(-1, 1),
+        is_planned=np.zeros(num_files, dtype=bool), priority=ones, pixels=rng.integers(1, 9, num_files),
+        lossless=ones == 0, bytes=ones, date=ones,
+    )  # fmt: skip
+    before = decide(candidates, radius=6, max_diameter=max_diameter, order=("pixels",))
+    kept = before.keeper == np.arange(num_files)
+
+    planned = replace(candidates, is_planned=kept & (rng.random(num_files) < 0.5))
+    after = decide(planned, radius=6, max_diameter=max_diameter, order=("pixels",))
+
+    assert ((after.keeper == np.arange(num_files)) == kept).all()
 
 
 def test_pictures_in_other_sizes_and_formats_are_found_across_sources(
