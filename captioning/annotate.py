@@ -9,42 +9,26 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from captioning.config import CaptioningConfig
-from captioning.decode import UNREADABLE, Decoders, ImageTask, PreparedImage, default_workers
-from captioning.plugin import OK, Identity, ImageModel, Pixels, RecordModel, Row
-from captioning.registry import PLUGINS, ModelConfig
-from captioning.scorers.base import NOT_FINITE
-from captioning.scorers.date import NO_DATE
+from captioning.decode import Decoders, ImageTask, PreparedImage, default_workers
+from captioning.part_work import PartWork, plan_part
+from captioning.plugin import OK, Identity, ImageModel, ModelError, Pixels, RecordModel, Row, empty_row
+from captioning.registry import PLUGINS
 from captioning.taggers.base import LABELS_FILE
 from sharding.config import ConfigError
-from sharding.files import digest_of
+from sharding.images import BrokenFractionError, is_too_broken
 from sharding.runlog import EventLog, Progress
 from sharding.schema import Workspace
-from sharding.tables import (
-    DamagedPartError,
-    is_current,
-    list_parts,
-    owned_parts,
-    part_metadata,
-    read_part,
-    write_part,
-)
+from sharding.tables import is_current, list_parts, owned_parts, read_part, write_part
 
 logger = logging.getLogger(__name__)
-
-_RECORD_COLUMNS = ("key", "source", "path", "num_bytes")
-
-
-class BrokenFractionError(ValueError):
-    """More images are broken than `max_broken_fraction` allows. What could be annotated is written."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +54,15 @@ class AnnotateReport:
 
     def summary(self) -> str:
         """Return a few lines for people."""
+        if not self.num_rows:
+            return "annotate: the dataset names no models, nothing to do"
         verb = "to do" if self.is_dry_run else "done"
-        rate = f", {self.num_images / self.seconds:.1f}/s" if self.seconds and not self.is_dry_run else ""
         lines = [
             f"annotate: {self.num_parts} parts, {self.num_parts_current} already current, {self.num_parts_written} "
-            f"{verb}; {self.num_images:,} images, {self.num_decodes:,} decodes in {self.seconds:.1f} s{rate}"
+            f"{verb}; {self.num_images:,} images, {self.num_decodes:,} decodes in {self.seconds:.1f} s"
         ]
+        if self.num_images and not self.is_dry_run:
+            lines[0] += f", {self.num_images / self.seconds:.1f}/s, waiting {self.waiting_seconds / self.seconds:.0%}"
         for model, number in self.num_rows.items():
             reused = self.num_rows_reused.get(model, 0)
             lines.append(f"  {model}: {number:,} rows" + (f", {reused:,} more kept" if reused else ""))
@@ -83,34 +70,7 @@ class AnnotateReport:
         return "\n".join(lines)
 
 
-@dataclass
-class _ModelWork:
-    """What one model still has to do in one part."""
-
-    identity: Identity
-    target: Path
-    made_from: str
-    rows: list[Row | None]
-    """In the order of the part; None where the model has not answered yet."""
-    needed: list[int]
-    """Places of the rows that were None at first."""
-
-
-@dataclass
-class _PartWork:
-    """What is to be done in one kept part."""
-
-    part: Path
-    num_images: int
-    models: dict[str, _ModelWork]
-    """Only those without a current part."""
-    num_broken: int
-    """Images without a result that current parts already know of."""
-    records: pa.Table | None
-    """None when everything is current."""
-
-
-Answer: TypeAlias = tuple[tuple[_PartWork, int | None], PreparedImage | None]
+Answer: TypeAlias = tuple[tuple[PartWork, int | None], PreparedImage | None]
 """A part, the place of an image in it, and that image; at the end of the part neither place nor image."""
 
 
@@ -123,14 +83,15 @@ class _Batcher:
         self._batch_size = model.batch_size or batch_size
         self._places: list[int] = []
         self._pixels: list[Pixels] = []
+        self._answers: list[Row] = []
 
     def add(self, place: int, pixels: Pixels) -> None:
         self._places.append(place)
         self._pixels.append(pixels)
         if len(self._places) == self._batch_size:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Ask the model; a short batch is filled up with its last image, so that every call has the same shape."""
         if not self._places:
             return
@@ -138,7 +99,13 @@ class _Batcher:
         answers = self._model.predict(np.stack(self._pixels + filling))
         for place, row in zip(self._places, answers, strict=False):
             self._rows[place] = row
+            self._answers.append(row)
         self._places, self._pixels = [], []
+
+    def finish(self) -> list[Row]:
+        """Ask for the rest and return all answers of the part."""
+        self._flush()
+        return self._answers
 
 
 def annotate(
@@ -149,11 +116,13 @@ def annotate(
     workers: int | None = None,
     part_index: int = 0,
     num_parts: int = 1,
+    retry: bool = False,
     dry_run: bool = False,
 ) -> AnnotateReport:
     """Write, for each owned part, the rows of each model that are not there yet.
 
     models: names in config.annotate.models, default all. workers: decode processes, 0 for a thread of this one.
+    retry: look again at files that could not be read or had changed.
     Raises ConfigError, ModelError (MissingExtraError), FileNotFoundError without kept parts, BrokenFractionError after
     the part that goes over the limit is written, WorkerDiedError.
     """
@@ -162,26 +131,27 @@ def annotate(
     if not kept:
         raise FileNotFoundError(f"{workspace.kept}: no parts; run `python -m sharding dedupe` first")
     owned = owned_parts(kept, part_index, num_parts)
-    run = _Run(config, workspace, chosen=chosen, num_workers=_num_workers(config, workers))
-    return run.dry(owned) if dry_run else run.all_parts(owned)
+    run = _Run(config, workspace, chosen=chosen, num_workers=_num_workers(config, workers), retry=retry)
+    return run.dry(owned) if dry_run or not chosen else run.all_parts(owned)
 
 
 class _Run:
     """One call of `annotate`: its models, and what it has counted so far."""
 
     def __init__(
-        self, config: CaptioningConfig, workspace: Workspace, *, chosen: Sequence[str], num_workers: int
+        self, config: CaptioningConfig, workspace: Workspace, *, chosen: Sequence[str], num_workers: int, retry: bool
     ) -> None:
         self.config = config
         self.workspace = workspace
         self.num_workers = num_workers
+        self.retry = retry
         self.settings = {name: config.annotate.models[name] for name in chosen}
-        self.identities = {name: _identify(it, config.annotate.min_side) for name, it in self.settings.items()}
+        self.identities = {name: self._identify(name) for name in chosen}
         self.events = EventLog(workspace.events, stage="annotate")
         self.loaded: dict[str, ImageModel | RecordModel] = {}
         self.started = time.monotonic()
         self.waiting_seconds = 0.0
-        self.num_parts = self.num_current = self.num_written = self.num_images = self.num_decodes = 0
+        self.num_parts = self.num_current = self.num_images = self.num_decodes = 0
         self.num_seen = self.num_broken = 0
         self.num_rows = Counter(dict.fromkeys(chosen, 0))
         self.num_reused: Counter[str] = Counter()
@@ -190,14 +160,14 @@ class _Run:
     def dry(self, parts: Sequence[Path]) -> AnnotateReport:
         """Count what is to do."""
         for part in parts:
-            self._count(self._plan(part))
+            self._plan(part)
         self.num_decodes = self.num_images
         return self._report(is_dry_run=True)
 
     def all_parts(self, parts: Sequence[Path]) -> AnnotateReport:
         """Do what is to do, part by part, while workers decode ahead, into the next part if need be."""
         self._write_labels()
-        total = sum(pq.read_metadata(part).num_rows for part in parts)
+        total = sum(read_part(part, []).num_rows for part in parts)
         batch_size = self.config.annotate.batch_size
         batchers: dict[str, _Batcher] = {}
         with (
@@ -211,116 +181,97 @@ class _Run:
                     if not batchers:
                         batchers = {
                             name: _Batcher(self._image_model(name), work.models[name].rows, batch_size=batch_size)
-                            for name in self._looking(work)
+                            for name in work.looking
                         }
                     self._take(work, place, prepared, batchers)
                     progress.note(waiting=f"{self.waiting_seconds / (time.monotonic() - self.started):.0%}")
                     progress.advance()
                     continue
-                for batcher in batchers.values():
-                    batcher.flush()
+                self._finish(work, batchers)
                 batchers = {}
-                self._finish(work)
-                progress.advance(work.num_images - len(self._image_places(work)))
+                progress.advance(work.num_images - len(work.places))
         return self._report(is_dry_run=False)
 
     # --- one part ---
 
-    def _plan(self, part: Path) -> _PartWork:
-        records = read_part(part, list(dict.fromkeys([*_RECORD_COLUMNS, *self._extra_columns()])))
-        keys = records.column("key").to_pylist()
-        work = _PartWork(part, len(keys), {}, 0, None)
-        for name, identity in self.identities.items():
-            target = self.workspace.annotations(name) / part.name
-            values = [[str(value) for value in records.column(it).to_pylist()] for it in identity.record_columns]
-            made_from = digest_of([identity.digest, keys, values])
-            facts = _facts(target)
-            if facts.get("made_from") == made_from and facts.get("num_unreadable") == "0":
-                work.num_broken = max(work.num_broken, int(facts["num_broken"]))
-                continue
-            rows: list[Row | None] = [None] * len(keys)
-            if identity.needs_image and facts.get("model_digest") == identity.digest:
-                known = {row.pop("key"): row for row in read_part(target).to_pylist()}
-                rows = [row if row and row["status"] not in UNREADABLE else None for row in map(known.get, keys)]
-            work.models[name] = _ModelWork(identity, target, made_from, rows, _needed(rows))
-        if work.models:
-            work.records = records
-        return work
-
-    def _tasks(self, parts: Sequence[Path]) -> Iterator[tuple[tuple[_PartWork, int | None], ImageTask | None]]:
+    def _tasks(self, parts: Sequence[Path]) -> Iterator[tuple[tuple[PartWork, int | None], ImageTask | None]]:
         """Yield the images of each part that some model needs, and after them the part without an image."""
+        min_side = self.config.annotate.min_side
         for part in parts:
             work = self._plan(part)
-            self._count(work)
-            if work.records is not None:
-                preparers = {name: self._image_model(name).preparer for name in self._looking(work)}
-                needed = {name: set(work.models[name].needed) for name in preparers}
-                for place in self._image_places(work):
-                    record = work.records.slice(place, 1).to_pylist()[0]
-                    wanted = {name: it for name, it in preparers.items() if place in needed[name]}
-                    path = self._root(record["source"], part) / record["path"]
-                    min_side = self.config.annotate.min_side
-                    yield (work, place), ImageTask(record["key"], path, record["num_bytes"], wanted, min_side)
+            preparers = {name: self._image_model(name).preparer for name in work.looking}
+            needed = {name: set(work.models[name].needed) for name in preparers}
+            for place in work.places:
+                record = work.records.slice(place, 1).to_pylist()[0]
+                wanted = {name: it for name, it in preparers.items() if place in needed[name]}
+                path = self._root(record["source"], part) / record["path"]
+                yield (work, place), ImageTask(record["key"], path, record["num_bytes"], wanted, min_side)
             yield (work, None), None
 
-    def _take(self, work: _PartWork, place: int, prepared: PreparedImage, batchers: Mapping[str, _Batcher]) -> None:
+    def _plan(self, part: Path) -> PartWork:
+        work = plan_part(part, self.identities, self.workspace, retry=self.retry)
+        self.num_parts += 1
+        self.num_current += not work.models
+        self.num_images += len(work.places)
+        for name, it in work.models.items():
+            self.num_rows[name] += len(it.needed)
+            self.num_reused[name] += work.num_images - len(it.needed)
+        return work
+
+    def _take(self, work: PartWork, place: int, prepared: PreparedImage, batchers: Mapping[str, _Batcher]) -> None:
         self.num_decodes += prepared.num_decodes
         if prepared.status == OK:
             for name, pixels in prepared.pixels.items():
                 batchers[name].add(place, pixels)
             return
-        assert work.records is not None
         key, path = work.records.column("key")[place].as_py(), work.records.column("path")[place].as_py()
         self.without_result[prepared.status] += 1
         logger.warning("%s  %s: %s: %s", key, path, prepared.status, prepared.detail)
         self.events.write("no_result", key=key, path=path, reason=prepared.status, detail=prepared.detail)
-        for name in self._looking(work):
-            rows = work.models[name].rows
-            if rows[place] is None:
-                rows[place] = _empty_row(work.models[name].identity.schema, prepared.status)
+        for name in work.looking:
+            it = work.models[name]
+            if it.rows[place] is None:
+                it.rows[place] = empty_row(it.identity.schema, prepared.status)
 
-    def _finish(self, work: _PartWork) -> None:
+    def _finish(self, work: PartWork, batchers: Mapping[str, _Batcher]) -> None:
         """Write the part of every model that lacked it, then see whether too many images are broken."""
-        num_broken = work.num_broken
         for name, it in work.models.items():
-            assert work.records is not None
-            if not it.identity.needs_image:
+            if it.identity.needs_image:
+                answers = batchers[name].finish() if name in batchers else []
+            else:
                 model = self._load(name)
                 assert isinstance(model, RecordModel)
-                it.rows[:] = model.annotate_records(work.records.select(list(it.identity.record_columns)))
-            statuses = Counter(row["status"] for row in it.rows if row is not None)
-            num_broken = max(num_broken, sum(n for status, n in statuses.items() if status not in (OK, NO_DATE)))
-            for place in it.needed:
-                row = it.rows[place]
-                if row is not None and row["status"] in (NO_DATE, NOT_FINITE):
-                    self.without_result[row["status"]] += 1
-            _write(it, work.records.column("key"))
-        self.num_written += bool(work.models)
+                answers = it.rows[:] = model.annotate_records(work.records.select(list(it.identity.record_columns)))
+            self.without_result.update(row["status"] for row in answers if row["status"] != OK)
+            it.write(work.records.column("key"))
         if work.models:
             self.events.write("part_written", part=work.part.name, models=list(work.models), images=work.num_images)
         self.num_seen += work.num_images
-        self.num_broken += num_broken
+        self.num_broken += work.num_broken
         limit = self.config.max_broken_fraction
-        if work.models and self.num_broken > limit * self.num_seen:
+        if is_too_broken(self.num_broken, self.num_seen, max_broken_fraction=limit):
             raise BrokenFractionError(
-                f"{self.num_broken:,} of {self.num_seen:,} images have no result, more than max_broken_fraction = "
-                f"{limit}; the last part written is {work.part.name}, reasons are in {self.workspace.events}: repair "
-                "the files or raise the limit, then run the same command again"
+                f"{work.part}: {self.num_broken:,} of {self.num_seen:,} images up to here have no result, more than "
+                f"max_broken_fraction = {limit}; reasons are in {self.workspace.events}: repair the files and add "
+                "--retry, or raise the limit"
             )
 
     # --- models ---
 
-    def _looking(self, work: _PartWork) -> list[str]:
-        return [name for name, it in work.models.items() if it.identity.needs_image and it.needed]
-
-    def _image_places(self, work: _PartWork) -> list[int]:
-        return sorted({place for name in self._looking(work) for place in work.models[name].needed})
+    def _identify(self, name: str) -> Identity:
+        settings, min_side = self.settings[name], self.config.annotate.min_side
+        with _naming(name):
+            identity = PLUGINS[settings.kind].identify(settings)
+        if min_side is None or not identity.needs_image:
+            return identity
+        return replace(identity, preprocessing=f"{identity.preprocessing} min_side {min_side}")
 
     def _load(self, name: str) -> ImageModel | RecordModel:
         if name not in self.loaded:
             settings = self.settings[name]
             logger.info("loading %s: %s", name, self.identities[name].model)
-            self.loaded[name] = PLUGINS[settings.kind].load(settings, device=self.config.annotate.device)
+            with _naming(name):
+                self.loaded[name] = PLUGINS[settings.kind].load(settings, device=self.config.annotate.device)
         return self.loaded[name]
 
     def _image_model(self, name: str) -> ImageModel:
@@ -340,9 +291,6 @@ class _Run:
 
     # --- the rest ---
 
-    def _extra_columns(self) -> list[str]:
-        return [column for identity in self.identities.values() for column in identity.record_columns]
-
     def _root(self, source: str, part: Path) -> Path:
         if source not in self.config.sources:
             raise ConfigError(
@@ -358,19 +306,11 @@ class _Run:
         finally:
             self.waiting_seconds += time.monotonic() - started
 
-    def _count(self, work: _PartWork) -> None:
-        self.num_parts += 1
-        self.num_images += len(self._image_places(work))
-        for name, it in work.models.items():
-            self.num_rows[name] += len(it.needed)
-            self.num_reused[name] += work.num_images - len(it.needed)
-        self.num_current += not work.models
-
     def _report(self, *, is_dry_run: bool) -> AnnotateReport:
         return AnnotateReport(
             num_parts=self.num_parts,
             num_parts_current=self.num_current,
-            num_parts_written=self.num_parts - self.num_current if is_dry_run else self.num_written,
+            num_parts_written=self.num_parts - self.num_current,
             num_decodes=self.num_decodes,
             num_images=self.num_images,
             num_rows=dict(self.num_rows),
@@ -385,21 +325,22 @@ class _Run:
 # --- helpers ---
 
 
+@contextmanager
+def _naming(model: str) -> Iterator[None]:
+    """Make an error of a plug-in say which table of the config it is about."""
+    try:
+        yield
+    except ModelError as error:
+        error.args = (f"annotate.models.{model}: {error}",)
+        raise
+
+
 def _chosen_models(config: CaptioningConfig, models: Sequence[str] | None) -> list[str]:
     known = config.annotate.models
-    if not known:
-        raise ConfigError("annotate.models: the dataset names no model; add a table [annotate.models.NAME]")
     for name in models or ():
         if name not in known:
-            raise ConfigError(f"model {name!r}: unknown; annotate.models has {', '.join(known)}")
+            raise ConfigError(f"model {name!r}: unknown; annotate.models has {', '.join(known) or 'none'}")
     return list(known if models is None else dict.fromkeys(models))
-
-
-def _identify(settings: ModelConfig, min_side: int | None) -> Identity:
-    identity = PLUGINS[settings.kind].identify(settings)
-    if min_side is None or not identity.needs_image:
-        return identity
-    return replace(identity, preprocessing=f"{identity.preprocessing} min_side {min_side}")
 
 
 def _num_workers(config: CaptioningConfig, workers: int | None) -> int:
@@ -407,36 +348,3 @@ def _num_workers(config: CaptioningConfig, workers: int | None) -> int:
         raise ConfigError(f"workers must be 0 or more, got {workers}")
     number = workers if workers is not None else config.annotate.workers
     return default_workers() if number is None else number
-
-
-def _needed(rows: Sequence[Row | None]) -> list[int]:
-    return [place for place, row in enumerate(rows) if row is None]
-
-
-def _facts(path: Path) -> dict[str, str]:
-    """Return what is stored with a part; a part that is absent or damaged has nothing to say and is made again."""
-    try:
-        return part_metadata(path)
-    except FileNotFoundError:
-        return {}
-    except DamagedPartError as error:
-        logger.warning("%s", error)
-        return {}
-
-
-def _empty_row(schema: pa.Schema, status: str) -> Row:
-    empty: Row = {column.name: [] if pa.types.is_list(column.type) else None for column in schema}
-    del empty["key"]
-    return empty | {"status": status}
-
-
-def _write(work: _ModelWork, keys: pa.ChunkedArray) -> None:
-    rows = [{"key": key, **(row or {})} for key, row in zip(keys.to_pylist(), work.rows, strict=True)]
-    assert all("status" in row for row in rows), work.target
-    table = pa.Table.from_pylist(rows, schema=work.identity.schema)
-    statuses = Counter(table.column("status").to_pylist())
-    facts = {
-        "num_unreadable": str(sum(statuses[status] for status in UNREADABLE)),
-        "num_broken": str(sum(number for status, number in statuses.items() if status not in (OK, NO_DATE))),
-    }
-    write_part(work.target, table, made_from=work.made_from, metadata=work.identity.metadata | facts)

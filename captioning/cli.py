@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from captioning.config import CaptioningConfig
     from sharding.schema import Workspace
 
+logger = logging.getLogger(__name__)
+
 DONE, FAILED, BAD_USAGE, BAD_DATA = 0, 1, 2, 3
 
 
@@ -35,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from captioning.compose import AnnotationMissingError
     from captioning.config import CaptioningConfig
+    from captioning.decode import WorkerDiedError
+    from captioning.plugin import ModelError
     from sharding.config import ConfigError, load_config
+    from sharding.images import BrokenFractionError
     from sharding.runlog import configure_logging
     from sharding.schema import Workspace
     from sharding.tables import DamagedPartError
@@ -44,21 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(options.dataset, CaptioningConfig, options.set)
         _check_part(options)
-    except (ConfigError, FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         return _fail(error, BAD_USAGE)
     workspace = Workspace(options.workspace or Path("workspace") / config.name)
     try:
         report = _run(options, config, workspace)
-    except ConfigError as error:
+    except (ConfigError, ModelError, FileNotFoundError) as error:
         return _fail(error, BAD_USAGE)
-    except (DamagedPartError, AnnotationMissingError) as error:
+    except (DamagedPartError, AnnotationMissingError, BrokenFractionError) as error:
         return _fail(error, BAD_DATA)
-    except (ValueError, OSError, RuntimeError) as error:
-        if options.verbose:
-            logging.getLogger(__name__).exception("failed")
-        return _fail(error, BAD_DATA if _is_broken_fraction(error) else FAILED)
+    except (OSError, WorkerDiedError) as error:
+        return _fail(error, FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted; finished parts stay, run the same command again", FAILED)
+    except Exception:
+        logger.exception("%s failed", options.command)
+        return FAILED
     print(report.summary())
     return DONE
 
@@ -75,6 +81,7 @@ def _run(options: argparse.Namespace, config: "CaptioningConfig", workspace: "Wo
             workers=options.workers,
             part_index=options.part_index,
             num_parts=options.num_parts,
+            retry=options.retry,
             dry_run=options.dry_run,
         )
     policy = options.policy or config.pack.policy
@@ -114,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (compose, stats):
         command.add_argument("--policy", help="name of the policy (default: pack.policy)")
     annotate.add_argument("--models", metavar="A,B", help="names in annotate.models (default: all)")
+    annotate.add_argument("--retry", action="store_true", help="look again at files that could not be read")
     annotate.add_argument("--workers", type=int, help="decode processes; 0: a thread (default: the config's)")
     return parser
 
@@ -123,12 +131,6 @@ def _check_part(options: argparse.Namespace) -> None:
 
     if options.command != "stats":
         owned_parts([], options.part_index, options.num_parts)
-
-
-def _is_broken_fraction(error: BaseException) -> bool:
-    from captioning.annotate import BrokenFractionError
-
-    return isinstance(error, BrokenFractionError)
 
 
 def _fail(error: object, code: int) -> int:

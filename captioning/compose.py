@@ -373,11 +373,11 @@ def _labels(workspace: Workspace, part: Path, tagger: str) -> pa.Table:
 
 
 def _content_of(part: Path) -> list[str]:
-    """Return what identifies the rows of a part: its digest, and how many rows were still to be retried."""
+    """Return what identifies the rows of a part: its digest, and for annotations which rows have a result."""
     facts = part_metadata(part)
     if "made_from" not in facts:
         raise DamagedPartError(f"{part}: says not what it was made from; delete it and run its stage again")
-    return [facts["made_from"], facts.get("num_unreadable", "0"), facts.get("model_digest", "")]
+    return [facts["made_from"], facts.get("statuses", "")]
 
 
 def _policy_digest(config: CaptioningConfig, rules: PolicyConfig) -> str:

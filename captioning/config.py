@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from captioning.plugin import Device
 from captioning.registry import ModelConfig
+from captioning.taggers.base import TaggerSettings
 from sharding.config import Config, DatasetConfig, Name
 from sharding.schema import RATINGS
 
@@ -106,7 +107,7 @@ class TagsConfig(Config):
     """A tag of any category but character needs this probability; above 1 gives none."""
     character_threshold: float = Field(0.50, ge=0)
     """A character tag needs this probability; above 1 gives none."""
-    comparison: Comparison
+    comparison: Comparison = ">="
     """Probabilities must be at least (">=", as kohya's tagger) or greater than (">") the threshold, as float32."""
     character_tag_expand: bool = True
     """`name_(costume)_(series)` gives the character `name_(costume)` and the series `series`."""
@@ -133,7 +134,7 @@ class PolicyConfig(Config):
     {source}; of words separated by commas those are left out whose fields are unknown for a picture."""
     rating: RatingWordsConfig = RatingWordsConfig()
     """Words for ratings."""
-    tags: TagsConfig
+    tags: TagsConfig = TagsConfig()
     """Tags of the tagger and of the record."""
 
     @model_validator(mode="after")
@@ -172,26 +173,26 @@ class CaptioningConfig(DatasetConfig):
     @model_validator(mode="after")
     def _names_refer_to_something(self) -> "CaptioningConfig":
         models = self.annotate.models
+        taggers = {name: it for name, it in models.items() if isinstance(it, TaggerSettings)}
+        scorers = [name for name in models if name not in taggers]
         for name, policy in self.policies.items():
             where = f"policies.{name}"
             wanted = {f"tiers.{tier}.model": table.model for tier, table in policy.tiers.items()}
             wanted |= {"date.model": policy.date.model} if policy.date.model else {}
             for key, model in wanted.items():
-                if model not in models or models[model].kind == "wd_tagger":
-                    scorers = [name for name, settings in models.items() if settings.kind != "wd_tagger"]
+                if model not in scorers:
                     raise ValueError(f"{where}.{key}: {model!r} is no scorer of annotate.models: {', '.join(scorers)}")
             if policy.tags.tagger:
-                settings = models.get(policy.tags.tagger)
-                if settings is None or settings.kind != "wd_tagger":
-                    taggers = [name for name, settings in models.items() if settings.kind == "wd_tagger"]
+                tagger = taggers.get(policy.tags.tagger)
+                if tagger is None:
                     raise ValueError(
                         f"{where}.tags.tagger: {policy.tags.tagger!r} is no tagger of annotate.models: "
                         f"{', '.join(taggers)}"
                     )
-                if min(policy.tags.general_threshold, policy.tags.character_threshold) < settings.floor:
+                if min(policy.tags.general_threshold, policy.tags.character_threshold) < tagger.floor:
                     raise ValueError(
                         f"{where}.tags: a threshold is below annotate.models.{policy.tags.tagger}.floor = "
-                        f"{settings.floor}; lower probabilities are not stored"
+                        f"{tagger.floor}; lower probabilities are not stored"
                     )
             for key, sources in (("custom", tuple(policy.custom)), ("date.sources", policy.date.sources)):
                 if unknown := [source for source in sources if source not in self.sources]:

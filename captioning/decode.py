@@ -24,7 +24,7 @@ from sharding import images
 T = TypeVar("T")
 
 UNREADABLE = ("unreadable", "changed_since_scan")
-"""Statuses that say nothing about the picture itself; such rows are tried again by the next run."""
+"""Statuses that say nothing about the picture itself; such rows are made again when the part's records change."""
 
 
 class WorkerDiedError(RuntimeError):

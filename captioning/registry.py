@@ -1,10 +1,11 @@
-"""Kinds of models that `annotate` can run: one line per plug-in, here and in the union of their settings."""
+"""Kinds of models that `annotate` can run: one line per plug-in."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, SerializeAsAny
 
-from captioning.plugin import Plugin
+from captioning.plugin import ModelSettings, Plugin
 from captioning.scorers import aes_b32, aesthetic_shadow, date
 from captioning.taggers import wd
 
@@ -15,7 +16,16 @@ PLUGINS: dict[str, Plugin] = {
     "date": date,
 }
 
-ModelConfig = Annotated[
-    wd.WdTaggerConfig | aesthetic_shadow.AestheticShadowConfig | aes_b32.AesB32Config | date.DateConfig,
-    Field(discriminator="kind"),
-]
+
+def _settings(value: Any) -> Any:
+    """Validate a model's table with the settings of its kind."""
+    if not isinstance(value, Mapping):
+        return value
+    kind = value.get("kind")
+    if kind not in PLUGINS:
+        raise ValueError(f"kind {kind!r}: unknown; known: {', '.join(PLUGINS)}")
+    return PLUGINS[kind].Settings.model_validate(value)
+
+
+ModelConfig = Annotated[SerializeAsAny[ModelSettings], BeforeValidator(_settings)]
+"""A model's table of the config: an instance of its plug-in's `Settings`."""

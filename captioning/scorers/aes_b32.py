@@ -7,28 +7,17 @@ sigmoid all give plausible, wrong scores. CLIP crops the centre; the published t
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from captioning.plugin import (
-    Device,
-    Identity,
-    ModelError,
-    Pixels,
-    Row,
-    import_torch,
-    locate,
-    locate_file,
-    quiet_transformers,
-    torch_device,
-)
-from captioning.scorers.base import normalise, read_processor, score_rows
-from sharding.config import Config
+from captioning.model_files import ModelFilesSettings, locate, locate_file
+from captioning.plugin import Device, Identity, ModelError, Pixels, Row
+from captioning.scorers.base import score_rows
+from captioning.torch_models import TRANSFORMERS_FILES, Processor, import_torch, quiet_transformers, torch_device
 from sharding.schema import SCORES
 
-_PATTERNS = ("config.json", "preprocessor_config.json", "model*.safetensors*", "pytorch_model*.bin*")
 _VERSION = "clip-centre-crop/1"
 _HEAD_SHAPES = {
     "fc1.weight": (256, 512), "fc1.bias": (256,),
@@ -37,21 +26,15 @@ _HEAD_SHAPES = {
 }  # fmt: skip
 
 
-class AesB32Config(Config):
-    """The quality head and the CLIP it was trained on."""
+class Settings(ModelFilesSettings):
+    """The quality head and the CLIP it was trained on; `revision` is the head's."""
 
-    kind: Literal["aes_b32"]
-    """Selects this plug-in."""
     clip: str
     """Folder of a transformers CLIP model with a 512-d projection, or a hub id."""
     head: str
     """The head's .pth file, or OWNER/NAME/FILE on the hub."""
     clip_revision: str = "main"
     """Branch, tag or commit of the CLIP model on the hub."""
-    revision: str = "main"
-    """Branch, tag or commit of the head on the hub; the commits they stand for are stored with every part."""
-    licence: str = ""
-    """As its publisher states it; stored with every part."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +66,10 @@ class AesB32:
 
     batch_size = None
 
-    def __init__(self, clip: Any, *, head: dict[str, Any], processor: dict[str, Any], device: str) -> None:
-        shortest, crop = processor["size"], processor.get("crop_size", processor["size"])
-        self.preparer = CentreCropPreparer(
-            shortest if isinstance(shortest, int) else shortest["shortest_edge"],
-            crop if isinstance(crop, int) else crop["height"],
-        )
-        self._mean = np.array(processor["image_mean"], dtype=np.float32)
-        self._std = np.array(processor["image_std"], dtype=np.float32)
-        self._scale = float(processor.get("rescale_factor", 1 / 255))
+    def __init__(self, clip: Any, *, head: dict[str, Any], processor: Processor, device: str) -> None:
+        (shortest,), (crop,) = processor.sides("size", "shortest_edge"), processor.sides("crop_size", "height")
+        self.preparer = CentreCropPreparer(shortest, crop)
+        self._processor = processor
         self._clip = clip
         self._head = {name: value.to(device) for name, value in head.items()}
         self._device = device
@@ -99,7 +77,7 @@ class AesB32:
     def predict(self, batch: Pixels) -> list[Row]:
         """Return schema.SCORES rows; batch: (N, crop, crop, 3) uint8 RGB."""
         torch = import_torch()
-        pixels = torch.from_numpy(normalise(batch, mean=self._mean, std=self._std, scale=self._scale))
+        pixels = torch.from_numpy(self._processor.normalise(batch))
         with torch.inference_mode():
             embeds = self._clip(pixel_values=pixels.to(self._device)).image_embeds.float()
             scores = apply_head(embeds, self._head)
@@ -115,10 +93,9 @@ def apply_head(embeds: Any, head: dict[str, Any]) -> Any:
     return linear(hidden, head["fc3.weight"], head["fc3.bias"]).sigmoid().squeeze(-1)
 
 
-def identify(settings: AesB32Config) -> Identity:
+def identify(settings: Settings) -> Identity:
     """Find the files of CLIP and of the head. Raises ModelError."""
-    _, clip_revision = locate(settings.clip, revision=settings.clip_revision, patterns=_PATTERNS)
-    _, head_revision = locate_file(settings.head, revision=settings.revision)
+    (_, clip_revision), (_, head_revision) = _find(settings)
     return Identity(
         model=f"{settings.head} on {settings.clip}",
         revision=f"{head_revision} on {clip_revision}",
@@ -128,11 +105,10 @@ def identify(settings: AesB32Config) -> Identity:
     )
 
 
-def load(settings: AesB32Config, *, device: Device) -> AesB32:
+def load(settings: Settings, *, device: Device) -> AesB32:
     """Load CLIP's vision tower and the head. Raises ModelError."""
     target = torch_device(device)
-    folder, _ = locate(settings.clip, revision=settings.clip_revision, patterns=_PATTERNS)
-    head_path, _ = locate_file(settings.head, revision=settings.revision)
+    (folder, _), (head_path, _) = _find(settings)
     head = read_head(head_path)
     try:
         with quiet_transformers() as transformers:  # the text tower's weights are unused on purpose
@@ -141,7 +117,7 @@ def load(settings: AesB32Config, *, device: Device) -> AesB32:
         raise ModelError(f"{folder}: not a transformers CLIP model ({error})") from error
     if clip.config.projection_dim != _HEAD_SHAPES["fc1.weight"][1]:
         raise ModelError(f"{folder}: projection_dim is {clip.config.projection_dim}, the head takes 512")
-    return AesB32(clip.to(target).float().eval(), head=head, processor=read_processor(folder), device=target)
+    return AesB32(clip.to(target).float().eval(), head=head, processor=Processor.read(folder), device=target)
 
 
 def read_head(path: Path) -> dict[str, Any]:
@@ -157,3 +133,8 @@ def read_head(path: Path) -> dict[str, Any]:
     if shapes != _HEAD_SHAPES:
         raise ModelError(f"{path}: expected the tensors {_HEAD_SHAPES}, found {shapes}")
     return {name: value.float() for name, value in state.items()}
+
+
+def _find(settings: Settings) -> tuple[tuple[Path, str], tuple[Path, str]]:
+    clip = locate(settings.clip, revision=settings.clip_revision, patterns=TRANSFORMERS_FILES, key="clip")
+    return clip, locate_file(settings.head, revision=settings.revision, key="head")

@@ -9,12 +9,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import Field
 
-from captioning.plugin import OK, Row
-from sharding.schema import LABELS, RATINGS
+from captioning.model_files import ModelFilesSettings
+from captioning.plugin import NOT_FINITE, OK, Row, empty_row
+from sharding.schema import LABELS, RATINGS, TAGGER
 
 LABELS_FILE = "labels.parquet"
 """Beside the parts of a tagger: what its tag ids mean."""
+
+
+class TaggerSettings(ModelFilesSettings):
+    """What every tagger has; a policy may name only such a model as its `tagger`."""
+
+    floor: float = Field(0.05, ge=0, lt=1)
+    """Probabilities below this are not stored; thresholds of a policy cannot go lower."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +65,13 @@ def tagger_rows(
     """Return schema.TAGGER rows without keys.
 
     probs: (N, L) float32; tag_ids: the outputs that are tags, ascending. A row with a value that is not finite gets
-    status `not_finite` and no tags: NaN compares false with every threshold and would look like an empty picture.
+    status `not_finite` and no tags.
     """
     rows: list[Row] = []
     limit = np.float32(floor)
     for row in probs:
         if not np.isfinite(row).all():
-            rows.append(empty_tagger_row("not_finite"))
+            rows.append(empty_row(TAGGER, NOT_FINITE))
             continue
         tags = row[tag_ids]
         chosen = tags >= limit
@@ -75,8 +84,3 @@ def tagger_rows(
             }
         )
     return rows
-
-
-def empty_tagger_row(status: str) -> Row:
-    """Return a row that says why there is no result."""
-    return {"rating_probs": [], "tag_ids": [], "tag_probs": [], "status": status}

@@ -8,40 +8,28 @@ probability. Alpha lies on white and EXIF rotation is applied by the decoder.
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
 
+from captioning.model_files import locate
 from captioning.onnx_session import OnnxSession, open_session
-from captioning.plugin import Device, Identity, ModelError, Pixels, Row, locate
-from captioning.taggers.base import Label, label_table, rating_columns, tagger_rows
-from sharding.config import Config
+from captioning.plugin import Device, Identity, ModelError, Pixels, Row
+from captioning.taggers.base import Label, TaggerSettings, label_table, rating_columns, tagger_rows
 from sharding.schema import TAGGER
 
 MODEL_FILE = "model.onnx"
-LABEL_FILE = "selected_tags.csv"
+TAGS_FILE = "selected_tags.csv"
 _CATEGORIES = {"0": "general", "1": "artist", "3": "copyright", "4": "character", "5": "meta", "9": "rating"}
-_VERSIONS = {"demo": "wd/demo/1"}
+_VERSION = "wd/demo/1"
+"""Pad to a square with white, then bicubic: the model author's demo. Other programs' filters are other versions."""
 
 
-class WdTaggerConfig(Config):
+class Settings(TaggerSettings):
     """A tagger of the WD family."""
 
-    kind: Literal["wd_tagger"]
-    """Selects this plug-in."""
     model: str
     """Folder with model.onnx and selected_tags.csv, or a hub id."""
-    revision: str = "main"
-    """Branch, tag or commit on the hub; the commit it stands for is stored with every part."""
-    licence: str = ""
-    """As its publisher states it; stored with every part."""
-    floor: float = Field(0.05, ge=0, lt=1)
-    """Probabilities below this are not stored; thresholds of a policy cannot go lower."""
-    preprocessing: Literal["demo"] = "demo"
-    """demo: pad to a square with white, then bicubic (the model author's demo). Filters of other programs give other
-    probabilities for the same picture."""
 
 
 @dataclass(frozen=True)
@@ -88,30 +76,30 @@ class WdTagger:
         probs = self._session.run(batch.astype(np.float32))
         if probs.shape != (len(batch), self._num_labels):
             raise ModelError(
-                f"the tagger gives {probs.shape[-1]} values, {LABEL_FILE} names {self._num_labels}: "
+                f"the tagger gives {probs.shape[-1]} values, {TAGS_FILE} names {self._num_labels}: "
                 "model and label file do not belong together"
             )
         return tagger_rows(probs, rating_ids=self._rating_ids, tag_ids=self._tag_ids, floor=self._floor)
 
 
-def identify(settings: WdTaggerConfig) -> Identity:
+def identify(settings: Settings) -> Identity:
     """Find the model's files and read its labels. Raises ModelError."""
-    folder, revision = locate(settings.model, revision=settings.revision, patterns=[MODEL_FILE, LABEL_FILE])
+    folder, revision = locate(settings.model, revision=settings.revision, patterns=[MODEL_FILE, TAGS_FILE])
     return Identity(
         model=settings.model,
         revision=revision,
-        preprocessing=_VERSIONS[settings.preprocessing],
+        preprocessing=_VERSION,
         schema=TAGGER,
         licence=settings.licence,
         settings={"floor": settings.floor},
-        labels=label_table(read_labels(folder / LABEL_FILE)),
+        labels=label_table(read_labels(folder / TAGS_FILE)),
     )
 
 
-def load(settings: WdTaggerConfig, *, device: Device) -> WdTagger:
+def load(settings: Settings, *, device: Device) -> WdTagger:
     """Load the model. Raises ModelError (MissingExtraError without onnxruntime)."""
-    folder, _ = locate(settings.model, revision=settings.revision, patterns=[MODEL_FILE, LABEL_FILE])
-    labels = read_labels(folder / LABEL_FILE)
+    folder, _ = locate(settings.model, revision=settings.revision, patterns=[MODEL_FILE, TAGS_FILE])
+    labels = read_labels(folder / TAGS_FILE)
     return WdTagger(open_session(folder / MODEL_FILE, device), labels=labels, floor=settings.floor)
 
 
@@ -124,7 +112,7 @@ def read_labels(path: Path) -> list[Label]:
         with path.open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
     except FileNotFoundError:
-        raise ModelError(f"{path}: missing; a WD tagger is {MODEL_FILE} and {LABEL_FILE} in one folder") from None
+        raise ModelError(f"{path}: missing; a WD tagger is {MODEL_FILE} and {TAGS_FILE} in one folder") from None
     if not rows or "name" not in rows[0] or "category" not in rows[0]:
         raise ModelError(f"{path}: expected the columns tag_id, name, category, count")
     unknown = sorted({row["category"] for row in rows} - set(_CATEGORIES))

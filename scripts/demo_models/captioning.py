@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from captioning.plugin import quiet_transformers
+from captioning.torch_models import quiet_transformers
 
 TAGGER_SIDE = 64
 _GRID = 8

@@ -31,7 +31,7 @@ ORDER = ["aesthetic", "quality", "date", "custom", "rating", "character", "serie
 
 
 def policy(**values):
-    base = {"groups": ["date", "custom", "rating", "character", "series", "rest"], "tags": {"comparison": ">="}}
+    base = {"groups": ["date", "custom", "rating", "character", "series", "rest"]}
     return base | values
 
 

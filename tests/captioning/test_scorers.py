@@ -10,7 +10,7 @@ import pytest
 
 from captioning.plugin import ModelError
 from captioning.scorers import aes_b32, aesthetic_shadow, date
-from captioning.scorers.base import normalise, score_rows
+from captioning.scorers.base import score_rows
 from sharding.images import decode_rgb
 
 SIZES = [(224, 224), (640, 480), (301, 402), (1, 1), (30, 200), (1280, 600), (1000, 3000), (225, 224)]
@@ -27,7 +27,7 @@ def test_clip_pixels_equal_those_of_transformers(lab, demo_models, size):
     pixels = model.preparer.prepare(image)
 
     assert pixels.dtype == np.uint8
-    ours = normalise(pixels[None], mean=model._mean, std=model._std, scale=1 / 255)[0]
+    ours = model._processor.normalise(pixels[None])[0]
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
 
@@ -39,7 +39,7 @@ def test_aesthetic_pixels_equal_those_of_transformers(lab, demo_models, size):
     model = aesthetic_shadow.load(settings_shadow(demo_models["aesthetic"]), device="cpu")
     theirs = ViTImageProcessor.from_pretrained(demo_models["aesthetic"])(image, return_tensors="np")["pixel_values"][0]
 
-    ours = normalise(model.preparer.prepare(image)[None], mean=model._mean, std=model._std, scale=1 / 255)[0]
+    ours = model._processor.normalise(model.preparer.prepare(image)[None])[0]
 
     np.testing.assert_allclose(ours, theirs, atol=2e-6)
 
@@ -151,18 +151,18 @@ def test_the_date_score_is_the_year_and_missing_without_a_date():
 
 
 def settings_shadow(folder, **values):
-    return aesthetic_shadow.AestheticShadowConfig(kind="aesthetic_shadow", model=str(folder), **values)
+    return aesthetic_shadow.Settings(kind="aesthetic_shadow", model=str(folder), **values)
 
 
 def settings_b32(demo_models):
-    return aes_b32.AesB32Config(kind="aes_b32", clip=str(demo_models["clip"]), head=str(demo_models["head"]))
+    return aes_b32.Settings(kind="aes_b32", clip=str(demo_models["clip"]), head=str(demo_models["head"]))
 
 
 def load_kind(kind, demo_models):
     from captioning.taggers import wd
 
     if kind == "wd":
-        return wd.load(wd.WdTaggerConfig(kind="wd_tagger", model=str(demo_models["wd"])), device="cpu")
+        return wd.load(wd.Settings(kind="wd_tagger", model=str(demo_models["wd"])), device="cpu")
     if kind == "aesthetic":
         return aesthetic_shadow.load(settings_shadow(demo_models["aesthetic"]), device="cpu")
     return aes_b32.load(settings_b32(demo_models), device="cpu")

@@ -1,10 +1,12 @@
-"""Where models are found: local folders, the hub, and what stands in for a version."""
+"""Where models are found: local folders, the hub, and what stands in for a version; devices and libraries."""
 
 import sys
 
 import pytest
 
-from captioning.plugin import MissingExtraError, ModelError, import_torch, locate, locate_file, torch_device
+from captioning.model_files import locate, locate_file
+from captioning.plugin import MissingExtraError, ModelError
+from captioning.torch_models import import_torch, torch_device
 
 
 @pytest.fixture
@@ -26,14 +28,17 @@ def hub(tmp_path, monkeypatch):
 
 def test_a_hub_models_revision_is_the_commit_that_its_branch_stands_for(hub):
     assert locate("owner/model", revision="main", patterns=["*"]) == (hub, "abc123")
-    assert locate_file("owner/model/models/head.pth", revision="main") == (hub / "models" / "head.pth", "abc123")
+    assert locate_file("owner/model/models/head.pth", revision="main", key="head") == (
+        hub / "models" / "head.pth",
+        "abc123",
+    )
 
 
 def test_what_the_hub_does_not_have_is_an_error_that_names_it(hub):
-    with pytest.raises(ModelError, match=r"owner/model@v2: no such folder here, .* \(404 not found\)"):
+    with pytest.raises(ModelError, match=r"model = 'owner/model': no such folder here, and 'v2' .* \(404 not found\)"):
         locate("owner/model", revision="v2", patterns=["*"])
-    with pytest.raises(ModelError, match=r"the repository has no file other\.pth"):
-        locate_file("owner/model/other.pth", revision="main")
+    with pytest.raises(ModelError, match=r"head = .* has no file other\.pth"):
+        locate_file("owner/model/other.pth", revision="main", key="head")
     with pytest.raises(ModelError, match="not a hub id OWNER/NAME"):
         locate("no/such/folder", revision="main", patterns=["*"])
 

@@ -1,0 +1,94 @@
+"""What plug-ins that run on torch share: the device, transformers without its noise, the pixels' normalisation."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from captioning.plugin import Device, MissingExtraError, ModelError, Pixels
+
+TRANSFORMERS_FILES = ("config.json", "preprocessor_config.json", "model*.safetensors*", "pytorch_model*.bin*")
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The `preprocessor_config.json` of a transformers model; how it resizes is for each plug-in to read."""
+
+    values: dict[str, Any]
+    path: Path
+
+    @classmethod
+    def read(cls, folder: Path) -> "Processor":
+        """Read it. Raises ModelError when it is missing, not JSON, or without mean and standard deviation."""
+        path = folder / "preprocessor_config.json"
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelError(f"{path}: missing; mean, standard deviation and size must come from the model") from None
+        except ValueError as error:
+            raise ModelError(f"{path}: not valid JSON ({error})") from error
+        if missing := [name for name in ("size", "image_mean", "image_std") if name not in values]:
+            raise ModelError(f"{path}: {', '.join(missing)} missing")
+        return cls(values, path)
+
+    def sides(self, name: str, *keys: str) -> list[int]:
+        """Return `values[name]`, one number for all or a table with `keys`. Raises ModelError."""
+        size = self.values.get(name, self.values["size"])
+        if isinstance(size, int):
+            return [size] * len(keys)
+        if not isinstance(size, dict) or not set(keys) <= set(size):
+            raise ModelError(f"{self.path}: {name} must give {' and '.join(keys)}, got {size!r}")
+        return [int(size[key]) for key in keys]
+
+    def normalise(self, batch: Pixels) -> npt.NDArray[np.float32]:
+        """Return (N, 3, H, W) float32 = (x · rescale_factor − mean) / std; batch: (N, H, W, 3) uint8 RGB."""
+        mean, std = (np.array(self.values[name], dtype=np.float32) for name in ("image_mean", "image_std"))
+        scaled = (batch * np.float64(self.values.get("rescale_factor", 1 / 255))).astype(np.float32)
+        return np.ascontiguousarray(((scaled - mean) / std).transpose(0, 3, 1, 2))
+
+
+def torch_device(device: Device) -> str:
+    """Return torch's name for the device. Raises ModelError when torch cannot use it; never falls back to the CPU."""
+    torch = import_torch()
+    if device == "cpu":
+        return "cpu"
+    if device == "openvino":
+        if hasattr(torch, "xpu") and torch.xpu.is_available():
+            return "xpu"
+        raise ModelError("annotate.device 'openvino': torch sees no Intel device (xpu); install torch's xpu build")
+    if not torch.cuda.is_available():
+        raise ModelError(f"annotate.device {device!r}: torch {torch.__version__} sees no such device; use device 'cpu'")
+    return "cuda"
+
+
+def import_torch() -> Any:
+    """Return the torch module. Raises MissingExtraError."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError("torch", extras="caption,cpu") from error
+    return torch
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[Any]:
+    """Yield the transformers module with its progress bars and its reports of unused weights switched off."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", extras="caption,cpu") from error
+    settings = transformers.logging
+    verbosity, has_bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        settings.set_verbosity(verbosity)
+        if has_bars:
+            settings.enable_progress_bar()
