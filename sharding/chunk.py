@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.files import replacing, sha256_file, temporary_name, write_json
+from sharding.files import TEMPORARY_MARK, replacing, sha256_file, temporary_name, write_json
 from sharding.schema import INDEX, SCHEMA_VERSION
 from sharding.tables import schema_mismatch
 
@@ -383,7 +383,9 @@ def remove_unnamed(chunk: Chunk) -> list[Path]:
     unnamed = [
         path
         for path in sorted(chunk.folder.iterdir())
-        if path.is_file() and path.name not in named and not path.name.startswith((_SEAL, "."))
+        if path.is_file()
+        and path.name not in named
+        and (TEMPORARY_MARK in path.name or not path.name.startswith((_SEAL, ".")))
     ]
     for path in unnamed:
         path.unlink()

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY_MARK = ".partial-"
+LEFT_OVER_SECONDS = 3600.0
+"""Where several tasks write into a folder, temporary files older than this belong to none of them."""
 _HASH_BLOCK_BYTES = 4 << 20
 
 

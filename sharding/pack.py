@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from sharding.chunk import Chunk, captions_digest, commit_chunk, is_sealed, remove_unnamed
 from sharding.config import DatasetConfig
-from sharding.files import require_free_bytes
+from sharding.files import LEFT_OVER_SECONDS, remove_temporaries, require_free_bytes
 from sharding.images import BrokenFractionError, is_too_broken
 from sharding.listing import check_roots
 from sharding.pack_jobs import (
@@ -123,6 +123,7 @@ def pack(
     forecast_bytes = sum(job.num_bytes for job in jobs if job.needs_tars)
     if not dry_run:
         require_free_bytes(workspace.chunks, forecast_bytes, "packing")
+        remove_temporaries(workspace.pack_drops, min_age_seconds=LEFT_OVER_SECONDS)
 
     events = EventLog(workspace.events, stage="pack")
     packed: list[str] = []

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from sharding.chunk import is_sealed
 from sharding.config import DatasetConfig
-from sharding.files import digest_of
+from sharding.files import digest_of, remove_temporaries
 from sharding.keys import is_in, key_array
 from sharding.runlog import EventLog
 from sharding.schema import DROPS, PLAN, Workspace, drop_row
@@ -118,6 +118,8 @@ def make_plan(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = Fa
         num_removed=num_removed, vanished=_vanished(rows, current), is_unchanged=False,
     )  # fmt: skip
     if not dry_run:
+        for folder in (workspace.plan, drops_path.parent):
+            remove_temporaries(folder)
         write_part(drops_path, drops, made_from=made_from)
         write_part(plan_path, rows, made_from=made_from)
         EventLog(workspace.events, stage="plan").write(

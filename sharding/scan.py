@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sharding.config import DatasetConfig
-from sharding.files import digest_of, remove_temporaries
+from sharding.files import LEFT_OVER_SECONDS, digest_of, remove_temporaries
 from sharding.images import BrokenFractionError, is_too_broken
 from sharding.listing import Found, Row, check_roots, extend_listing, find_images, is_frozen, read_listing, unlisted
 from sharding.metadata import sidecar_paths
@@ -36,7 +36,6 @@ SCAN_VERSION = 1
 """Raised when the code would make other rows from the same files."""
 
 _FILES_PER_BATCH = 16
-_LEFT_OVER_SECONDS = 3600.0  # another task may be writing; none takes that long for one part's file
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def scan(
     to_make: list[tuple[Path, list[Row], str]] = []
     if not dry_run:
         for folder in (workspace.listing, workspace.manifest):
-            remove_temporaries(folder, min_age_seconds=_LEFT_OVER_SECONDS)
+            remove_temporaries(folder, min_age_seconds=LEFT_OVER_SECONDS)
     parts = owned_parts(list_parts(workspace.listing), part_index, num_parts)
     for part in parts:
         rows = read_listing(part)
