@@ -49,8 +49,10 @@ class AnnotateReport:
     """New rows without a result by reason; one for an image that no model could see."""
     is_dry_run: bool
     seconds: float
+    loading_seconds: float
+    """Time that loading the models took."""
     waiting_seconds: float
-    """Time in which models waited for decoding."""
+    """Time in which loaded models waited for decoding."""
 
     def summary(self) -> str:
         """Return a few lines for people."""
@@ -62,7 +64,11 @@ class AnnotateReport:
             f"{verb}; {self.num_images:,} images, {self.num_decodes:,} decodes in {self.seconds:.1f} s"
         ]
         if self.num_images and not self.is_dry_run:
-            lines[0] += f", {self.num_images / self.seconds:.1f}/s, waiting {self.waiting_seconds / self.seconds:.0%}"
+            running_seconds = self.seconds - self.loading_seconds
+            lines[0] += (
+                f"; {self.loading_seconds:.1f} s to load models, then {self.num_images / running_seconds:.1f}/s, "
+                f"{self.waiting_seconds / running_seconds:.0%} of it waiting for images"
+            )
         for model, number in self.num_rows.items():
             reused = self.num_rows_reused.get(model, 0)
             lines.append(f"  {model}: {number:,} rows" + (f", {reused:,} more kept" if reused else ""))
@@ -150,7 +156,7 @@ class _Run:
         self.events = EventLog(workspace.events, stage="annotate")
         self.loaded: dict[str, ImageModel | RecordModel] = {}
         self.started = time.monotonic()
-        self.waiting_seconds = 0.0
+        self.loading_seconds = self.waiting_seconds = 0.0
         self.num_parts = self.num_current = self.num_images = self.num_decodes = 0
         self.num_seen = self.num_broken = 0
         self.num_rows = Counter(dict.fromkeys(chosen, 0))
@@ -270,8 +276,10 @@ class _Run:
         if name not in self.loaded:
             settings = self.settings[name]
             logger.info("loading %s: %s", name, self.identities[name].model)
+            started = time.monotonic()
             with _naming(name):
                 self.loaded[name] = PLUGINS[settings.kind].load(settings, device=self.config.annotate.device)
+            self.loading_seconds += time.monotonic() - started
         return self.loaded[name]
 
     def _image_model(self, name: str) -> ImageModel:
@@ -300,11 +308,11 @@ class _Run:
         return self.config.sources[source].root
 
     def _wait_for(self, stream: Iterator[Answer]) -> Answer | None:
-        started = time.monotonic()
-        try:
-            return next(stream, None)
-        finally:
-            self.waiting_seconds += time.monotonic() - started
+        started, loading_before = time.monotonic(), self.loading_seconds
+        answer = next(stream, None)
+        # Models are loaded when the first part that needs them is planned, inside `next`.
+        self.waiting_seconds += time.monotonic() - started - (self.loading_seconds - loading_before)
+        return answer
 
     def _report(self, *, is_dry_run: bool) -> AnnotateReport:
         return AnnotateReport(
@@ -318,6 +326,7 @@ class _Run:
             without_result=dict(self.without_result),
             is_dry_run=is_dry_run,
             seconds=time.monotonic() - self.started,
+            loading_seconds=self.loading_seconds,
             waiting_seconds=self.waiting_seconds,
         )
 

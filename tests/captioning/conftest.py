@@ -33,6 +33,12 @@ class Lab:
         image.save(buffer, "PNG")
         return buffer.getvalue()
 
+    def plain(self, grey: int) -> bytes:
+        """Return a PNG of one grey."""
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 48), (grey, grey, grey)).save(buffer, "PNG")
+        return buffer.getvalue()
+
     def record(self, key: str = "k0", **values: Any) -> dict[str, Any]:
         """Return a manifest row of a kept file."""
         row: dict[str, Any] = {f"tags_{name}": [] for name in ("general", "character", "copyright", "artist", "meta")}
