@@ -1,0 +1,137 @@
+import json
+import math
+import struct
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from training.trackers import Trackers, WandB, chart_values
+
+
+class FakeTracker:
+    """Remembers what it was given; breaks at a step, like a kill, when told to."""
+
+    name = "fake"
+
+    def __init__(self, *, breaks_at=None):
+        self.points, self.pictures, self.breaks_at = [], [], breaks_at
+
+    def scalars(self, step, values):
+        if step == self.breaks_at:
+            raise KeyboardInterrupt
+        self.points.append((step, dict(values)))
+
+    def images(self, step, pictures):
+        self.pictures.append((step, sorted(pictures)))
+
+    def flush(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def rows(*steps):
+    return [{"global_step": step, "chunk": "a/0000", "train/loss": step / 10} for step in steps]
+
+
+def test_steps_come_in_order_once_and_only_as_far_as_a_state_covers_them(tmp_path):
+    tracker = FakeTracker()
+    trackers = Trackers([tracker], tmp_path / "trackers.json")
+
+    trackers.feed(rows(1, 3, 2, 4), {}, up_to_step=3)
+    trackers.feed(rows(1, 2, 3, 4, 5), {}, up_to_step=5)
+    trackers.feed(rows(4, 5), {}, up_to_step=5)
+
+    assert [step for step, _ in tracker.points] == [1, 2, 3, 4, 5]
+    assert tracker.points[0] == (1, {"train/loss": 0.1})
+    assert trackers.fed == 5
+
+
+def test_the_next_launch_goes_on_behind_what_was_fed(tmp_path):
+    path, again = tmp_path / "trackers.json", FakeTracker()
+    Trackers([FakeTracker()], path).feed(rows(1, 2), {}, up_to_step=2)
+
+    resumed = Trackers([again], path)
+    fed_before = resumed.fed
+    resumed.feed(rows(1, 2, 3), {}, up_to_step=3)
+
+    assert fed_before == 2
+    assert [step for step, _ in again.points] == [3]
+
+
+def test_a_kill_while_feeding_loses_points_but_doubles_none(tmp_path):
+    path, killed, again = tmp_path / "trackers.json", FakeTracker(breaks_at=2), FakeTracker()
+
+    with pytest.raises(KeyboardInterrupt):
+        Trackers([killed], path).feed(rows(1, 2, 3), {}, up_to_step=3)
+    Trackers([again], path).feed(rows(1, 2, 3, 4), {}, up_to_step=4)
+
+    steps = [step for step, _ in killed.points + again.points]
+    assert steps == [1, 4]
+
+
+def test_a_tracker_that_joins_later_gets_everything(tmp_path):
+    path, late = tmp_path / "trackers.json", FakeTracker()
+    late.name = "late"
+    Trackers([FakeTracker()], path).feed(rows(1, 2), {}, up_to_step=2)
+
+    Trackers([FakeTracker(), late], path).feed(rows(1, 2, 3), {}, up_to_step=3)
+
+    assert [step for step, _ in late.points] == [1, 2, 3]
+
+
+def test_pictures_go_with_their_step(tmp_path):
+    tracker = FakeTracker()
+    path = tmp_path / "strip.png"
+    Image.new("RGB", (4, 4)).save(path)
+
+    Trackers([tracker], tmp_path / "trackers.json").feed(rows(1, 2), {2: {"preview/strip": path}}, up_to_step=2)
+
+    assert tracker.pictures == [(2, ["preview/strip"])]
+
+
+def test_charts_get_finite_numbers_only():
+    row = {"global_step": 1, "chunk": "a", "step": 2, "train/loss": 0.5, "x/nan": math.nan, "x/text": "nan", "x/int": 3}
+
+    assert chart_values(row) == {"train/loss": 0.5, "x/int": 3.0}
+
+
+def read_wandb(path: Path) -> list[dict]:
+    """The history records of a .wandb file: a 7-byte header, then LevelDB log blocks of 32 KiB with protobufs."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, record, history = path.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # a block's end, too short for a header
+            position += 32768 - position % 32768
+            continue
+        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # the record, or its last piece
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(record)
+            record = b""
+            if message.WhichOneof("record_type") == "history":
+                items = message.history.item
+                history.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+    return history
+
+
+@pytest.mark.slow
+def test_two_launches_are_one_rising_series_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    for steps in ((1, 2, 3), (4, 5)):  # the second launch reads the first's metrics again
+        tracker = WandB(tmp_path / "wandb", project="p", run_name="r", run_id="r-1", mode="offline", config={"seed": 1})
+        trackers = Trackers([tracker], tmp_path / "trackers.json")
+        trackers.feed(rows(*range(1, steps[-1] + 1)), {}, up_to_step=steps[-1])
+        trackers.close()
+
+    files = sorted((tmp_path / "wandb").rglob("run-r-1.wandb"), key=lambda path: path.stat().st_mtime)
+    series = [row for path in files for row in read_wandb(path) if "train/loss" in row]
+    assert len(files) == 2
+    assert [row["global_step"] for row in series] == [row["_step"] for row in series] == [1, 2, 3, 4, 5]
+    assert [row["train/loss"] for row in series] == [0.1, 0.2, 0.3, 0.4, 0.5]
