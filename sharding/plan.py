@@ -2,7 +2,8 @@
 
 `plan_rows` is a pure function of the previous plan and the kept keys. Each dataset is shuffled by a seeded hash of
 its keys and cut into chunks, so every chunk is a uniform random sample of its dataset. Chunks that are full, or that
-a run has trained (sealed), never change; only a short last chunk is filled up. To plan afresh, delete the plan.
+a run has trained (sealed), never change; only a short last chunk is filled up. To plan afresh, delete the plan;
+what is trained stays where it is.
 No pixels and no captions here, and no Python object per sample: millions of rows are a few hundred megabytes.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.chunk import is_sealed
+from sharding.chunk import chunk_name, is_sealed, open_chunk
 from sharding.config import DatasetConfig
 from sharding.files import digest_of, remove_temporaries
 from sharding.keys import is_in, key_array
@@ -103,13 +104,12 @@ def make_plan(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = Fa
         num_drops = read_part(drops_path, ["key"]).num_rows
         vanished = _vanished(previous, current)
         return _report(previous, previous, num_drops, num_removed=0, vanished=vanished, is_unchanged=True)
+    sealed = sealed_chunks(workspace)
+    if not list_parts(workspace.plan):
+        previous = _trained_rows(workspace, sealed)
     rows = plan_rows(
-        previous,
-        current,
-        chunk_size=config.plan.chunk_size,
-        seed=config.plan.seed,
-        sealed=sealed_chunks(workspace),
-    )
+        previous, current, chunk_size=config.plan.chunk_size, seed=config.plan.seed, sealed=sealed
+    )  # fmt: skip
     planned = key_array(rows.column("key"))
     drops = _no_period_drops(workspace, without_period, planned)
     num_removed = int((~is_in(key_array(previous.column("key")), planned)).sum())
@@ -196,6 +196,17 @@ def sealed_chunks(workspace: Workspace) -> set[tuple[str, int]]:
     """Return (dataset, chunk) of every chunk folder that carries a run's seal. Combined chunks have no number here."""
     folders = [path for path in workspace.chunks.glob("*/*") if path.name.isdigit()]
     return {(folder.parent.name, int(folder.name)) for folder in folders if is_sealed(folder)}
+
+
+def _trained_rows(workspace: Workspace, sealed: Collection[tuple[str, int]]) -> pa.Table:
+    """Return the plan of the trained chunks as their indexes have it: what a plan that was lost must not break."""
+    tables = [PLAN.empty_table()]
+    for dataset, chunk in sorted(sealed):
+        index = open_chunk(workspace.chunks / chunk_name(dataset, chunk)).read_index()
+        index = index.append_column("chunk", pa.array(np.full(index.num_rows, chunk), pa.int32()))
+        index = index.append_column("position", pa.array(np.arange(index.num_rows), pa.int32()))
+        tables.append(index.select(PLAN.names).cast(PLAN))
+    return pa.concat_tables(tables)
 
 
 def _cut(rows: pa.Table, *, chunk_size: int, first_chunk: int) -> pa.Table:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sharding import cli
+from sharding.chunk import list_chunks, seal
 
 
 @pytest.fixture
@@ -184,12 +185,24 @@ def test_damaged_parts_are_made_again_by_their_stage_and_named_by_the_next(run, 
         assert digests(packed) == before
 
 
-def test_a_damaged_plan_is_named(run, packed):
-    (packed / "plan" / "part-00000.parquet").write_bytes(b"damaged")
+def test_a_damaged_plan_is_named_and_planned_again_around_what_is_trained(run, packed):
+    before = digests(packed)
+    for chunk in list_chunks(packed / "chunks"):
+        seal(chunk, "run")
+    plan = packed / "plan" / "part-00000.parquet"
+    plan.write_bytes(b"damaged")
 
     for command in ("plan", "pack"):
         assert run(command)[0] == 3
         assert "plan/part-00000.parquet: not a readable part" in error_lines(run)[0]
+    plan.unlink()
+    assert run("plan", "--set", "plan.seed=5")[0] == 0
+    code, text = run("pack")
+    assert code == 0 and text.startswith("0 chunks packed (0 samples), 2 current")
+    after = digests(packed)
+    assert {name: after[name] for name in before if name.startswith("chunks/") and ".checked" not in name} == {
+        name: digest for name, digest in before.items() if name.startswith("chunks/") and ".checked" not in name
+    }
 
 
 def test_too_many_broken_pictures_stop_scan_after_all_is_written(run, save, tmp_path):
