@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,24 @@ from sharding import cli
 from sharding.chunk import list_chunks, seal
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    return tmp_path_factory.mktemp("packed")
+
+
 @pytest.fixture
-def packed(run, write_captions, tmp_path):
-    """Return the workspace after pack, with the commands of `run` for `packed.run`."""
-    for command in ("scan", "dedupe", "plan"):
-        assert run(command)[0] == 0
-    write_captions()
-    assert run("pack")[0] == 0
+def packed(run, write_captions, tmp_path, template):
+    """Return the workspace of `run` after pack; made once and copied, times included, for each test."""
+    if not (template / "ws").exists():
+        for command in ("scan", "dedupe", "plan"):
+            assert run(command)[0] == 0
+        write_captions()
+        assert run("pack")[0] == 0
+        for name in ("raw", "ws"):
+            shutil.copytree(tmp_path / name, template / name)
+    else:
+        for name in ("raw", "ws"):
+            shutil.copytree(template / name, tmp_path / name, dirs_exist_ok=True)
     return tmp_path / "ws"
 
 

@@ -327,6 +327,7 @@ def test_a_broken_off_pack_takes_over_finished_shards(config, workspace, keys, m
     assert all_bytes(workspace) == whole
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_pack_and_a_second_run_give_the_same_bytes(config, workspace, keys, tmp_path):
     pack(config, workspace)
     whole = all_bytes(workspace)
