@@ -263,9 +263,10 @@ FREE_KEYS = frozenset(
         "save.every_steps", "save.keep_states", "save.keep_chunks", "save.asynchronous", "save.export_every_chunks",
         "save.export_dtype", "preview.every_steps", "preview.at_chunk_end", "preview.prompts", "trackers.tensorboard",
         "trackers.wandb", "trackers.wandb_project", "trackers.trace", "stage_c.previewer", "stage_c.network",
-        "stage_c.text_encoder", "stage_c.preview_shift",
+        "stage_c.text_encoder", "stage_c.tokenizer", "stage_c.effnet", "stage_c.preview_shift",
         "stage_c.gradient_checkpointing",
     }
 )  # fmt: skip
 """Keys that may differ between launches of one run: they change speed, places or what is kept, not what is trained.
-The weights that a run started from are read once, by its first chunk; afterwards they may be moved."""
+Weights may be moved: those of trained parts come from the state (the file only gives the shapes), and frozen ones must
+hold the same values as at the first launch (run.json, frozen_weights)."""

@@ -253,7 +253,10 @@ def _require_shards(chunk: Chunk) -> None:
                 "restore it, or name the chunk's new place if the workspace moved"
             ) from None
         if num_bytes != shard.num_bytes:
-            raise ChunkError(f"chunk {chunk.name}: shard {path} has {num_bytes:,} bytes, {shard.num_bytes:,} are right")
+            raise ChunkError(
+                f"chunk {chunk.name}: shard {path} has {num_bytes:,} bytes, {shard.num_bytes:,} are right: it was "
+                "cut short or replaced; run `python -m sharding verify`, then restore it or pack the chunk again"
+            )
 
 
 def _slurm_job() -> dict[str, Any]:

@@ -306,6 +306,7 @@ class Session:
         for path in (run_dir.metrics_path, self._trace_path):
             trim_metrics(path, after_step=position.global_step)
         self._devices = f"{self._engine.world_size} x {_device_name(self._engine.device)}"
+        self._require_same_frozen_weights()
         facts = self._describe_machine()
         if self._state is not None and not has_state(self._ledger.lines, self._state.manifest.digest):
             # saved by a launch that was killed before it could say so
@@ -347,6 +348,17 @@ class Session:
             row for row in read_metrics(run_dir.metrics_path) if row["global_step"] > self._trackers.fed
         ]
         self._feed_trackers()
+
+    def _require_same_frozen_weights(self) -> None:
+        """Raise ConfigError when a weights file that no state holds was changed: its path is free, its values not."""
+        now = self._recipe.frozen_digests()
+        before = self._run_dir.read_run_json().get("frozen_weights", {})
+        if changed := [key for key, digest in now.items() if before.get(key, digest) != digest]:
+            raise ConfigError(
+                f"{', '.join(changed)}: not what this run was started with (run.json, frozen_weights); "
+                "give the same weights, or start a new run folder"
+            )
+        self._run_dir.update_run_json(frozen_weights={**before, **now})
 
     def _describe_machine(self) -> dict[str, Any]:
         """Put into run.json what bit-equality depends on, and say aloud what changed since the last launch."""

@@ -164,6 +164,15 @@ def read_tensors(path: Path, *, expected_sha256: str | None = None) -> dict[str,
     return tensors
 
 
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 (hex) of names, dtypes, shapes and values, wherever the tensors lie."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(bytes_of(tensor.cpu().contiguous()))
+    return digest.hexdigest()
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor, without a copy; any dtype, 0-d and empty ones too."""
     if tensor.numel() == 0:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -29,24 +30,34 @@ PRELOAD = [
 ]  # fmt: skip
 
 
-def _launch(arguments: list[str], log: str) -> None:
+def _launch(arguments: list[str], log: str, environment: dict[str, str], prepare: Callable[[], None] | None) -> None:
     with Path(log).open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.setsid()
+    os.environ.update(environment)
+    if prepare is not None:
+        prepare()
     from training.cli import main
 
     sys.exit(main(arguments))
 
 
 class Launch:
-    """One `python -m training …` process."""
+    """One `python -m training …` process. prepare: called in it first, to break something."""
 
-    def __init__(self, arguments: list[str], log: Path) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        log: Path,
+        *,
+        environment: dict[str, str] | None = None,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self.log = log
-        self.process = context.Process(target=_launch, args=(arguments, str(log)))
+        self.process = context.Process(target=_launch, args=(arguments, str(log), environment or {}, prepare))
         self.process.start()
 
     def wait(self, timeout_seconds: float = 120) -> int:
@@ -80,17 +91,46 @@ class TinyRun:
         config = str(ROOT / "configs" / "training" / "demo.toml")
         return [command, config, "--run-dir", str(self.root), *words, *extra]
 
-    def launch(self, *extra: str) -> Launch:
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        return Launch(self.arguments("run", *extra), self.root.with_suffix(".log"))
+    @property
+    def log(self) -> Path:
+        return self.root.with_suffix(".log")
 
-    def train(self, *extra: str) -> int:
-        return self.launch(*extra).wait()
+    def launch(self, *extra: str, prepare: Callable[[], None] | None = None) -> Launch:
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        return Launch(self.arguments("run", *extra), self.log, prepare=prepare)
+
+    def train(self, *extra: str, prepare: Callable[[], None] | None = None) -> int:
+        return self.launch(*extra, prepare=prepare).wait()
+
+    def train_on(self, num_processes: int, *extra: str) -> list[int]:
+        """Train with several processes as a launcher would start them; return their exit codes."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launches = [
+            Launch(
+                self.arguments("run", "--processes", str(num_processes), *extra),
+                self.root.with_name(f"{self.root.name}.{rank}.log"),
+                environment={
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
+                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+                },
+            )
+            for rank in range(num_processes)
+        ]  # fmt: skip
+        return [launch.wait() for launch in launches]
+
+    def errors(self) -> list[str]:
+        """The lines for the user in the log of all launches."""
+        return [line for line in self.log.read_text().splitlines() if line.startswith("error: ")]
+
+    def events(self, name: str) -> list[dict]:
+        return [line["fields"] for line in self.rows("ledger.jsonl") if line["event"] == name]
 
     def train_all(self) -> None:
         for chunk in ("real/0000", "real/0001"):
             code = self.train("--chunk", chunk)
-            assert code == 0, self.root.with_suffix(".log").read_text()
+            assert code == 0, self.log.read_text()
 
     def rows(self, name: str) -> list[dict]:
         path = self.root / name

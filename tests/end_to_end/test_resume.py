@@ -118,7 +118,7 @@ def test_a_damaged_newest_state_is_passed_over_aloud(make_run, uninterrupted, tm
     run.train_all()
 
     assert len(states) >= 2
-    assert f"state {states[-1].name} is not used" in run.root.with_suffix(".log").read_text()
+    assert f"state {states[-1].name} is not used" in run.log.read_text()
     assert_equal_runs(run, uninterrupted)
 
 
@@ -188,7 +188,7 @@ def test_a_launcher_that_starts_another_number_of_processes_is_refused(make_run,
     code = run.train("--chunk", FIRST, "--processes", "2")
 
     assert code == 2
-    assert "--processes 2: the launcher started 1" in run.root.with_suffix(".log").read_text()
+    assert "--processes 2: the launcher started 1" in run.log.read_text()
 
 
 def test_a_changed_setting_is_refused_and_a_free_one_is_not(make_run, tmp_path):
@@ -198,7 +198,7 @@ def test_a_changed_setting_is_refused_and_a_free_one_is_not(make_run, tmp_path):
     refused = run.train("--chunk", FIRST, "--set", "optimizer.learning_rate=0.5")
     allowed = run.train("--chunk", FIRST, "--set", "save.every_steps=3")
 
-    log = run.root.with_suffix(".log").read_text()
+    log = run.log.read_text()
     assert refused == 2
     assert "optimizer.learning_rate: was 0.001, now 0.5" in log
     assert allowed == 0
@@ -210,4 +210,4 @@ def test_a_chunk_before_its_parent_is_refused(make_run, tmp_path):
     code = run.train("--chunk", SECOND)
 
     assert code == 3
-    assert "real/0000 comes before it and is not complete" in run.root.with_suffix(".log").read_text()
+    assert "real/0000 comes before it and is not complete" in run.log.read_text()

@@ -66,6 +66,9 @@ class Recipe(Protocol):
     def learning_rates(self) -> dict[str, float]:
         """Return the peak learning rate of each part."""
 
+    def frozen_digests(self) -> dict[str, str]:
+        """Return a SHA-256 of each thing that decides what is trained but is in no state, by its config key."""
+
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the losses of a micro-batch, calling the prepared `model`, with counted randomness only."""
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sharding.files import digest_of
 from training.chunk_data import Batch
 from training.config import Prompt, RunConfig
 from training.randomness import SampleIdentity, normal, uniform
@@ -23,6 +24,7 @@ from training.stage_c.gdf import AdaptiveLossWeight, diffuse, p2_weight, sample,
 from training.stage_c.network import StageCNetwork
 from training.stage_c.previewer import Previewer, load_previewer
 from training.stage_c.text import TextConditioner, load_text_model, load_tokenizer, save_text_model, tokenize
+from training.tensor_file import digest_of_tensors
 
 PIXELS_PER_LATENT = 32  # of what the encoder sees
 
@@ -99,6 +101,16 @@ class StageC:
         optimizer = self._config.optimizer
         text_rate = optimizer.text_encoder_learning_rate or optimizer.learning_rate
         return {"network": optimizer.learning_rate, "text_encoder": text_rate}
+
+    def frozen_digests(self) -> dict[str, str]:
+        frozen: dict[str, nn.Module] = {"stage_c.effnet": self._effnet}
+        if self._model.text is None:
+            frozen["stage_c.text_encoder"] = self._text
+        vocabulary = sorted(self._tokenizer.get_vocab().items())
+        return {
+            **{key: digest_of_tensors(module.state_dict()) for key, module in frozen.items()},
+            "stage_c.tokenizer": digest_of(vocabulary),
+        }
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Return epsilon-prediction losses; timestep and noise are counted by each sample's identity."""

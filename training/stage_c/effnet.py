@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.stage_c.weight_files import load_into, read_tensors, write_tensors
+from training.stage_c.weight_files import load_into, naming, read_tensors, write_tensors
 
 PIXELS_PER_LATENT = 32
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -174,10 +174,10 @@ class EffNetEncoder(nn.Module):
 def load_effnet(path: Path, *, device: torch.device | str = "cpu") -> EffNetEncoder:
     """Load an effnet_encoder file, or the encoder out of a combined checkpoint; its widths come from the shapes.
 
-    Raises FileNotFoundError, or ValueError naming missing and unexpected keys.
+    Raises FileNotFoundError, or WeightsError naming missing and unexpected keys.
     """
     state_dict, _ = read_tensors(path, anchor="backbone.0.0.weight", dtype=torch.float32)
-    with torch.device("meta"):
+    with naming(path), torch.device("meta"):
         encoder = EffNetEncoder(config_from_state_dict(state_dict))
     load_into(encoder, state_dict, source=path)
     return encoder.to(device)

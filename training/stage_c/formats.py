@@ -22,6 +22,7 @@ from training.stage_c.weight_files import (
     check_keys,
     load_into,
     locate_component,
+    naming,
     read_tensors,
     write_tensors,
 )
@@ -237,9 +238,9 @@ def network_from_state_dict(
 
     Raises WeightsError listing missing and unexpected keys and wrong shapes.
     """
-    original = to_original(state_dict)
-    if config is None:
-        config = config_from_state_dict(original)
+    with naming(source):
+        original = to_original(state_dict)
+        config = config or config_from_state_dict(original)
     with torch.device("meta"):
         network = StageCNetwork(config)
     load_into(network, original, source=source)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.stage_c.weight_files import load_into, read_tensors, write_tensors
+from training.stage_c.weight_files import load_into, naming, read_tensors, write_tensors
 
 UPSAMPLING = 8
 
@@ -71,10 +71,10 @@ class Previewer(nn.Module):
 def load_previewer(path: Path, *, device: torch.device | str = "cpu") -> Previewer:
     """Load a previewer file; its widths come from the shapes.
 
-    Raises FileNotFoundError, or ValueError naming missing and unexpected keys.
+    Raises FileNotFoundError, or WeightsError naming missing and unexpected keys.
     """
     state_dict, _ = read_tensors(path, anchor="blocks.24.weight", dtype=torch.float32)
-    with torch.device("meta"):
+    with naming(path), torch.device("meta"):
         previewer = Previewer(config_from_state_dict(state_dict))
     load_into(previewer, state_dict, source=path)
     return previewer.to(device)

@@ -5,6 +5,7 @@ are written by `training.tensor_file`; here tensors are converted one at a time 
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +113,15 @@ def _find_prefix(keys: Iterable[str], anchor: str | None, path: Path) -> str:
 
 def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+@contextmanager
+def naming(source: Path | str) -> Iterator[None]:
+    """Turn a ValueError about what a file holds into a WeightsError that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from error
 
 
 def check_keys(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, source: Path | str) -> None:
