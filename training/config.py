@@ -66,9 +66,9 @@ class BucketConfig(Config):
     family: Literal["no_upscale", "area", "ratios"] = "no_upscale"
     """kohya's bucket_no_upscale, kohya's predefined area buckets, or the official StableCascade ratio list."""
     resolution: tuple[int, int] = (1024, 1024)
-    """Width and height whose product bounds a bucket's area, in pixels fed to the image encoder."""
+    """Width and height of the full picture; their product × encode_scale² bounds a bucket's area."""
     step: int = Field(64, gt=0)
-    """Bucket sides are multiples of this many pixels."""
+    """Bucket sides are multiples of this many pixels fed to the image encoder; a multiple of 32."""
     min_side: int = Field(256, gt=0)
     """Shortest side of the `area` family."""
     max_side: int = Field(4096, gt=0)
@@ -97,8 +97,9 @@ class CaptionConfig(Config):
     token_warmup_steps: int = Field(0, ge=0)
     """Global steps over which the number of tags grows to all; 0 is off."""
     prefix: str = ""
+    """Text before every caption, joined by a space."""
     suffix: str = ""
-    """Text before and after every caption, joined by a space."""
+    """Text behind every caption, joined by a space."""
 
 
 class OptimizerConfig(Config):
@@ -111,9 +112,11 @@ class OptimizerConfig(Config):
     text_encoder_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the text encoder when it is trained; default: learning_rate."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's; Adafactor has its own constants (beta2 = 1 - step^-0.8, clip threshold 1)."""
     eps: float = Field(1e-8, gt=0)
+    """AdamW's."""
     weight_decay: float = Field(0.0, ge=0)
-    """betas and eps are AdamW's; Adafactor has its own constants (beta2 = 1 - step^-0.8, clip threshold 1)."""
+    """Decoupled, times the learning rate."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are clipped to this norm; 0 does not clip."""
 
@@ -122,6 +125,7 @@ class ScheduleConfig(Config):
     """Learning rate as a pure function of the global step over the whole run."""
 
     name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """Shape of the rate; only `constant` has no warm-up."""
     warmup_steps: int = Field(100, ge=0)
     """Steps from 0 to the peak, once per run, not once per chunk."""
     total_steps: int | None = Field(None, gt=0)
@@ -183,17 +187,22 @@ class PreviewConfig(Config):
     every_steps: int = Field(0, ge=0)
     """Make previews whenever the global step is a multiple of this; 0 makes them at the end of chunks only."""
     at_chunk_end: bool = True
+    """Make previews when a chunk is done."""
     prompts: tuple[Prompt, ...] = ()
+    """Tables of text, negative, width, height, seed, steps, guidance."""
 
 
 class TrackerConfig(Config):
     """Where metrics go besides metrics.jsonl."""
 
     tensorboard: bool = True
+    """Event files in the run folder."""
     wandb: Literal["off", "online", "offline"] = "off"
+    """One W&B run over all launches; offline writes files to sync later."""
     wandb_project: str = "chunkline"
+    """W&B's project name."""
     trace: bool = False
-    """Write keys, caption digests, timesteps and learning rate of every step to trace.jsonl (for proofs)."""
+    """Write keys, captions, timesteps, losses and rates of every step to trace.jsonl (for proofs)."""
 
 
 class StageCConfig(Config):
@@ -210,15 +219,18 @@ class StageCConfig(Config):
     previewer: str | None = None
     """Previewer (.safetensors); without it there are no previews."""
     train_text_encoder: bool = False
+    """Train the text encoder together with the network."""
     max_tokens: Literal[75, 150, 225] = 75
-    """Token windows of 75; what does not fit is cut, and counted."""
+    """Of a caption, in windows of 75; what does not fit is cut, and counted in the chart `sample_mean/cut_tokens`."""
     attention_mask: bool = True
     """Mask padding in the text encoder, as diffusers and the official code do; kohya does not."""
     encode_scale: float = Field(0.75, gt=0, le=1)
     """Pixels fed to the encoder per pixel of the picture: official 3/4 (24×24 latents for 1024²), kohya 1 (32×32).
     Buckets are sizes of what the encoder sees; previews follow the same density."""
     loss_weighting: Literal["p2", "adaptive"] = "p2"
+    """kohya's default, or 1 / the running loss at a sample's noise level (the official finetunes)."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: slower, less memory."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Of the network's blocks and attention probabilities while training."""
     preview_shift: float = Field(2.0, gt=0)
@@ -231,6 +243,7 @@ class RunConfig(Config):
     name: Name
     """Name of the run, for people and trackers."""
     seed: int = Field(0, ge=0)
+    """Of all counted randomness and the order of samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
     max_skipped_steps: int = Field(10, ge=0)

@@ -358,11 +358,6 @@ def _apply(draft: _Draft, event: str, fields: dict[str, Any]) -> None:
         draft.status = "running"
 
 
-def done_chunks(lines: Iterable[Line]) -> list[str]:
-    """Return the chunks that are done and not superseded, in the order they were trained."""
-    return [record.chunk for record in chunk_records(lines).values() if record.status == "done"]
-
-
 def parent_of(lines: Sequence[Line], chunk: str) -> str | None:
     """Return the chunk whose final state `chunk` starts from; None: it is the run's first.
 

@@ -251,6 +251,8 @@ def _metrics(
     for dataset in sorted({result.dataset for result in results}):
         losses = [result.loss for result in results if result.dataset == dataset]
         values[f"loss_by_dataset/{dataset}"] = sum(losses) / len(losses)
+    for name in results[0].scalars if results else ():
+        values[f"sample_mean/{name}"] = sum(result.scalars[name] for result in results) / count
     place = {
         "global_step": position.global_step,
         "chunk": position.chunk,

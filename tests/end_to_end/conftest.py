@@ -35,6 +35,8 @@ def _launch(arguments: list[str], log: str, environment: dict[str, str], prepare
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     os.setsid()
+    # The server may have been started by a loader, which blocks them.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT})
     os.environ.update(environment)
     if prepare is not None:
         prepare()

@@ -49,6 +49,29 @@ def disk_full_from(state_name: str) -> None:
     tensor_file.os.write = refuse
 
 
+def miscount() -> None:
+    """In the training process: every step says that it trained an image more."""
+    from training import loop
+
+    advance = loop._advance
+
+    def advance_too_far(position, step, **facts):
+        after = advance(position, step, **facts)
+        return loop.replace(after, chunk_images_trained=after.chunk_images_trained + 1)
+
+    loop._advance = advance_too_far
+
+
+def test_a_chunk_whose_images_do_not_add_up_is_not_done(make_run, tmp_path):
+    run = make_run(tmp_path / "run", *ONE_EPOCH)
+
+    code = run.train("--chunk", FIRST, prepare=miscount)
+
+    assert code == 3
+    assert "18 images were planned, but 23 trained + 0 skipped + 0 broken are 23" in run.errors()[0]
+    assert run.events("chunk_done") == []
+
+
 def test_a_truncated_shard_is_named_with_what_to_do(make_run, real_workspace, tmp_path):
     workspace = tmp_path / "workspace"
     shutil.copytree(real_workspace, workspace)

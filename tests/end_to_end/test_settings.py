@@ -108,9 +108,18 @@ def test_the_world_size_may_change_within_a_chunk(make_run, one_epoch, tmp_path)
     assert losses(run) == pytest.approx(losses(one_epoch), rel=1e-5)
 
 
+def test_tokens_that_do_not_fit_are_counted(make_run, tmp_path):
+    run = make_run(tmp_path / "run", ONE_EPOCH, "stage_c.max_tokens=75", f"caption.prefix='{'very long ' * 40}'")
+
+    assert run.train("--chunk", FIRST) == 0, run.log.read_text()
+
+    assert all(row["sample_mean/cut_tokens"] > 5 for row in run.rows("metrics.jsonl"))
+
+
 def test_the_charts_of_a_run_hold_what_the_loop_measured(one_epoch):
     rows = one_epoch.rows("metrics.jsonl")
 
     assert all(math.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0 for row in rows)
     assert rows[-1]["train/images_seen"] == 18
+    assert all(row["sample_mean/cut_tokens"] == 0 and 0 < row["sample_mean/timestep"] <= 1 for row in rows)
     assert {"loss_by_dataset/boards", "loss_by_dataset/photos"} <= {name for row in rows for name in row}

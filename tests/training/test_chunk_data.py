@@ -320,6 +320,7 @@ def test_pixel_settings_out_of_range_are_refused():
 def test_stop_signals_do_not_end_workers_or_their_server(chunk, everything):
     from multiprocessing import forkserver
 
+    forkserver._forkserver._stop()  # another test's, which was started without the loader's precautions
     loader = make_loader(make_data(chunk, **VARIED), workers=1)
     batches = iter(loader)
     first = next(batches)

@@ -122,7 +122,8 @@ class StageC:
         shape = tuple(latents.shape[1:])
         noise = np.stack([normal(identity, "noise", shape) for identity in batch.identities])
         diffused = diffuse(latents, t.to(self._device), torch.from_numpy(noise).to(self._device))
-        windows = tokenize(self._tokenizer, batch.captions, max_tokens=settings.max_tokens).windows.to(self._device)
+        tokens = tokenize(self._tokenizer, batch.captions, max_tokens=settings.max_tokens)
+        windows = tokens.windows.to(self._device)
         states = None
         if self._model.text is None:
             with torch.no_grad():
@@ -130,7 +131,8 @@ class StageC:
         predicted = model(diffused.noised, diffused.r, windows=windows, states=states, mask=settings.attention_mask)
         per_sample = (predicted.float() - diffused.target).square().mean(dim=(1, 2, 3))
         weights = p2_weight(diffused.logsnr) if self._adaptive is None else self._adaptive.weight(diffused.logsnr)
-        return Loss(per_sample, weights, {"timestep": t, "logsnr": diffused.logsnr})
+        cut_tokens = (tokens.num_tokens - settings.max_tokens).clamp_min(0)
+        return Loss(per_sample, weights, {"timestep": t, "logsnr": diffused.logsnr, "cut_tokens": cut_tokens})
 
     def after_step(self, results: Sequence[SampleResult]) -> None:
         if self._adaptive is not None and results:
