@@ -10,7 +10,7 @@ No pixels and no captions here, and no Python object per sample: millions of row
 import hashlib
 import logging
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class PlanReport:
     num_no_period: int
     is_unchanged: bool
     """The plan on disk was made from the same kept keys and settings and was left as it is."""
+    is_dry_run: bool = False
 
     @property
     def num_images(self) -> int:
@@ -87,6 +88,8 @@ class PlanReport:
                 f"{self.num_vanished:,} keys are not kept any more, but stay in full or trained chunks, "
                 f"first {self.first_vanished[0]}"
             )
+        if self.is_dry_run:
+            lines.append("nothing was written (--dry-run)")
         return "\n".join(lines)
 
 
@@ -117,14 +120,15 @@ def make_plan(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = Fa
         previous, rows, drops.num_rows,
         num_removed=num_removed, vanished=_vanished(rows, current), is_unchanged=False,
     )  # fmt: skip
-    if not dry_run:
-        for folder in (workspace.plan, drops_path.parent):
-            remove_temporaries(folder)
-        write_part(drops_path, drops, made_from=made_from)
-        write_part(plan_path, rows, made_from=made_from)
-        EventLog(workspace.events, stage="plan").write(
-            "planned", images=report.num_images, chunks=report.num_chunks, new=report.num_new, no_period=drops.num_rows
-        )
+    if dry_run:
+        return replace(report, is_dry_run=True)
+    for folder in (workspace.plan, drops_path.parent):
+        remove_temporaries(folder)
+    write_part(drops_path, drops, made_from=made_from)
+    write_part(plan_path, rows, made_from=made_from)
+    EventLog(workspace.events, stage="plan").write(
+        "planned", images=report.num_images, chunks=report.num_chunks, new=report.num_new, no_period=drops.num_rows
+    )
     return report
 
 

@@ -60,7 +60,9 @@ class ScanReport:
     def summary(self) -> str:
         """Return the sum, the drops by reason, what was done and what could not be listed."""
         num_kept = self.status_counts.get("kept", 0)
-        lines = [f"{self.num_files:,} files: {num_kept:,} kept, {self.num_files - num_kept:,} dropped"]
+        lines = []
+        if self.num_files or not self.is_dry_run:
+            lines.append(f"{self.num_files:,} files: {num_kept:,} kept, {self.num_files - num_kept:,} dropped")
         lines += [f"  {count:,} {status}" for status, count in self.status_counts.items() if status != "kept"]
         made, listed = ("would be made", "would be listed") if self.is_dry_run else ("made", "listed")
         lines.append(f"{self.parts_made:,} parts {made}, {self.parts_current:,} current")

@@ -43,9 +43,35 @@ def test_an_unexpected_error_ends_with_1_and_its_traceback(run, monkeypatch):
     assert "ZeroDivisionError" in run.err
 
 
-def test_a_dry_run_of_every_stage_writes_nothing(run, tmp_path):
-    assert run("scan", "--dry-run")[0] == 0
-    assert not (tmp_path / "ws" / "manifest").exists()
+def test_every_stage_says_in_a_few_lines_what_it_found_and_did(run, write_captions):
+    assert (
+        run("scan")[1] == "8 files: 7 kept, 1 dropped\n  1 not_an_image\n1 parts made, 0 current\n8 new files listed\n"
+    )
+    assert run("scan")[1].endswith("0 parts made, 1 current\n")
+    assert run("dedupe")[1] == (
+        "7 files: 6 kept, 1 dropped in 1 groups\n  1 identical_bytes\n"
+        "1 parts of dedupe/kept written, the others are current\n"
+    )
+    assert run("dedupe")[1].endswith("everything is current\n")
+    assert run("plan")[1].endswith("6 new keys planned\n")
+    assert run("plan")[1].endswith("the plan is current\n")
+    write_captions()
+    assert run("pack")[1] == "2 chunks packed (6 samples), 0 current\n"
+    assert run("pack")[1] == "0 chunks packed (0 samples), 2 current\n"
+
+
+def test_a_dry_run_of_every_stage_says_so_and_writes_nothing(run, write_captions, tmp_path):
+    workspace = tmp_path / "ws"
+    assert run("scan", "--dry-run") == (0, "1 parts would be made, 0 current\n8 new files would be listed\n")
+    assert not workspace.exists()
+    for stage in ("scan", "dedupe", "plan", "pack", "combine"):
+        if stage == "pack":
+            write_captions()
+        before = set(workspace.rglob("*"))
+        code, text = run(stage, "--dry-run")
+        assert code == 0 and ("--dry-run" in text or "would be" in text)
+        assert set(workspace.rglob("*")) == before
+        assert run(stage)[0] == 0
 
 
 def test_a_second_distribution_with_our_name_is_named(monkeypatch, capsys):

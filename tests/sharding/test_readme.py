@@ -44,7 +44,8 @@ def test_every_snippet_runs_on_a_packed_workspace(run, write_captions, tmp_path,
 def test_every_drop_reason_of_the_code_is_explained():
     code = "\n".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
     patterns = (
-        r'(?:ImageError|_DropError)\(\s*"(\w+)"', r'reason="(\w+)"', r'return "(\w+_\w+)"', r'Problem\(source[^"]*"(\w+)"',
+        r'(?:ImageError|_DropError)\(\s*"(\w+)"', r'reason="(\w+)"', r'return "(\w+_\w+)"',
+        r'Problem\(source[^"]*"(\w+)"',
     )  # fmt: skip
     reasons = {reason for pattern in patterns for reason in re.findall(pattern, code)}
     reasons |= {"is_deleted", "is_banned", "is_flagged"}
