@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure_logging(verbose=options.verbose)
     try:
         return _run(options)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except (ValueError, OSError) as error:
         return _exit_code(error)
     except Exception:

@@ -175,6 +175,14 @@ class DedupeConfig(Config):
     merge_tags: bool = True
     """The keeper also gets the tags, and a date or rating if it has none, of those dropped for it."""
 
+    @model_validator(mode="after")
+    def _radius_suits_the_hash(self) -> "DedupeConfig":
+        if self.hash_size == 8 and self.radius > 10:
+            raise ValueError(
+                f"radius {self.radius} of hash_size 8's 64 bits merges unrelated pictures: use at most 10 (4 is usual)"
+            )
+        return self
+
 
 class PlanConfig(Config):
     """Which sample goes into which chunk."""

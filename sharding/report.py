@@ -168,9 +168,9 @@ def render_text(report: Report) -> str:
     if report.num_unlisted_packed:
         lines.append(f"besides, {report.num_unlisted_packed:,} packed samples come from files that are not listed now")
     lines += _table(
-        ["source", "files", "GB", "packed", "dropped", "waiting"],
+        ["source", "files", "size", "packed", "dropped", "waiting"],
         [
-            [s.name, f"{s.num_files:,}", f"{s.num_bytes / 1e9:,.2f}", f"{s.num_packed:,}", f"{s.num_dropped:,}",
+            [s.name, f"{s.num_files:,}", _size(s.num_bytes), f"{s.num_packed:,}", f"{s.num_dropped:,}",
              f"{s.num_waiting:,}"]
             for s in report.sources
         ],
@@ -183,13 +183,13 @@ def render_text(report: Report) -> str:
         f"{sum(d.num_chunks for d in report.datasets):,}",
         f"{sum(d.num_packed_images for d in report.datasets):,}",
         f"{sum(d.num_packed_chunks for d in report.datasets):,}",
-        f"{sum(d.num_bytes for d in report.datasets) / 1e9:,.2f}",
+        _size(sum(d.num_bytes for d in report.datasets)),
     ]
     lines += _table(
-        ["dataset", "total images", "total chunk", "packed images", "packed chunk", "GB"],
+        ["dataset", "total images", "total chunk", "packed images", "packed chunk", "size"],
         [
             [d.name, f"{d.num_images:,}", f"{d.num_chunks:,}", f"{d.num_packed_images:,}", f"{d.num_packed_chunks:,}",
-             f"{d.num_bytes / 1e9:,.2f}"]
+             _size(d.num_bytes)]
             for d in report.datasets
         ]
         + ([total] if report.datasets else []),
@@ -198,8 +198,8 @@ def render_text(report: Report) -> str:
         lines.append(f"and {report.num_combined_chunks:,} combined chunks of the same images")
     lines += _table(["period", "images"], [[name or "(none)", f"{n:,}"] for name, n in report.periods.items()])
     lines += _table(
-        ["format", "kept files", "GB", "unchanged"],
-        [[f.name, f"{f.num_files:,}", f"{f.num_bytes / 1e9:,.2f}", f"{f.num_pass_through:,}"] for f in report.formats],
+        ["format", "kept files", "size", "unchanged"],
+        [[f.name, f"{f.num_files:,}", _size(f.num_bytes), f"{f.num_pass_through:,}"] for f in report.formats],
     )
     if report.formats:
         pixels = report.pixels
@@ -361,3 +361,7 @@ def _pixels(workspace: Workspace) -> PixelCount:
         query(f"select min({pixels}) as a, quantile_disc({pixels}, 0.5) as b, max({pixels}) as c from {kept}")
     )[0]
     return PixelCount(row["a"] or 0, row["b"] or 0, row["c"] or 0)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"

@@ -116,3 +116,10 @@ def test_numbers_that_are_none_are_refused():
         parse_config({"rate": float("nan")}, Settings, name="x")
     with pytest.raises(ConfigError, match="rate: required, but not set"):
         parse_config({}, Settings, name="x")
+
+
+def test_a_radius_that_merges_unrelated_pictures_is_refused():
+    values = {"name": "x", "sources": {"a": {"root": "a"}}, "dedupe": {"hash_size": 8}}
+
+    with pytest.raises(ConfigError, match="radius 16 of hash_size 8's 64 bits merges unrelated pictures"):
+        parse_config(values, DatasetConfig, name="x.toml")

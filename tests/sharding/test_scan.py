@@ -237,7 +237,12 @@ def test_settings_that_matter_remake_and_others_do_not(ten_pictures, make_config
 
     assert scan(make_config(plan={"seed": 3}, dedupe={"radius": 2}), workspace, workers=0).parts_made == 0
     assert scan(make_config(filters={"min_pixels": 2}), workspace, workers=0).parts_made == 3
-    assert scan(make_config(filters={"min_pixels": 2}, dedupe={"hash_size": 8}), workspace, workers=0).parts_made == 3
+    assert (
+        scan(
+            make_config(filters={"min_pixels": 2}, dedupe={"hash_size": 8, "radius": 4}), workspace, workers=0
+        ).parts_made
+        == 3
+    )
 
 
 def test_new_files_make_new_parts_and_old_parts_stay(ten_pictures, save, paint, make_config, workspace):
