@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 # On a machine without a GPU, CONSTRAINTS pins a CPU build of torch; `make CONSTRAINTS= …` leaves the choice to pip.
 CONSTRAINTS ?= constraints-ci.txt
 export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
+export UV_SYSTEM_CERTS ?= true
+INSTALL := $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 
 .PHONY: env demo test check format clean
 
@@ -13,7 +15,7 @@ env: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(INSTALL) || $(BIN)/python -m pip install --quiet $(INSTALL)
 	touch $@
 
 demo: env

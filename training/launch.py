@@ -9,7 +9,7 @@ Every rank runs this; only rank 0 writes. To resume, run the same command again.
 import logging
 import os
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,11 +109,8 @@ def _train(config: RunConfig, run_dir: RunDir, chunk: Chunk, number: int, num_pr
             code = code_of(error)
             raise
         finally:
-            try:
+            with suppress(LockLostError):  # then the file is another launch's
                 lock.check()
-            except LockLostError:
-                pass  # then the file is another launch's
-            else:
                 _write_last_exit(run_dir, code, chunk.name)
     return code
 
