@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 
 from scripts.commands import PYTHON, run, run_all, shown
-from scripts.resume_from_chunk import find_next
+from scripts.launching import find_next
 from sharding.config import load_config
-from training.campaign import campaign_chunks, is_done
+from training.campaign import is_done, read_campaign
 from training.config import RunConfig
 from training.ledger import chunk_records
 from training.metrics_file import read_metrics
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
     # --- training: the first chunk is killed half-way, then the resume script does the rest ---
-    names = [chunk.name for chunk in campaign_chunks(workspace, config.data.chunks)][:NUM_CHUNKS]
+    names = read_campaign(workspace, config.data.chunks, run_dir).names[:NUM_CHUNKS]
     if not run_dir.ledger_path.exists():
         first = [*PYTHON, "training", "run", str(TRAINING), *run_options, "--chunk", names[0]]
         kill_half_way(first, run_dir, at_step=NUM_STEPS_BEFORE_KILL)

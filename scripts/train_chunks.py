@@ -9,18 +9,11 @@ code of the launch that failed or was stopped (75) otherwise.
 """
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
-from scripts.commands import PYTHON, run
-from scripts.resume_from_chunk import find_next
-
-
-def launch_command(launcher: str, config: Path, run_dir: Path, chunk: str, extra: list[str]) -> list[str]:
-    """Return the command that trains one chunk, with or without a launcher such as `accelerate launch …`."""
-    start = [*PYTHON, "training"] if not launcher else [*shlex.split(launcher), "-m", "training"]
-    return [*start, "run", str(config), "--run-dir", str(run_dir), "--chunk", chunk, *extra]
+from scripts.launching import find_next, launch_chunk
+from training.exit_codes import code_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,11 +27,15 @@ def main(argv: list[str] | None = None) -> int:
     extra = [word for override in options.overrides for word in ("--set", override)]
     trained = 0
     while options.count is None or trained < options.count:
-        found = find_next(options.config, options.run_dir, options.overrides)
-        print(found.sentence)
+        try:
+            found = find_next(options.config, options.run_dir, options.overrides)
+        except (ValueError, FileNotFoundError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return code_of(error)
+        print(found.sentence, flush=True)
         if found.chunk is None:
             return 0
-        if code := run(launch_command(options.launcher, options.config, options.run_dir, found.chunk, extra)):
+        if code := launch_chunk(options.launcher, options.config, options.run_dir, found.chunk, extra):
             return code
         trained += 1
     return 0

@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 
 from sharding.chunk import Chunk, ChunkError, list_chunks
 from sharding.schema import Workspace
-from training.ledger import ChunkRecord
+from training.ledger import ChunkRecord, Line, chunk_records
+from training.run_dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -21,20 +22,49 @@ class StatusRow:
     remaining: int
 
 
-def campaign_chunks(workspace: Path, patterns: Sequence[str]) -> list[Chunk]:
-    """Return the workspace's chunks that match, pattern by pattern, each pattern's sorted by name, none twice.
+@dataclass(frozen=True)
+class Campaign:
+    """The chunks of a run, in training order, and what the ledger says about them."""
 
-    Raises ChunkError when a pattern matches nothing.
+    names: tuple[str, ...]
+    """Those in the workspace, and those that the run has started although they are gone from there."""
+    chunks: Mapping[str, Chunk]
+    """Those in the workspace."""
+    lines: tuple[Line, ...]
+    records: Mapping[str, ChunkRecord]
+
+    @property
+    def next(self) -> str | None:
+        """The first chunk that is not done; None when all are."""
+        return next_chunk(self.names, self.records)
+
+    def chunk(self, name: str) -> Chunk:
+        """Return a chunk of the workspace. Raises ChunkError when it is not in the run, or gone."""
+        require_in_campaign(name, self.names)
+        if name not in self.chunks:
+            raise ChunkError(f"chunk {name}: this run has started it, but it is gone from the workspace; restore it")
+        return self.chunks[name]
+
+
+def read_campaign(workspace: Path, patterns: Sequence[str], run_dir: RunDir | None) -> Campaign:
+    """Return the chunks that match, pattern by pattern, each pattern's sorted by name, none twice.
+
+    run_dir: None for a run that does not exist yet. A chunk may be deleted from the workspace once it is done: the
+    ledger remembers it.
+    Raises ChunkError when a pattern matches nothing, LedgerError for a damaged ledger.
     """
-    available = {chunk.name: chunk for chunk in list_chunks(Workspace(workspace).chunks)}
-    chosen: dict[str, Chunk] = {}
+    lines = tuple(run_dir.read_ledger()) if run_dir is not None else ()
+    records = chunk_records(lines)
+    there = {chunk.name: chunk for chunk in list_chunks(Workspace(workspace).chunks)}
+    known = {*there, *(name for name, record in records.items() if record.status != "superseded")}
+    names: dict[str, None] = {}
     for pattern in patterns:
-        names = sorted(fnmatch.filter(available, pattern))
-        if not names:
-            there = ", ".join(sorted(available)[:5]) or "no chunks at all"
-            raise ChunkError(f"data.chunks: {pattern!r} matches no chunk in {workspace}; there are {there}")
-        chosen.update({name: available[name] for name in names if name not in chosen})
-    return list(chosen.values())
+        matching = sorted(fnmatch.filter(known, pattern))
+        if not matching:
+            shown = ", ".join(sorted(there)[:5]) or "no chunks at all"
+            raise ChunkError(f"data.chunks: {pattern!r} matches no chunk in {workspace}; there are {shown}")
+        names.update(dict.fromkeys(matching))
+    return Campaign(tuple(names), {name: there[name] for name in names if name in there}, lines, records)
 
 
 def next_chunk(names: Sequence[str], records: Mapping[str, ChunkRecord]) -> str | None:
@@ -69,11 +99,15 @@ def chunk_rows(names: Sequence[str], records: Mapping[str, ChunkRecord]) -> list
     return [StatusRow(name, done, remaining) for name, (done, remaining) in counts.items()]
 
 
-def image_rows(chunks: Sequence[Chunk], records: Mapping[str, ChunkRecord]) -> list[StatusRow]:
-    """Count images by the data set they come from; a chunk that is under way counts as remaining."""
+def image_rows(campaign: Campaign, run_dir: RunDir) -> list[StatusRow]:
+    """Count images by the data set they come from; a chunk that is under way counts as remaining.
+
+    A chunk that the run has started is counted by the run's copy of its index, which outlives the workspace.
+    """
     counts: dict[str, list[int]] = {}
-    for chunk in chunks:
-        column = 0 if is_done(chunk.name, records) else 1
+    for name in campaign.names:
+        chunk = run_dir.started_chunk(name, check_shards=False) or campaign.chunk(name)
+        column = 0 if is_done(name, campaign.records) else 1
         for entry in pc.value_counts(chunk.read_index().column("dataset")).to_pylist():
             counts.setdefault(entry["values"], [0, 0])[column] += entry["counts"]
     return [StatusRow(name, done, remaining) for name, (done, remaining) in sorted(counts.items())]

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharding.chunk import Chunk
-from training.campaign import campaign_chunks, is_done, next_chunk, require_parent_done
+from training.campaign import Campaign, is_done, read_campaign, require_parent_done
 from training.config import FREE_KEYS, RunConfig
 from training.exit_codes import DONE, FAILED, code_of
 from training.frozen_config import freeze_config
-from training.ledger import Ledger, LedgerError, chunk_records
+from training.ledger import Ledger, LedgerError
 from training.lock import LockLostError, RunLock
 from training.run_dir import RunDir
 
@@ -47,40 +47,38 @@ def launch(
     Raises ConfigError, ConfigChangedError, LockHeldError, ChunkError, StateError, BrokenDataError, NonFiniteError.
     """
     run_dir = RunDir(root)
-    chunks: list[Chunk] = []
-    code, name = DONE, chunk_name
+    code, chunk, number = DONE, None, 0
     try:
-        chunks = campaign_chunks(config.data.workspace, config.data.chunks)
-        name = _chunk_to_train(run_dir, [chunk.name for chunk in chunks], chunk_name)
+        campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir)
+        if (name := _chunk_to_train(campaign, root, chunk_name)) is not None:
+            chunk, number = campaign.chunk(name), campaign.names.index(name)
     except Exception as error:
         code = code_of(error)
         raise
     finally:
-        is_answered = code != DONE or name is None
+        is_answered = code != DONE or chunk is None
         if is_answered and _is_main() and root.is_dir() and run_dir.last_exit_code() != code:
             _write_last_exit(run_dir, code, chunk_name)
-    if name is None:
+    if chunk is None:
         return DONE
     if dry_run:
         from training.inspect_run import plan_text
 
-        print(plan_text(config, root, chunk_name=name))
+        print(plan_text(config, root, chunk_name=chunk.name))
         return DONE
-    number = [chunk.name for chunk in chunks].index(name)
-    return _train(config, run_dir, chunks[number], number, num_processes)
+    return _train(config, run_dir, chunk, number, num_processes)
 
 
-def _chunk_to_train(run_dir: RunDir, names: list[str], asked_for: str | None) -> str | None:
+def _chunk_to_train(campaign: Campaign, root: Path, asked_for: str | None) -> str | None:
     """Return the chunk that this launch trains; None when there is nothing to do."""
-    records = chunk_records(run_dir.read_ledger())
-    name = asked_for or next_chunk(names, records)
+    name = asked_for or campaign.next
     if name is None:
-        logger.info("all %d chunks of %s are done; nothing to do", len(names), run_dir.root)
+        logger.info("all %d chunks of %s are done; nothing to do", len(campaign.names), root)
         return None
-    if is_done(name, records):
+    if is_done(name, campaign.records):
         logger.info("chunk %s is done already; nothing to do", name)
         return None
-    require_parent_done(name, names, records)
+    require_parent_done(name, campaign.names, campaign.records)
     return name
 
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sharding.images import is_too_broken
 from training.batch_plan import BatchPlan, Step, rank_share
 from training.chunk_data import Batch
 from training.config import RunConfig
@@ -178,7 +179,7 @@ def train_epoch(
 
         # --- save, preview, stop ---
         recorder.poll()
-        is_last = position.step == len(plan.steps)
+        is_last = position.step == len(plan.steps) and plan.epoch == config.data.epochs - 1  # the final state follows
         if stop_reason or (position.global_step % config.save.every_steps == 0 and not is_last):
             recorder.save(position)
         if stop_reason:
@@ -309,9 +310,10 @@ def _check_limits(position: Position, plan: BatchPlan, config: RunConfig, skippe
             f"(max_skipped_steps {config.max_skipped_steps}); the last saved state is intact. Lower the learning rate, "
             "or look at the skipped keys in the ledger"
         )
-    allowed = config.data.max_broken_fraction * plan.num_images * config.data.epochs
-    if position.chunk_images_broken > allowed:
+    num_images = plan.num_images * config.data.epochs
+    allowed = config.data.max_broken_fraction
+    if is_too_broken(position.chunk_images_broken, num_images, max_broken_fraction=allowed):
         raise BrokenDataError(
-            f"{position.chunk}: {position.chunk_images_broken} of {plan.num_images:,} images could not be read "
-            f"(max_broken_fraction {config.data.max_broken_fraction}); run `python -m sharding verify`"
+            f"{position.chunk}: {position.chunk_images_broken:,} of {num_images:,} images could not be read "
+            f"(max_broken_fraction {allowed}); run `python -m sharding verify`"
         )

@@ -1,18 +1,19 @@
-from dataclasses import replace
+import shutil
 
 import pytest
 
 from sharding.chunk import ChunkError
 from training.campaign import (
     StatusRow,
-    campaign_chunks,
     chunk_rows,
     image_rows,
     next_chunk,
+    read_campaign,
     render_rows,
     require_parent_done,
 )
 from training.ledger import ChunkRecord
+from training.run_dir import RunDir
 
 CARD = {
     "newest": 228, "recent": 169, "mid": 121, "early": 67, "oldest": 17, "pixiv": 39, "visual novel cg": 25,
@@ -68,17 +69,63 @@ def test_a_chunk_waits_for_those_before_it():
 def test_patterns_give_their_chunks_in_order_and_none_twice(run_toml):
     workspace = run_toml.parent / "workspace"
 
-    chunks = campaign_chunks(workspace, ["made/0001", "made/*"])
+    campaign = read_campaign(workspace, ["made/0001", "made/*"], None)
 
-    assert [chunk.name for chunk in chunks] == ["made/0001", "made/0000"]
+    assert campaign.names == ("made/0001", "made/0000")
+    assert campaign.next == "made/0001"
     with pytest.raises(ChunkError, match=r"'x/\*' matches no chunk .* there are made/0000, made/0001"):
-        campaign_chunks(workspace, ["x/*"])
+        read_campaign(workspace, ["x/*"], None)
 
 
-def test_images_are_counted_by_the_data_set_they_come_from(run_toml):
-    chunks = campaign_chunks(run_toml.parent / "workspace", ["made/*"])
+@pytest.fixture
+def run_with_first_chunk_started(run_toml, tmp_path):
+    """Return (workspace, run folder): made/0000 is half trained."""
+    workspace, run_dir = run_toml.parent / "workspace", RunDir(tmp_path / "run")
+    run_dir.root.mkdir()
+    run_dir.start_chunk(read_campaign(workspace, ["made/*"], None).chunk("made/0000"))
+    ledger = run_dir.open_ledger(guard=lambda: None)
+    ledger.append(
+        "started", chunk="made/0000", position_in_run=0, parent=None, chunk_digest="", plan_digest="", epochs=1,
+        steps=1, images_planned=4, global_step=0, resumed_from=None, devices="1 x CPU",
+    )  # fmt: skip
+    return workspace, run_dir, ledger
 
-    rows = image_rows(chunks, {"made/0000": replace(record("made/0000"), images_trained=4)})
+
+def finish(ledger):
+    ledger.append(
+        "chunk_done", chunk="made/0000", path="final", manifest_digest="", epoch=1, step=0, global_step=1,
+        images_trained=4, applied_updates=1, busy_seconds=1.0,
+    )  # fmt: skip
+
+
+def test_images_are_counted_by_the_data_set_they_come_from(run_with_first_chunk_started):
+    workspace, run_dir, ledger = run_with_first_chunk_started
+    finish(ledger)
+
+    rows = image_rows(read_campaign(workspace, ["made/*"], run_dir), run_dir)
 
     assert rows == [StatusRow("cats", 3, 3), StatusRow("dogs", 1, 1)]
-    assert sum(row.done + row.remaining for row in rows) == 8
+
+
+def test_a_finished_chunk_may_be_deleted_from_the_workspace(run_with_first_chunk_started):
+    workspace, run_dir, ledger = run_with_first_chunk_started
+    finish(ledger)
+    shutil.rmtree(workspace / "chunks" / "made" / "0000")
+
+    campaign = read_campaign(workspace, ["made/*"], run_dir)
+
+    assert campaign.names == ("made/0000", "made/0001")
+    assert campaign.next == "made/0001"
+    assert chunk_rows(campaign.names, campaign.records) == [StatusRow("made", 1, 1)]
+    assert image_rows(campaign, run_dir) == [StatusRow("cats", 3, 3), StatusRow("dogs", 1, 1)]
+
+
+def test_a_half_trained_chunk_that_is_gone_is_not_passed_over(run_with_first_chunk_started):
+    workspace, run_dir, _ = run_with_first_chunk_started
+    shutil.rmtree(workspace / "chunks" / "made" / "0000")
+
+    campaign = read_campaign(workspace, ["made/*"], run_dir)
+
+    assert campaign.next == "made/0000"
+    with pytest.raises(ChunkError, match="made/0000: this run has started it, but it is gone from the workspace"):
+        campaign.chunk("made/0000")

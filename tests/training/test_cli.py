@@ -102,7 +102,7 @@ def test_plan_counts_the_steps_of_the_whole_run(capsys, run_toml):
     code = main(["plan", str(run_toml), "--set", "data.epochs=3"])
 
     assert code == 0
-    assert "the run: 2 chunks, 3 epochs each, 6 steps in all" in capsys.readouterr().out
+    assert "the run: 2 chunks, 3 epochs each, 6 steps" in capsys.readouterr().out
 
 
 def test_status_of_a_run_that_has_not_started(capsys, run_toml, tmp_path):

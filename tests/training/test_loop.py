@@ -121,6 +121,17 @@ def test_states_and_previews_come_at_global_steps_and_not_twice_at_the_end():
     assert saves == [step for step in previews if step % 2 == 0]
 
 
+def test_a_state_that_falls_due_between_two_epochs_of_a_chunk_is_saved():
+    num_steps = len(toy_plan(toy_config()).steps)
+    settings = {"save": {"every_steps": num_steps}, "preview": {"every_steps": num_steps}}
+
+    between = run_toy(toy_config(data={"epochs": 2}, **settings))
+    at_the_end = run_toy(toy_config(data={"epochs": 1}, **settings))
+
+    assert between.recorder.events == [("save", num_steps), ("preview", num_steps)]
+    assert at_the_end.recorder.events == []  # the chunk's final state and previews follow
+
+
 def test_a_stop_is_honoured_after_the_step_with_a_state():
     run = run_toy(toy_config(), stop_at=2)
 
