@@ -94,8 +94,6 @@ class Batch:
     """Number of the micro-batch in the step; past its end for padding."""
     is_padding: bool
     """Real data run only to keep ranks in step: all loss weights are 0, `broken` is empty, count nothing of it."""
-    step_num_images: int
-    """N: images planned for the whole step over all ranks."""
     images: torch.Tensor
     """(B, 3, H, W) uint8, sRGB."""
     captions: list[str]
@@ -140,8 +138,8 @@ class ChunkData(Dataset[Batch]):
         self._first_global_step = first_global_step
         self._captions = captions or CaptionSettings()
         self._pixels = pixels or PixelSettings()
-        self._items: list[tuple[int, int, RankMicroBatch]] = [
-            (step.number, step.num_images, share)
+        self._items: list[tuple[int, RankMicroBatch]] = [
+            (step.number, share)
             for step in plan.steps[first_step:]
             for share in rank_share(step, rank=rank, world_size=world_size)
         ]
@@ -157,7 +155,7 @@ class ChunkData(Dataset[Batch]):
         return {**self.__dict__, "_index": None, "_reader": ShardReader()}
 
     def __getitem__(self, item: int) -> Batch:
-        step, step_num_images, share = self._items[item]
+        step, share = self._items[item]
         micro_batch = share.micro_batch
         size = len(micro_batch.samples)
         images = torch.empty((size, 3, micro_batch.bucket.height, micro_batch.bucket.width), dtype=torch.uint8)
@@ -165,7 +163,6 @@ class ChunkData(Dataset[Batch]):
             step=step,
             number=share.number,
             is_padding=share.is_padding,
-            step_num_images=step_num_images,
             images=images,
             captions=[],
             identities=[],
@@ -243,7 +240,7 @@ class ChunkData(Dataset[Batch]):
             raise ImageError("short_read", str(error)) from error
 
     def _check_shards(self) -> None:
-        rows = {sample.row for _, _, share in self._items for sample in share.micro_batch.samples}
+        rows = {sample.row for _, share in self._items for sample in share.micro_batch.samples}
         shards = self._table().column("shard").take(pa.array(sorted(rows), pa.int64())).unique().to_pylist()
         missing = [path for path in map(self._source.shard_path, sorted(shards)) if not path.is_file()]
         if missing:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,3 +212,16 @@ def test_a_chunk_before_its_parent_is_refused(make_run, tmp_path):
 
     assert code == 3
     assert "real/0000 comes before it and is not complete" in run.log.read_text()
+
+
+def test_a_finished_chunk_may_be_deleted_before_the_next_is_trained(make_run, uninterrupted, real_workspace, tmp_path):
+    shutil.copytree(real_workspace, tmp_path / "workspace")
+    run = make_run(tmp_path / "run", f"data.workspace='{tmp_path / 'workspace'}'")
+    assert run.train("--chunk", FIRST) == 0
+    shutil.rmtree(tmp_path / "workspace" / "chunks" / FIRST)
+
+    again = run.train("--chunk", FIRST)
+    code = run.train("--chunk", SECOND)
+
+    assert (again, code) == (0, 0)
+    assert_equal_runs(run, uninterrupted)

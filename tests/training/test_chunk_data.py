@@ -78,7 +78,7 @@ def make_data(chunk, plan=None, **changes):
 def content(batch: Batch):
     """Everything in a batch but its place among the ranks, comparable."""
     return (
-        batch.step, batch.number, batch.step_num_images, batch.images.numpy().tobytes(), tuple(batch.images.shape),
+        batch.step, batch.number, batch.images.numpy().tobytes(), tuple(batch.images.shape),
         batch.captions, batch.identities, batch.loss_weights.tolist(), batch.is_broken.tolist(), batch.broken,
         batch.datasets, batch.original_sizes, batch.crops,
     )  # fmt: skip
@@ -104,7 +104,7 @@ def test_a_batch_holds_pixels_captions_and_weights_of_its_samples(chunk):
         micro_batch = step.micro_batches[batch.number]
         bucket, size = micro_batch.bucket, len(micro_batch.samples)
 
-        assert (batch.step, batch.step_num_images, batch.is_padding) == (step.number, step.num_images, False)
+        assert (batch.step, batch.is_padding) == (step.number, False)
         assert batch.images.shape == (size, 3, bucket.height, bucket.width)
         assert batch.images.dtype == torch.uint8
         assert batch.loss_weights.dtype == torch.float32

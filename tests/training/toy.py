@@ -68,7 +68,6 @@ def toy_batches(
                 step=step.number,
                 number=share.number,
                 is_padding=share.is_padding,
-                step_num_images=step.num_images,
                 images=torch.stack([_pixels(sample.key) for sample in samples]),
                 captions=[f"caption {sample.key}" for sample in samples],
                 identities=[s.identity(seed=plan.seed, epoch=plan.epoch, chunk=plan.chunk) for s in samples],
