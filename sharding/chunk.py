@@ -95,6 +95,8 @@ class Sample:
     row: Mapping[str, Any] = field(default_factory=dict)
     """Index columns this module cannot know: width, height, groups, dataset, period, repeats, loss_weight; `sha256`
     of the image bytes, if known, saves hashing them again."""
+    mask: bytes = b""
+    """KEY.mask.png, 8-bit grey of the image's size, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +275,9 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[S
                 facts = json.dumps(dict(sample.facts), ensure_ascii=False, allow_nan=False).encode()
                 text = sample.caption.encode()
                 members = {sample.image_name: sample.image, f"{sample.key}.json": facts, f"{sample.key}.txt": text}
+                mask_name = f"{sample.key}.mask.png"
+                if sample.mask:
+                    members[mask_name] = sample.mask
                 offsets = {name: add(name, members[name]) for name in sorted(members)}
                 rows.append(
                     {
@@ -284,6 +289,8 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[S
                         "json_bytes": len(facts),
                         "txt_offset": offsets[f"{sample.key}.txt"],
                         "txt_bytes": len(text),
+                        "mask_offset": offsets.get(mask_name, 0),
+                        "mask_bytes": len(sample.mask),
                         "caption": sample.caption,
                         **sample.row,
                         "sha256": sample.row.get("sha256") or hashlib.sha256(sample.image).hexdigest(),

@@ -23,7 +23,8 @@ BROKEN = ("undecodable", "not_an_image", "empty_file", "unreadable")
 
 _EMPTY_ROW: dict[str, Any] = {
     "key": "", "sha256": "", "format": "", "width": 0, "height": 0, "mode": "", "has_alpha": False,
-    "is_animated": False, "is_pass_through": False, "created_at": None, "date_source": "", "phash": b"", "rating": "",
+    "is_animated": False, "is_pass_through": False, "created_at": None, "date_source": "", "phash": b"",
+    "turned_phashes": b"", "sketch": b"", "local_features": b"", "rating": "",
     **{f"tags_{category}": [] for category in TAG_CATEGORIES}, "custom": [],
 }  # fmt: skip
 

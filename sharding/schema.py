@@ -37,6 +37,9 @@ MANIFEST = pa.schema(
         ("created_at", pa.timestamp("ms", tz="UTC")),  # whole seconds (Parquet has no "s"); null when nothing says
         ("date_source", pa.string()),  # post, exif, path or ""
         ("phash", pa.binary()),  # perceptual hash, big-endian bits; empty when not decodable
+        ("turned_phashes", pa.binary()),  # hashes of the turned picture, in the order of dedupe.turns, joined
+        ("sketch", pa.binary()),  # small picture for dedupe's second look; empty unless asked for
+        ("local_features", pa.binary()),  # for finding crops; empty unless asked for
         ("rating", pa.string()),  # one of RATINGS or ""
         ("tags_general", _STRINGS),
         ("tags_character", _STRINGS),
@@ -72,6 +75,20 @@ GROUPS = pa.schema(
     ]
 )
 
+PAIRS = pa.schema([("left", pa.uint64()), ("right", pa.uint64()), ("distance", pa.int32())])  # keys as numbers
+
+RELATIVES = pa.schema([("component", pa.int64()), ("key", pa.string())])  # kept keys that look alike, see dedupe
+
+DECISIONS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("decision", pa.string()),  # one of DECISION_KINDS
+        ("who", pa.string()),
+        ("why", pa.string()),
+    ]
+)
+DECISION_KINDS = ("keep", "drop", "not_a_duplicate", "preferred_keeper")
+
 TAGGER = pa.schema(
     [
         ("key", pa.string()),
@@ -95,12 +112,15 @@ PLAN = pa.schema(
         ("key", pa.string()),
         ("dataset", pa.string()),
         ("period", pa.string()),  # "" without a date
-        ("chunk", pa.int32()),  # number within the dataset, from 0
+        ("chunk", pa.int32()),  # number within the dataset, from 0; HELD_OUT for the validation chunk
         ("position", pa.int32()),  # within the chunk, from 0
         ("repeats", pa.int32()),
         ("loss_weight", pa.float32()),
     ]
 )
+
+HELD_OUT = -1
+"""Number of a dataset's validation chunk, whose name is DATASET/held-out. No run trains it."""
 
 INDEX = pa.schema(
     [
@@ -114,6 +134,8 @@ INDEX = pa.schema(
         ("json_bytes", pa.int64()),
         ("txt_offset", pa.int64()),
         ("txt_bytes", pa.int64()),
+        ("mask_offset", pa.int64()),  # of KEY.mask.png; 0 bytes when the sample has no mask
+        ("mask_bytes", pa.int64()),
         ("width", pa.int32()),  # of the stored image
         ("height", pa.int32()),
         ("caption", pa.string()),
@@ -164,6 +186,11 @@ class Workspace:
         One row per key, with the tags and dates of its duplicates merged in. All later stages read this.
         """
         return self.root / "dedupe" / "kept"
+
+    @property
+    def decisions(self) -> Path:
+        """`part-*.parquet` (DECISIONS): what people have decided; overrides filters and dedupe."""
+        return self.root / "decisions"
 
     def annotations(self, model: str) -> Path:
         return self.root / "annotations" / model

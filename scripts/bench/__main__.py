@@ -1,0 +1,40 @@
+"""Measure one thing beside its peers, in one run: `python -m scripts.bench NAME [--full] [--data DIR]`.
+
+Prints a table and, as its last line, one JSON object. Ends with 0 whatever the figures say: a bench measures, tests
+judge. One module per bench, one line in BENCHES; each makes its own data unless it is given a folder.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+BENCHES = {
+    "scan": "read once (SHA-256, size, perceptual hash) against naive Pillow + imagehash and czkawka",
+    "neighbours": "the search for near hashes against brute force",
+    "dedupe": "precision and recall per kind of change, beside the peers'",
+    "increment": "adding new pictures to a scanned and deduped set",
+    "plan": "a plan of many rows: time and memory",
+    "pack": "read, checksum, write shards and index, against TarWriter and a copy",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one bench and print its result."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "name", choices=BENCHES, metavar="NAME", help="; ".join(f"{n}: {w}" for n, w in BENCHES.items())
+    )
+    parser.add_argument("--full", action="store_true", help="the size that the bar speaks of")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="measure on the pictures in this folder")
+    options = parser.parse_args(arguments)
+    if options.data is not None and not options.data.is_dir():
+        parser.error(f"--data {options.data}: no such folder")
+    bench = importlib.import_module(f"scripts.bench.{options.name}")
+    bench.run(full=options.full, data=options.data).print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""What each command of `python -m sharding` takes and calls. One entry of COMMANDS and one function per command.
+
+No logic: a command reads its config, calls one library function and says how its result is printed. Stages are
+imported inside their command, so that `--help` stays quick. Parsing and exit codes are `cli`'s.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sharding.config import DatasetConfig
+    from sharding.schema import Workspace
+
+DONE, FAILED, BAD_USAGE, BAD_DATA = 0, 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command prints: `text`, or with --json `values`."""
+
+    text: str
+    values: Any
+    exit_code: int = DONE
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: one line of help, its own options, and what runs it."""
+
+    help: str
+    run: Callable[[argparse.Namespace], Answer]
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    positionals: tuple[tuple[str, str], ...] = ()
+    """(name, help) of what stands before DATASET.toml."""
+    takes_config: bool = True
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+
+
+def _open(options: argparse.Namespace, *, must_exist: bool = True) -> tuple["DatasetConfig", "Workspace"]:
+    from sharding.config import DatasetConfig, load_config
+    from sharding.schema import Workspace
+
+    config = load_config(options.config, DatasetConfig, options.overrides)
+    workspace = Workspace(options.workspace if options.workspace is not None else Path("workspace") / config.name)
+    if must_exist and not workspace.root.is_dir():
+        raise FileNotFoundError(f"{workspace.root}: no such workspace; run `python -m sharding scan` first")
+    return config, workspace
+
+
+def _answer(report: Any, *, exit_code: int = DONE) -> Answer:
+    """Print a report's summary; as JSON its fields, and its properties such as totals."""
+    assert is_dataclass(report) and not isinstance(report, type)
+    kind = type(report)
+    properties = [name for name in dir(kind) if isinstance(getattr(kind, name), property)]
+    values = asdict(report) | {name: getattr(report, name) for name in properties}
+    return Answer(report.summary(), values, exit_code)  # type: ignore[attr-defined]
+
+
+# --- options that several commands share ---
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=_count, default=_num_cores(), metavar="N",
+                        help="processes (default: %(default)s); 0 works in this one")  # fmt: skip
+
+
+def _add_share(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--part-index", type=int, default=0, metavar="I", help="this task's number, from 0")
+    parser.add_argument("--num-parts", type=int, default=1, metavar="N", help="number of tasks")
+
+
+def _add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, write nothing")
+
+
+# --- scan ---
+
+
+def _scan_options(parser: argparse.ArgumentParser) -> None:
+    _add_workers(parser)
+    _add_share(parser)
+    _add_dry_run(parser)
+
+
+def _scan(options: argparse.Namespace) -> Answer:
+    from sharding.scan import scan
+
+    config, workspace = _open(options, must_exist=False)
+    return _answer(scan(config, workspace, workers=options.workers, part_index=options.part_index,
+                        num_parts=options.num_parts, dry_run=options.dry_run))  # fmt: skip
+
+
+# --- dedupe ---
+
+
+def _dedupe(options: argparse.Namespace) -> Answer:
+    from sharding.dedupe import dedupe
+
+    return _answer(dedupe(*_open(options), dry_run=options.dry_run))
+
+
+# --- plan, pack, combine, verify ---
+
+
+def _plan(options: argparse.Namespace) -> Answer:
+    from sharding.plan import make_plan
+
+    return _answer(make_plan(*_open(options), dry_run=options.dry_run))
+
+
+def _pack_options(parser: argparse.ArgumentParser) -> None:
+    _add_workers(parser)
+    _add_share(parser)
+    _add_dry_run(parser)
+    parser.add_argument("--captions-only", action="store_true", help="new indexes only, no tar is touched")
+    parser.add_argument("--rewrite-shards", action="store_true", help="bring the captions in tars up to date")
+
+
+def _pack(options: argparse.Namespace) -> Answer:
+    from sharding.pack import pack
+
+    config, workspace = _open(options)
+    return _answer(pack(config, workspace, workers=options.workers, part_index=options.part_index,
+                        num_parts=options.num_parts, captions_only=options.captions_only,
+                        rewrite_shards=options.rewrite_shards, dry_run=options.dry_run))  # fmt: skip
+
+
+def _combine_options(parser: argparse.ArgumentParser) -> None:
+    _add_dry_run(parser)
+    parser.add_argument("--materialize", action="store_true", help="write real tars instead of pointers")
+
+
+def _combine(options: argparse.Namespace) -> Answer:
+    from sharding.combine import combine
+
+    return _answer(combine(*_open(options), materialize=options.materialize, dry_run=options.dry_run))
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    _add_workers(parser)
+    parser.add_argument("--chunk", metavar="C", help="only this one, e.g. newest/0004")
+
+
+def _verify(options: argparse.Namespace) -> Answer:
+    from sharding.verify import verify
+
+    _, workspace = _open(options)
+    problems = verify(workspace, chunk=options.chunk, workers=options.workers)
+    return Answer(
+        "\n".join(str(problem) for problem in problems) or "no problems",
+        {"problems": [asdict(problem) for problem in problems]},
+        BAD_DATA if problems else DONE,
+    )
+
+
+# --- report and show ---
+
+
+def _report(options: argparse.Namespace) -> Answer:
+    from sharding.report import make_report
+
+    report = make_report(*_open(options))
+    return _answer(report, exit_code=DONE if report.adds_up else BAD_DATA)
+
+
+def _show(options: argparse.Namespace) -> Answer:
+    from sharding.show import render_keys, show
+
+    _, workspace = _open(options)
+    found = show(workspace, options.key)
+    return Answer(render_keys(found), [asdict(facts) | {"fate": facts.fate} for facts in found])
+
+
+COMMANDS = {
+    "scan": Command("one row per file: key, size, date, tags, perceptual hash", _scan, _scan_options),
+    "dedupe": Command("groups of near-duplicates, which one stays and why", _dedupe, _add_dry_run),
+    "plan": Command("which sample goes into which chunk", _plan, _add_dry_run),
+    "pack": Command("write planned chunks as webdataset shards", _pack, _pack_options),
+    "combine": Command("mix chunk k of every dataset into combined chunks", _combine, _combine_options),
+    "verify": Command("reopen chunks, recompute, compare", _verify, _verify_options),
+    "report": Command("account for every file", _report),
+    "show": Command("everything known about a key", _show, positionals=(("key", "a key or its first digits"),)),
+}
+"""By what the user types: one word, or two (`dedupe explain`)."""
