@@ -137,6 +137,8 @@ def pack(
                 rewrites = job.needs_tars or (rewrite_shards and job.old is not None and has_old_captions(job))
                 if not rewrites and job.old is not None and job.old.info.made_from == made_from:
                     num_current += 1
+                    if not dry_run:
+                        _clean_up(job.old, _drops_path(workspace, job.name))
                 elif dry_run:
                     (packed if rewrites else recaptioned).append(job.name)
                     num_samples += job.records.num_rows if rewrites else 0
@@ -200,7 +202,7 @@ def _pack_chunk(
     rows = pa.concat_tables([one.rows for one in finished]) if finished else None
     if rows is None or not rows.num_rows:
         raise BrokenFractionError(f"chunk {job.name}: none of its {job.plan.num_rows:,} planned samples is left")
-    drops_path = workspace.pack_drops / f"{job.name.replace('/', '-')}.parquet"
+    drops_path = _drops_path(workspace, job.name)
     if drops.num_rows:
         write_part(drops_path, drops, made_from=made_from)
     chunk = commit_chunk(
@@ -216,12 +218,21 @@ def _pack_chunk(
         shards_from=job.shards_from,
         shard_captions=captions_digest(rows.column("key").to_pylist(), rows.column("caption").to_pylist()),
     )
-    if not drops.num_rows:
-        drops_path.unlink(missing_ok=True)
-    shutil.rmtree(job.folder / BUILDING, ignore_errors=True)
-    if not is_sealed(job.folder):  # a run that trained it may still read the old tars
-        remove_unnamed(chunk)
+    _clean_up(chunk, drops_path)
     return chunk
+
+
+def _drops_path(workspace: Workspace, name: str) -> Path:
+    return workspace.pack_drops / f"{name.replace('/', '-')}.parquet"
+
+
+def _clean_up(chunk: Chunk, drops_path: Path) -> None:
+    """Remove what a committed chunk does not need; also asked for later, when a kill came right after the commit."""
+    if not chunk.info.num_dropped:
+        drops_path.unlink(missing_ok=True)
+    shutil.rmtree(chunk.folder / BUILDING, ignore_errors=True)
+    if not is_sealed(chunk.folder):  # a run that trained it may still read the old tars
+        remove_unnamed(chunk)
 
 
 def _discard(job: Job, finished: Iterable[FinishedShard]) -> None:
