@@ -1,8 +1,9 @@
 """Find all pairs of hashes that differ in few bits, exactly.
 
-Multi-index hashing: a hash is cut into bands of 16 bits. If two hashes differ in at most `radius` bits, they differ
-in at most `radius // num_bands` bits in some band, so only hashes whose band is that near are compared in full. A pair
-is reported in the first such band and nowhere else. Threads share the work; the result does not depend on them.
+Multi-index hashing: a hash is cut into bands of 16 bits, and each band is given a bound such that two hashes which
+differ in at most `radius` bits stay within the bound of some band (`_band_bounds`); only hashes whose band is that
+near are compared in full. A pair is reported in the first such band and nowhere else. Threads share the work; the
+result does not depend on them.
 
 Knows nothing of pictures. Source: Norouzi, Punjani, Fleet, "Fast exact search in Hamming space with multi-index
 hashing", 2014.
@@ -132,21 +133,19 @@ def _sorted_pairs(left: Rows, right: Rows, distance: npt.NDArray[np.int32], *, i
 def _join(left: Hashes, right: Hashes, radius: int, *, is_same: bool) -> NearPairs:
     if radius < 0:
         raise ValueError(f"radius must not be negative, got {radius}")
-    num_bands = left.shape[1] * 64 // _BAND_BITS
-    rho = min(radius // num_bands, _BAND_BITS)
-    masks = np.array(
-        [sum(1 << bit for bit in bits) for size in range(rho + 1) for bits in combinations(range(_BAND_BITS), size)],
-        dtype=np.int64,
-    )
+    bounds = _band_bounds(radius, left.shape[1] * 64 // _BAND_BITS)
     lefts, rights, distances = [], [], []
     step = _VALUES_PER_TASK if len(left) > _SMALL else _NUM_VALUES
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for band in range(num_bands if len(left) and len(right) else 0):
+        for band, bound in enumerate(bounds.tolist() if len(left) and len(right) else ()):
+            masks = _masks(bound)
             left_side = _sort_by_band(left, band)
             right_side = left_side if is_same else _sort_by_band(right, band)
 
-            def join_values(first: int, band: int = band, sides: Any = (left_side, right_side)) -> Any:
-                return _join_values(sides[0], sides[1], masks, band, rho, radius, is_same, (first, first + step))
+            def join_values(
+                first: int, band: int = band, masks: Rows = masks, sides: Any = (left_side, right_side)
+            ) -> Any:
+                return _join_values(sides[0], sides[1], masks, band, bounds, radius, is_same, (first, first + step))
 
             for pairs in pool.map(join_values, range(0, _NUM_VALUES, step)):
                 lefts.append(left_side[2][pairs[0]])
@@ -155,6 +154,25 @@ def _join(left: Hashes, right: Hashes, radius: int, *, is_same: bool) -> NearPai
     if not lefts:
         return NearPairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.int32))
     return NearPairs(np.concatenate(lefts), np.concatenate(rights), np.concatenate(distances))
+
+
+def _band_bounds(radius: int, num_bands: int) -> Rows:
+    """Return per band how many bits of it may differ. A band that needs no look is left out; they are the last.
+
+    With radius = q · num_bands + rest the first rest + 1 bands get q and the others q - 1: a pair beyond all of these
+    differs in at least (rest + 1)(q + 1) + (num_bands - rest - 1) q = radius + 1 bits.
+    """
+    whole, rest = divmod(radius, num_bands)
+    bounds = np.full(num_bands, whole, dtype=np.int64)
+    bounds[rest + 1 :] -= 1
+    return np.minimum(bounds[bounds >= 0], _BAND_BITS)
+
+
+def _masks(bound: int) -> Rows:
+    """Return all values of a band with at most `bound` bits set."""
+    sizes = range(bound + 1)
+    masks = [sum(1 << bit for bit in bits) for size in sizes for bits in combinations(range(_BAND_BITS), size)]
+    return np.array(masks, dtype=np.int64)
 
 
 def _sort_by_band(hashes: Hashes, band: int) -> tuple[Hashes, Rows, Rows]:
@@ -171,7 +189,7 @@ def _join_values(
     right: tuple[Hashes, Rows, Rows],
     masks: Rows,
     band: int,
-    rho: int,
+    bounds: Rows,
     radius: int,
     is_same: bool,
     values: tuple[int, int],
@@ -181,7 +199,20 @@ def _join_values(
     while True:
         out = (np.empty(capacity, np.int64), np.empty(capacity, np.int64), np.empty(capacity, np.int32))
         count = _compare(
-            left[0], left[1], right[0], right[1], masks, band, rho, radius, is_same, first, last, out[0], out[1], out[2]
+            left[0],
+            left[1],
+            right[0],
+            right[1],
+            masks,
+            band,
+            bounds,
+            radius,
+            is_same,
+            first,
+            last,
+            out[0],
+            out[1],
+            out[2],
         )
         if count <= capacity:
             return out[0][:count].copy(), out[1][:count].copy(), out[2][:count].copy()
@@ -198,10 +229,10 @@ def _popcount(typing_context: Any, value: Any) -> Any:
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _compare(  # type: ignore[no-untyped-def]
-    left, left_starts, right, right_starts, masks, band, rho, radius, is_same, first, last,
+    left, left_starts, right, right_starts, masks, band, bounds, radius, is_same, first, last,
     out_left, out_right, out_distance,
 ):  # fmt: skip
-    """Compare all hashes whose band is in first … last - 1 with those whose band is within rho bits of it.
+    """Compare all hashes whose band is in first … last - 1 with those whose band is within its bound of it.
 
     Returns the number of pairs found, which may be more than fit into the three outputs.
     """
@@ -230,7 +261,7 @@ def _compare(  # type: ignore[no-untyped-def]
                     is_found_before = False
                     for earlier in range(band):
                         differing = left[i, earlier >> 2] ^ right[j, earlier >> 2]
-                        if _popcount((differing >> np.uint64(16 * (earlier & 3))) & band_mask) <= rho:
+                        if _popcount((differing >> np.uint64(16 * (earlier & 3))) & band_mask) <= bounds[earlier]:
                             is_found_before = True
                             break
                     if not is_found_before:
