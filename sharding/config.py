@@ -6,13 +6,14 @@
 Paths in a TOML are relative to the current directory: every command starts in the checkout's root.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 ConfigType = TypeVar("ConfigType", bound="Config")
 
@@ -127,33 +128,89 @@ class SourceConfig(Config):
 
     root: Path
     """Folder with the files."""
-    importer: Literal["folder", "booru", "pixiv", "visual_novel"] = "folder"
-    """How metadata is found: txt sidecars only, booru post JSON beside the image, a folder per artist, a folder per
-    visual novel named `Full Name (abc)`."""
+    importer: Literal[
+        "folder", "booru", "gelbooru", "anime_pictures", "pixiv", "visual_novel", "kohya", "webdataset"
+    ] = "folder"  # fmt: skip
+    """How metadata is found: txt sidecars only; post JSON beside the image (Danbooru's, Gelbooru's, Anime-Pictures'
+    fields); a folder per artist; a folder per visual novel named `Full Name (abc)`; kohya's `in_json`; tars whose
+    members are pictures, JSON and txt."""
+    metadata: Path | None = None
+    """kohya: its `in_json`, one JSON object by image or JSON Lines (`.jsonl`)."""
+    tag_dict: Path | None = None
+    """pixiv: JSON object from the site's tags to Danbooru's; then tags that stay non-ASCII are left out."""
+    tag_categories: Path | None = None
+    """pixiv: JSON object from a tag to its category: 0 general, 3 copyright, 4 character, 5 meta."""
+    date_pattern: str = ""
+    """Regular expression with the groups `year` and, if wanted, `month` and `day`, searched in the path for a date;
+    default: YYYY-MM-DD anywhere, else a folder named by a year."""
     dataset: str = ""
     """Dataset that its pictures are filed under; "{period}" files each by its date; default: the source's name."""
     priority: int = 0
     """Among duplicates, a picture of a source with higher priority is kept before pixels or bytes are compared."""
+    is_reference: bool = False
+    """Its pictures are only compared against: dedupe drops what looks like them elsewhere, and keeps none of them."""
+    masks: Literal["alpha"] | Path | None = None
+    """Where pack finds masks: "alpha" takes the picture's own alpha; a folder has `PATH-WITHOUT-ENDING.png` for the
+    picture PATH (write "./alpha" for a folder of that name)."""
+
+    @field_validator("date_pattern")
+    @classmethod
+    def _has_a_year(cls, pattern: str) -> str:
+        try:
+            groups = set(re.compile(pattern).groupindex)
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        if pattern and "year" not in groups:
+            raise ValueError("needs a group (?P<year>…)")
+        if "day" in groups and "month" not in groups:
+            raise ValueError("has a group day, but none named month")
+        return pattern
+
+    @model_validator(mode="after")
+    def _tables_suit_the_importer(self) -> "SourceConfig":
+        if (self.metadata is not None) != (self.importer == "kohya"):
+            raise ValueError('metadata belongs to importer "kohya", which needs it')
+        if self.importer != "pixiv" and (self.tag_dict or self.tag_categories):
+            raise ValueError('tag_dict and tag_categories belong to importer "pixiv"')
+        return self
 
 
 class FilterConfig(Config):
     """What is dropped at scan time, each by a rule with a name."""
 
     min_pixels: int = Field(768_000, ge=0)
-    """width × height below this is `too_small`; exactly this many pixels pass (1280×600 is 768,000)."""
+    """width × height below this is `too_small`; exactly this many pixels pass (1280×600 is 768,000). For "more than
+    768,000", as some downloaders have it, say 768_001."""
     max_pixels: int = Field(200_000_000, gt=0)
     """width × height above this is `too_many_pixels`, from the header, before anything is decoded."""
     max_aspect: float = Field(8.0, gt=1)
     """Longer side / shorter side above this is `extreme_aspect`."""
     min_bytes: int = Field(0, ge=0)
-    """Smaller files are `too_few_bytes`."""
+    """Smaller files are `too_few_bytes`; exactly this many bytes pass."""
+    max_bytes: int | None = Field(None, gt=0)
+    """Larger files are `too_many_bytes`; exactly this many bytes pass."""
+    oversize: tuple[int, int] | None = None
+    """[bytes, pixels]: a file above both is `oversize`."""
+    exempt_tags: tuple[str, ...] = ()
+    """A record with one of these tags (exact) passes `min_pixels` and `min_bytes`; for `pixel_art`."""
+    formats: tuple[Literal["jpeg", "png", "webp", "avif", "jxl", "gif", "bmp", "tiff"], ...] = ()
+    """If given, a picture whose content has another format is `format_not_wanted`."""
+    extensions: tuple[Annotated[str, Field(pattern=r"^\.[a-z]+$")], ...] = ()
+    """If given, a file whose name ends otherwise (".jpg", …; in any case) is `extension_not_wanted`."""
     animated: Literal["drop", "first_frame"] = "drop"
     """Animated pictures are dropped as `animated`, or their first frame is used."""
     tag_blacklist: tuple[str, ...] = ()
     """A record with one of these tags (exact, underscore form, any category) is `blacklisted_tag`."""
+    meta_blacklist_substrings: tuple[str, ...] = ()
+    """A record with a meta tag that contains one of these is `blacklisted_meta_substring`: "artifacts" hits
+    `jpeg_artifacts`. Whole tags belong into `tag_blacklist`."""
+    min_score: int | None = None
+    """A post with a known score below this is `low_score`."""
+    min_fav_count: int | None = None
+    """A post with a known number of favourites below this is `low_fav_count`."""
     ratings: tuple[Literal["general", "sensitive", "questionable", "explicit"], ...] = ()
     """If given, a record with another known rating is `rating_not_wanted`."""
-    drop_flags: tuple[Literal["is_deleted", "is_banned", "is_flagged"], ...] = ("is_deleted", "is_banned")
+    drop_flags: tuple[Literal["is_deleted", "is_banned", "is_flagged", "is_pending"], ...] = ("is_deleted", "is_banned")
     """A post with one of these flags set is dropped under the flag's name."""
 
 
