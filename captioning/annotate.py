@@ -1,5 +1,7 @@
 """Run every tagger and scorer over the kept images, one read and one decode per image for all of them.
 
+Heads of one backbone share its features, too: a CLIP sees an image once, however many scorers stand on it.
+
 For every part of workspace.kept the part of the same name in annotations/<model>/, in the same order of keys. Raw
 numbers only; words are made by `compose`. Batches are filled in the order of the part and the last one is filled up,
 so killing a run and starting it again gives the same bytes. At most one part is done twice.
@@ -12,14 +14,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from captioning.config import CaptioningConfig
 from captioning.decode import Decoders, ImageTask, PreparedImage, default_workers
 from captioning.part_work import PartWork, plan_part
-from captioning.plugin import OK, Identity, ImageModel, ModelError, Pixels, RecordModel, Row, empty_row
+from captioning.plugin import (
+    FULL_SIZE,
+    OK,
+    Backbone,
+    BackboneSpec,
+    HeadModel,
+    Identity,
+    ImageModel,
+    ModelError,
+    RecordModel,
+    Row,
+    empty_row,
+)
 from captioning.registry import PLUGINS
 from captioning.taggers.base import LABELS_FILE
 from sharding.config import ConfigError
@@ -80,36 +95,55 @@ Answer: TypeAlias = tuple[tuple[PartWork, int | None], PreparedImage | None]
 """A part, the place of an image in it, and that image; at the end of the part neither place nor image."""
 
 
+@dataclass(frozen=True)
+class _Viewer:
+    """What sees images, and the models that speak of them: an image model for itself, or the heads of a backbone."""
+
+    eye: ImageModel | Backbone
+    heads: Mapping[str, HeadModel]
+    """By model; empty for an image model."""
+    models: tuple[str, ...]
+
+    def look(self, batch: npt.NDArray[Any]) -> dict[str, list[Row]]:
+        """Return the rows of each model."""
+        if isinstance(self.eye, ImageModel):
+            return {self.models[0]: self.eye.predict(batch)}
+        features = self.eye.embed(batch)
+        return {name: head.score(features) for name, head in self.heads.items()}
+
+
 class _Batcher:
-    """Collects the pixels of one model for one part and asks it a full batch at a time."""
+    """Collects what one viewer is to see of one part, and asks it a full batch at a time."""
 
-    def __init__(self, model: ImageModel, rows: list[Row | None], *, batch_size: int) -> None:
-        self._model = model
+    def __init__(self, viewer: _Viewer, rows: Mapping[str, list[Row | None]], *, batch_size: int) -> None:
+        self._viewer = viewer
         self._rows = rows
-        self._batch_size = model.batch_size or batch_size
+        self._batch_size = viewer.eye.batch_size or batch_size
         self._places: list[int] = []
-        self._pixels: list[Pixels] = []
-        self._answers: list[Row] = []
+        self._pixels: list[npt.NDArray[Any]] = []
+        self._answers: dict[str, list[Row]] = {name: [] for name in viewer.models}
 
-    def add(self, place: int, pixels: Pixels) -> None:
+    def add(self, place: int, pixels: npt.NDArray[Any]) -> None:
         self._places.append(place)
         self._pixels.append(pixels)
         if len(self._places) == self._batch_size:
             self._flush()
 
     def _flush(self) -> None:
-        """Ask the model; a short batch is filled up with its last image, so that every call has the same shape."""
+        """Ask the viewer; a short batch is filled up with its last image, so that every call has the same shape."""
         if not self._places:
             return
         filling = [self._pixels[-1]] * (self._batch_size - len(self._pixels))
-        answers = self._model.predict(np.stack(self._pixels + filling))
-        for place, row in zip(self._places, answers, strict=False):
-            self._rows[place] = row
-            self._answers.append(row)
+        for name, answers in self._viewer.look(np.stack(self._pixels + filling)).items():
+            rows = self._rows[name]
+            for place, row in zip(self._places, answers, strict=False):
+                if rows[place] is None:  # a head may have its row of an image that another one lacks
+                    rows[place] = row
+                    self._answers[name].append(row)
         self._places, self._pixels = [], []
 
-    def finish(self) -> list[Row]:
-        """Ask for the rest and return all answers of the part."""
+    def finish(self) -> dict[str, list[Row]]:
+        """Ask for the rest and return all new answers of the part by model."""
         self._flush()
         return self._answers
 
@@ -154,7 +188,8 @@ class _Run:
         self.settings = {name: config.annotate.models[name] for name in chosen}
         self.identities = {name: self._identify(name) for name in chosen}
         self.events = EventLog(workspace.events, stage="annotate")
-        self.loaded: dict[str, ImageModel | RecordModel] = {}
+        self.loaded: dict[str, ImageModel | HeadModel | RecordModel] = {}
+        self.backbones: dict[BackboneSpec, Backbone] = {}
         self.started = time.monotonic()
         self.loading_seconds = self.waiting_seconds = 0.0
         self.num_parts = self.num_current = self.num_images = self.num_decodes = 0
@@ -185,9 +220,10 @@ class _Run:
                 (work, place), prepared = item
                 if prepared is not None and place is not None:
                     if not batchers:
+                        rows = {name: it.rows for name, it in work.models.items()}
                         batchers = {
-                            name: _Batcher(self._image_model(name), work.models[name].rows, batch_size=batch_size)
-                            for name in work.looking
+                            name: _Batcher(viewer, rows, batch_size=batch_size)
+                            for name, viewer in self._viewers(work).items()
                         }
                     self._take(work, place, prepared, batchers)
                     progress.note(waiting=f"{self.waiting_seconds / (time.monotonic() - self.started):.0%}")
@@ -205,8 +241,12 @@ class _Run:
         min_side = self.config.annotate.min_side
         for part in parts:
             work = self._plan(part)
-            preparers = {name: self._image_model(name).preparer for name in work.looking}
-            needed = {name: set(work.models[name].needed) for name in preparers}
+            viewers = self._viewers(work)
+            preparers = {name: viewer.eye.preparer for name, viewer in viewers.items()}
+            needed = {
+                name: {place for model in viewer.models for place in work.models[model].needed}
+                for name, viewer in viewers.items()
+            }
             for place in work.places:
                 record = work.records.slice(place, 1).to_pylist()[0]
                 wanted = {name: it for name, it in preparers.items() if place in needed[name]}
@@ -241,9 +281,10 @@ class _Run:
 
     def _finish(self, work: PartWork, batchers: Mapping[str, _Batcher]) -> None:
         """Write the part of every model that lacked it, then see whether too many images are broken."""
+        seen = {name: rows for batcher in batchers.values() for name, rows in batcher.finish().items()}
         for name, it in work.models.items():
             if it.identity.needs_image:
-                answers = batchers[name].finish() if name in batchers else []
+                answers = seen.get(name, [])
             else:
                 model = self._load(name)
                 assert isinstance(model, RecordModel)
@@ -272,7 +313,7 @@ class _Run:
             return identity
         return replace(identity, preprocessing=f"{identity.preprocessing} min_side {min_side}")
 
-    def _load(self, name: str) -> ImageModel | RecordModel:
+    def _load(self, name: str) -> ImageModel | HeadModel | RecordModel:
         if name not in self.loaded:
             settings = self.settings[name]
             logger.info("loading %s: %s", name, self.identities[name].model)
@@ -282,13 +323,39 @@ class _Run:
             self.loading_seconds += time.monotonic() - started
         return self.loaded[name]
 
-    def _image_model(self, name: str) -> ImageModel:
-        model = self._load(name)
-        assert isinstance(model, ImageModel), name
-        min_side, needed = self.config.annotate.min_side, model.preparer.min_side
-        if min_side is not None and min_side < needed:
-            raise ConfigError(f"annotate.min_side: {min_side} is below the {needed} pixels that {name!r} looks at")
-        return model
+    def _backbone(self, name: str, spec: BackboneSpec) -> Backbone:
+        if spec not in self.backbones:
+            started = time.monotonic()
+            with _naming(name):
+                self.backbones[spec] = spec.load(device=self.config.annotate.device)
+            self.loading_seconds += time.monotonic() - started
+        return self.backbones[spec]
+
+    def _viewers(self, work: PartWork) -> dict[str, _Viewer]:
+        """Return what has to see images of the part, by the first of the models that it serves."""
+        models = {name: self._load(name) for name in work.looking}
+        heads: dict[BackboneSpec, dict[str, HeadModel]] = {}
+        viewers: dict[str, _Viewer] = {}
+        for name, model in models.items():
+            if isinstance(model, HeadModel):
+                heads.setdefault(model.backbone, {})[name] = model
+            else:
+                assert isinstance(model, ImageModel), name
+                viewers[name] = _Viewer(model, {}, (name,))
+        for spec, of_spec in heads.items():
+            first = next(iter(of_spec))
+            viewers[first] = _Viewer(self._backbone(first, spec), of_spec, tuple(of_spec))
+        for name, viewer in viewers.items():
+            self._check_min_side(name, viewer)
+        return viewers
+
+    def _check_min_side(self, name: str, viewer: _Viewer) -> None:
+        min_side, needed = self.config.annotate.min_side, viewer.eye.preparer.min_side
+        if min_side is None or min_side >= needed:
+            return
+        if needed == FULL_SIZE:
+            raise ConfigError(f"annotate.min_side: {name!r} measures the file's own pixels; leave min_side out")
+        raise ConfigError(f"annotate.min_side: {min_side} is below the {needed} pixels that {name!r} looks at")
 
     def _write_labels(self) -> None:
         for name, identity in self.identities.items():

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from captioning.plugin import OK, Pixels, Preparer
+import numpy.typing as npt
+
+from captioning.plugin import OK, FilePreparer, Preparer
 from sharding import images
 
 T = TypeVar("T")
@@ -40,19 +42,19 @@ class ImageTask:
     num_bytes: int
     """Size the scan saw; another size now means that the file is not the one with this key."""
     preparers: Mapping[str, Preparer]
-    """By model."""
+    """By who looks: a model, or the backbone of several."""
     min_side: int | None = None
     """As in `images.decode_rgb`."""
 
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """The answer to an ImageTask. pixels: by model, empty unless `status` is ok."""
+    """The answer to an ImageTask. pixels: what was prepared, by who looks; empty unless `status` is ok."""
 
     status: str
     num_decodes: int
     detail: str = ""
-    pixels: Mapping[str, Pixels] = field(default_factory=dict)
+    pixels: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 def prepare_image(task: ImageTask) -> PreparedImage:
@@ -67,7 +69,12 @@ def prepare_image(task: ImageTask) -> PreparedImage:
         image = images.decode_rgb(data, min_side=task.min_side)
     except images.ImageError as error:
         return PreparedImage(error.reason, 1, detail=error.detail)
-    return PreparedImage(OK, 1, pixels={name: it.prepare(image) for name, it in task.preparers.items()})
+    made: dict[Preparer, npt.NDArray[Any]] = {}
+    for preparer in task.preparers.values():
+        if preparer not in made:
+            wants_file = isinstance(preparer, FilePreparer)
+            made[preparer] = preparer.prepare_file(data, image) if wants_file else preparer.prepare(image)
+    return PreparedImage(OK, 1, pixels={name: made[it] for name, it in task.preparers.items()})
 
 
 class Decoders:

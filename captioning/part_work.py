@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from captioning.decode import UNREADABLE
-from captioning.plugin import OK, Identity, Row
+from captioning.plugin import NOT_APPLICABLE, OK, Identity, Row
 from sharding.files import digest_of
 from sharding.schema import Workspace
 from sharding.tables import DamagedPartError, part_metadata, read_part, write_part
@@ -51,8 +51,10 @@ class ModelWork:
 
     @property
     def num_broken(self) -> int:
-        """Images without a result; a record without a value, such as a date, is not broken."""
-        return sum(row is not None and row["status"] != OK for row in self.rows) if self.identity.needs_image else 0
+        """Images without a result; not those without a value, such as a date or the JPEG quality of a PNG."""
+        if not self.identity.needs_image:
+            return 0
+        return sum(row is not None and row["status"] not in (OK, NOT_APPLICABLE) for row in self.rows)
 
 
 @dataclass

@@ -5,7 +5,7 @@ A plug-in is a module with a class `Settings` and two functions, `identify` and 
 loaded, never by a decode worker. Nothing here knows a particular model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -19,12 +19,18 @@ from sharding.files import digest_of
 
 Device = Literal["cpu", "cuda", "rocm", "migraphx", "openvino"]
 Pixels = npt.NDArray[np.uint8]
+Features = npt.NDArray[np.float32]
+"""What a backbone says about a batch: (N, num_features)."""
 Row = dict[str, Any]
 """One row of an annotation part without its key; `status` is "ok" or why there is no result."""
 
 OK = "ok"
 NOT_FINITE = "not_finite"
 """Status of a result with NaN or infinity: they compare false with every threshold and would pass for a low score."""
+NOT_APPLICABLE = "not_applicable"
+"""Status of a picture that a model has nothing to say about, such as a PNG's JPEG quality; it is not broken."""
+FULL_SIZE = 2**31 - 1
+"""`min_side` of a preparer that must see every pixel of the file."""
 
 
 def empty_row(schema: pa.Schema, status: str) -> Row:
@@ -93,16 +99,28 @@ class Identity:
         }
 
 
-class Preparer(Protocol):
-    """Decoded image → the pixels a model sees. Runs in decode workers: picklable, and deterministic."""
+class Preparer(Hashable, Protocol):
+    """Decoded image → what a model sees. Runs in decode workers: picklable, and deterministic.
+
+    Models with equal preparers share what comes out, so a preparer is a frozen dataclass.
+    """
 
     @property
     def min_side(self) -> int:
-        """Pixels that the shorter side of a picture must have, so that it is not enlarged."""
+        """Pixels that the shorter side of a picture must have, so that it is not enlarged; or FULL_SIZE."""
         ...
 
-    def prepare(self, image: Image.Image) -> Pixels:
-        """Return (H, W, 3) uint8, the same H and W for every image; `image` is upright RGB and is not changed."""
+    def prepare(self, image: Image.Image) -> npt.NDArray[Any]:
+        """Return (H, W, 3) uint8, or numbers, in one shape for every image; `image` is upright RGB, not to change."""
+        ...
+
+
+@runtime_checkable
+class FilePreparer(Protocol):
+    """A preparer that wants the file's bytes, too: tables and headers that pixels do not show. Called instead."""
+
+    def prepare_file(self, data: bytes, image: Image.Image) -> npt.NDArray[Any]:
+        """As `Preparer.prepare`; data: the whole file."""
         ...
 
 
@@ -118,8 +136,44 @@ class ImageModel(Protocol):
         """Batch size the file is fixed to, or None when any will do."""
         ...
 
-    def predict(self, batch: Pixels) -> list[Row]:
-        """Return one row per image; batch: (N, H, W, 3) uint8. A row must not depend on its neighbours."""
+    def predict(self, batch: npt.NDArray[Any]) -> list[Row]:
+        """Return one row per image; batch: (N, …) of what was prepared. A row must not depend on its neighbours."""
+        ...
+
+
+class Backbone(Protocol):
+    """A loaded network that several heads share: it sees each image once for all of them."""
+
+    @property
+    def preparer(self) -> Preparer: ...
+
+    @property
+    def batch_size(self) -> int | None:
+        """As in ImageModel."""
+        ...
+
+    def embed(self, batch: npt.NDArray[Any]) -> Features:
+        """Return (N, num_features) float32; batch: (N, …) of what was prepared."""
+        ...
+
+
+class BackboneSpec(Hashable, Protocol):
+    """Which network, in which revision, behind which pre-processing. Heads with equal specs share one."""
+
+    def load(self, *, device: Device) -> Backbone:
+        """Load it onto the device. Raises ModelError."""
+        ...
+
+
+@runtime_checkable
+class HeadModel(Protocol):
+    """A loaded model that looks at the features of a backbone instead of pixels."""
+
+    @property
+    def backbone(self) -> BackboneSpec: ...
+
+    def score(self, features: Features) -> list[Row]:
+        """Return one row per image; a row must not depend on its neighbours."""
         ...
 
 
@@ -144,6 +198,6 @@ class Plugin(Protocol):
         """Find the model's files (downloading them if need be) and say what rows will be made from. Loads nothing."""
         ...
 
-    def load(self, settings: Any, *, device: Device) -> ImageModel | RecordModel:
-        """Load the model onto the device. Raises ModelError."""
+    def load(self, settings: Any, *, device: Device) -> ImageModel | HeadModel | RecordModel:
+        """Load the model onto the device, a head without its backbone. Raises ModelError."""
         ...
