@@ -1,51 +1,76 @@
-"""A chunk on disk: write its shards, commit it, read it back by byte offset.
+"""A chunk on disk: commit it, find it, open it, read it.
 
-    chunks/newest/0004/shard-00000-<digest>.tar …   ordinary webdataset tars
+    chunks/newest/0004/shard-00000-<digest>.tar …   ordinary webdataset tars (`shards`)
                        index-<digest>.parquet       one row per sample (schema.INDEX)
                        chunk.json                   names the files above; replacing it is the only commit
+    chunks/newest/held-out/                         the same, but set aside for validation
 
 No chunk.json, no chunk. A combined chunk has an index only: its rows name shards of other chunks.
-What goes into a chunk is decided elsewhere (`plan`, `pack`, `combine`).
+What goes into a chunk is decided elsewhere (`plan`, `pack`, `combine`). All that other packages need of shards is
+importable from here.
 """
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.files import TEMPORARY_MARK, replacing, sha256_file, temporary_name, write_json
-from sharding.schema import INDEX, SCHEMA_VERSION
+from sharding.files import TEMPORARY_MARK, replacing, sha256_file, write_json
+from sharding.schema import HELD_OUT, INDEX, SCHEMA_VERSION
+from sharding.shards import (
+    DIGEST_LENGTH,
+    ChunkError,
+    Sample,
+    ShardFile,
+    ShardReader,
+    read_samples,
+    shard_path,
+    write_shard,
+)
 from sharding.tables import schema_mismatch
 
+__all__ = [
+    "CHUNK_JSON",
+    "HELD_OUT_NAME",
+    "Chunk",
+    "ChunkError",
+    "ChunkInfo",
+    "Sample",
+    "ShardFile",
+    "ShardReader",
+    "captions_digest",
+    "check_not_stale",
+    "chunk_folders",
+    "chunk_name",
+    "chunk_number",
+    "commit_chunk",
+    "damaged_files",
+    "is_sealed",
+    "iterate_samples",
+    "list_chunks",
+    "load_chunk",
+    "name_of",
+    "open_chunk",
+    "read_index",
+    "read_samples",
+    "remove_unnamed",
+    "seal",
+    "shard_path",
+    "write_shard",
+]
+
 CHUNK_JSON = "chunk.json"
+HELD_OUT_NAME = "held-out"
+"""Folder of a dataset's validation chunk."""
 _SEAL = "trained-by-"
-_DIGEST_LENGTH = 12
-_TAR_BLOCK = 512
-_TAR_RECORD = 10_240
 _REMAKE = "delete it and run `python -m sharding pack` (`combine` for a combined chunk)"
-
-
-class ChunkError(ValueError):
-    """A chunk is missing, incomplete, stale or damaged."""
-
-
-@dataclass(frozen=True)
-class ShardFile:
-    """One tar as chunk.json names it. path: relative to the chunk's folder, "/" separated."""
-
-    path: str
-    sha256: str
-    num_bytes: int
-    num_samples: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +93,8 @@ class ChunkInfo:
     seed: int
     is_combined: bool = False
     """Its samples stand in plain chunks, too; without real tars of its own its index points at theirs."""
+    is_held_out: bool = False
+    """Set aside for validation: no run trains it, no wave mixes it."""
     schema_version: int = SCHEMA_VERSION
     num_dropped: int = 0
     """Planned samples that turned out unusable when packing; each has a row in pack_drops."""
@@ -80,23 +107,6 @@ class ChunkInfo:
     def digest(self) -> str:
         """The chunk's identity for ledgers: changes with any sample, caption, order or pixel."""
         return hashlib.sha256(f"{self.name}\n{self.index_sha256}".encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample on its way into a shard. `image_name` is KEY.jpg or KEY.png; `row` completes the index row."""
-
-    key: str
-    image_name: str
-    image: bytes
-    facts: Mapping[str, Any]
-    """KEY.json: flat, no null, no NaN."""
-    caption: str
-    row: Mapping[str, Any] = field(default_factory=dict)
-    """Index columns this module cannot know: width, height, groups, dataset, period, repeats, loss_weight; `sha256`
-    of the image bytes, if known, saves hashing them again."""
-    mask: bytes = b""
-    """KEY.mask.png, 8-bit grey of the image's size, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +131,7 @@ class Chunk:
 
     def shard_path(self, shard: str) -> Path:
         """Return where a shard named in the index lies; combined chunks point out of their folder."""
-        return Path(os.path.normpath(self.folder / PurePosixPath(shard)))
+        return shard_path(self.folder, shard)
 
 
 def read_index(path: Path, *, expected_sha256: str | None = None) -> pa.Table:
@@ -151,7 +161,7 @@ def check_not_stale(chunk: Chunk) -> None:
     gone = []
     for shard in chunk.info.shards:
         path = chunk.shard_path(shard.path)
-        if shard.sha256[:_DIGEST_LENGTH] not in path.name or not _has_size(path, shard.num_bytes):
+        if shard.sha256[:DIGEST_LENGTH] not in path.name or not _has_size(path, shard.num_bytes):
             gone.append(shard.path)
     if gone:
         raise ChunkError(
@@ -168,8 +178,15 @@ def _has_size(path: Path, num_bytes: int) -> bool:
 
 
 def chunk_name(dataset: str, number: int) -> str:
-    """Return a chunk's name, which is its folder relative to chunks/: `newest/0004`."""
-    return f"{dataset}/{number:04d}"
+    """Return a chunk's name, which is its folder relative to chunks/: `newest/0004`, or `newest/held-out`."""
+    return f"{dataset}/{HELD_OUT_NAME if number == HELD_OUT else f'{number:04d}'}"
+
+
+def chunk_number(folder: Path) -> int | None:
+    """Return the number of the chunk in `folder` (HELD_OUT for a validation chunk); None for combined chunks."""
+    if folder.name == HELD_OUT_NAME:
+        return HELD_OUT
+    return int(folder.name) if folder.name.isdigit() else None
 
 
 def name_of(folder: Path) -> str:
@@ -178,7 +195,7 @@ def name_of(folder: Path) -> str:
 
 
 def chunk_folders(root: Path) -> list[Path]:
-    """Return the folders DATASET/0000 under `root` that hold a chunk.json, by name, without opening any."""
+    """Return the folders DATASET/0000 and DATASET/held-out under `root` that hold a chunk.json, without opening any."""
     return [path.parent for path in sorted(root.glob(f"*/*/{CHUNK_JSON}"))]
 
 
@@ -232,82 +249,14 @@ def load_chunk(folder: Path) -> Chunk:
         raise ChunkError(f"{path}: {error}; {_REMAKE}") from error
 
 
-def list_chunks(root: Path) -> list[Chunk]:
-    """Return the committed chunks under `root` (folders DATASET/0000), by name. A folder without chunk.json is none.
+def list_chunks(root: Path, *, with_held_out: bool = False) -> list[Chunk]:
+    """Return the committed chunks under `root` that may be trained, by name. A folder without chunk.json is none.
 
-    Stale combined chunks are listed; reading their index is refused.
+    with_held_out: those set aside for validation, too. Stale combined chunks are listed; reading their index is
+    refused.
     """
-    return [load_chunk(folder) for folder in chunk_folders(root)]
-
-
-def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[ShardFile, list[dict[str, Any]]]:
-    """Write one tar and return it with the index rows of its samples.
-
-    The members of a sample are adjacent (json, image, txt by name), owners and times are fixed: same samples, same
-    bytes. The file's name carries its digest, so a rewritten shard never hides behind an old name.
-    Raises ChunkError for a key with a dot or a key that comes twice, ValueError for facts that are not strict JSON.
-    """
-    digest = hashlib.sha256()
-    rows: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    placeholder = folder / f"shard-{number:05d}.tar"
-    with contextlib.ExitStack() as stack:
-        temporary = temporary_name(placeholder)
-        folder.mkdir(parents=True, exist_ok=True)
-        stack.callback(temporary.unlink, missing_ok=True)
-        position = 0
-        with temporary.open("wb") as stream:
-
-            def add(name: str, data: bytes) -> int:
-                nonlocal position
-                info = tarfile.TarInfo(name)
-                info.size, info.mode, info.uname, info.gname = len(data), 0o444, "chunkline", "chunkline"
-                for piece in (info.tobuf(tarfile.USTAR_FORMAT), data, b"\0" * (-len(data) % _TAR_BLOCK)):
-                    stream.write(piece)
-                    digest.update(piece)
-                    position += len(piece)
-                return position - len(data) - (-len(data) % _TAR_BLOCK)
-
-            for sample in samples:
-                if sample.key in seen or "." in sample.key or "/" in sample.key:
-                    raise ChunkError(f"{placeholder}: key {sample.key!r} comes twice or holds a dot or slash")
-                seen.add(sample.key)
-                facts = json.dumps(dict(sample.facts), ensure_ascii=False, allow_nan=False).encode()
-                text = sample.caption.encode()
-                members = {sample.image_name: sample.image, f"{sample.key}.json": facts, f"{sample.key}.txt": text}
-                mask_name = f"{sample.key}.mask.png"
-                if sample.mask:
-                    members[mask_name] = sample.mask
-                offsets = {name: add(name, members[name]) for name in sorted(members)}
-                rows.append(
-                    {
-                        "key": sample.key,
-                        "image_name": sample.image_name,
-                        "image_offset": offsets[sample.image_name],
-                        "image_bytes": len(sample.image),
-                        "json_offset": offsets[f"{sample.key}.json"],
-                        "json_bytes": len(facts),
-                        "txt_offset": offsets[f"{sample.key}.txt"],
-                        "txt_bytes": len(text),
-                        "mask_offset": offsets.get(mask_name, 0),
-                        "mask_bytes": len(sample.mask),
-                        "caption": sample.caption,
-                        **sample.row,
-                        "sha256": sample.row.get("sha256") or hashlib.sha256(sample.image).hexdigest(),
-                    }
-                )
-            end = b"\0" * (2 * _TAR_BLOCK + -(position + 2 * _TAR_BLOCK) % _TAR_RECORD)
-            stream.write(end)
-            digest.update(end)
-            stream.flush()
-            os.fsync(stream.fileno())
-        sha256 = digest.hexdigest()
-        path = folder / f"shard-{number:05d}-{sha256[:_DIGEST_LENGTH]}.tar"
-        os.replace(temporary, path)
-    shard = ShardFile(path=path.name, sha256=sha256, num_bytes=position + len(end), num_samples=len(rows))
-    for row in rows:
-        row["shard"], row["shard_sha256"] = shard.path, sha256
-    return shard, rows
+    chunks = [load_chunk(folder) for folder in chunk_folders(root)]
+    return [chunk for chunk in chunks if with_held_out or not chunk.info.is_held_out]
 
 
 def commit_chunk(
@@ -321,6 +270,7 @@ def commit_chunk(
     made_from: str,
     seed: int,
     is_combined: bool = False,
+    is_held_out: bool = False,
     num_dropped: int = 0,
     shards_from: str = "",
     shard_captions: str = "",
@@ -341,7 +291,7 @@ def commit_chunk(
     with replacing(placeholder) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     sha256 = sha256_file(placeholder)
-    index = f"index-{sha256[:_DIGEST_LENGTH]}.parquet"
+    index = f"index-{sha256[:DIGEST_LENGTH]}.parquet"
     os.replace(placeholder, folder / index)
     info = ChunkInfo(
         name=name,
@@ -354,6 +304,7 @@ def commit_chunk(
         made_from=made_from,
         seed=seed,
         is_combined=is_combined,
+        is_held_out=is_held_out,
         num_dropped=num_dropped,
         shards_from=shards_from,
         shard_captions=shard_captions,
@@ -399,62 +350,10 @@ def remove_unnamed(chunk: Chunk) -> list[Path]:
     return unnamed
 
 
-class ShardReader:
-    """Read bytes out of shards by offset; keeps files open. One per worker: not safe to share between processes.
-
-    Reads do not move a file position, so threads may share one.
-    """
-
-    def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
-
-    def read(self, path: Path, offset: int, num_bytes: int) -> bytes:
-        """Return `num_bytes` bytes at `offset`. Raises ChunkError when the file is missing or too short."""
-        descriptor = self._descriptors.get(path)
-        if descriptor is None:
-            try:
-                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            except FileNotFoundError:
-                raise ChunkError(f"{path}: the shard is missing; run `python -m sharding verify`") from None
-            self._descriptors[path] = descriptor
-        data = _read_at(descriptor, num_bytes, offset)
-        if len(data) != num_bytes:
-            raise ChunkError(f"{path}: ends at byte {offset + len(data):,}, {offset + num_bytes:,} are needed; damaged")
-        return data
-
-    def close(self) -> None:
-        """Close all files."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-
-
-def _read_at(descriptor: int, num_bytes: int, offset: int) -> bytes:
-    if not hasattr(os, "pread"):  # Windows
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.read(descriptor, num_bytes)
-    parts = []
-    while num_bytes > 0 and (part := os.pread(descriptor, num_bytes, offset)):
-        parts.append(part)
-        offset += len(part)
-        num_bytes -= len(part)
-    return b"".join(parts)
-
-
 def iterate_samples(chunk: Chunk) -> Iterator[tuple[str, bytes, dict[str, Any], str]]:
-    """Yield (key, image bytes, facts, caption of the tar) of every sample in index order, read by offset."""
-    yield from iterate_rows(chunk.folder, chunk.read_index())
+    """Yield (key, image bytes, facts, caption of the tar) of every sample in index order, read by offset.
 
-
-def iterate_rows(folder: Path, rows: pa.Table) -> Iterator[tuple[str, bytes, dict[str, Any], str]]:
-    """Yield what `iterate_samples` does for some index rows; `folder` is what their shards are relative to."""
-    reader = ShardReader()
-    try:
-        for row in rows.to_pylist():
-            path = Path(os.path.normpath(folder / PurePosixPath(row["shard"])))
-            image = reader.read(path, row["image_offset"], row["image_bytes"])
-            facts = json.loads(reader.read(path, row["json_offset"], row["json_bytes"]))
-            text = reader.read(path, row["txt_offset"], row["txt_bytes"]).decode()
-            yield row["key"], image, facts, text
-    finally:
-        reader.close()
+    `read_samples(chunk.folder, chunk.read_index())` gives the same with masks and index rows.
+    """
+    for sample in read_samples(chunk.folder, chunk.read_index()):
+        yield sample.key, sample.image, dict(sample.facts), sample.caption

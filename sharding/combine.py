@@ -3,13 +3,14 @@
 Wave k is chunk k of every dataset that still has one, shuffled and cut into equal chunks
 `combined/<wave>-<number>`. A combined chunk is an index that points at shards of other chunks; no pixel is copied
 unless `materialize` asks for real tars. A dataset with few chunks is exhausted early, so the mixture drifts with
-the waves; the report shows how. Waves that a run has started to train are left as they are.
+the waves; the report shows how. Waves that a run has started to train are left as they are. What is held out for
+validation is in no wave.
 """
 
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,15 +28,15 @@ from sharding.chunk import (
     commit_chunk,
     damaged_files,
     is_sealed,
-    iterate_rows,
     list_chunks,
+    read_samples,
     remove_unnamed,
     write_shard,
 )  # fmt: skip
 from sharding.config import DatasetConfig
 from sharding.files import digest_of, require_free_bytes
 from sharding.runlog import EventLog
-from sharding.schema import INDEX, PLAN, Workspace
+from sharding.schema import HELD_OUT, INDEX, PLAN, Workspace
 from sharding.tables import read_parts
 
 logger = logging.getLogger(__name__)
@@ -99,18 +100,10 @@ def combine(
     Raises ChunkError when chunks of a wave hold captions of different policies or one key twice, ValueError when a
     dataset has the name of the combined folder.
     """
-    combined = config.combine.name
-    every = list_chunks(workspace.chunks)
-    plain = [chunk for chunk in every if not chunk.info.is_combined]
-    if any(chunk.folder.parent.name == combined for chunk in plain):
-        raise ValueError(f"combine.name: {combined!r} is also a dataset; choose another name")
-    old = {chunk.name: chunk for chunk in every if chunk.folder.parent.name == combined}
+    by_wave, old = _chunks(config, workspace)
     planned = _planned(workspace)
-    by_wave: dict[int, list[Chunk]] = {}
-    for chunk in plain:
-        by_wave.setdefault(int(chunk.folder.name), []).append(chunk)
     if materialize and not dry_run:
-        num_bytes = sum(shard.num_bytes for chunk in plain for shard in chunk.info.shards)
+        num_bytes = sum(s.num_bytes for members in by_wave.values() for c in members for s in c.info.shards)
         have_bytes = sum(s.num_bytes for c in old.values() for s in c.info.shards if "/" not in s.path)
         require_free_bytes(workspace.chunks, max(0, num_bytes - have_bytes), "materializing the waves")
 
@@ -123,10 +116,12 @@ def combine(
         first_mixture = first_mixture or wave.fractions()
         if wave.state == "written":
             made_from = _made_from(config, members, materialize=materialize)
-            if all(name in old and _is_current(old[name], made_from) for name in wave.chunks):
+            needed = {name for name in wave.chunks if name not in old or not _is_current(old[name], made_from)}
+            if not needed:
                 wave = replace(wave, state="current")
             elif not dry_run:
-                _write_wave(config, workspace, wave.chunks, members, made_from=made_from, materialize=materialize)
+                _write_wave(config, workspace, wave.chunks, members, made_from=made_from, materialize=materialize,
+                            needed=needed)  # fmt: skip
                 EventLog(workspace.events, stage="combine").write("wave_combined", wave=number, chunks=len(wave.chunks))
         wanted.update(wave.chunks)
         waves.append(wave)
@@ -137,6 +132,53 @@ def combine(
     return CombineReport(tuple(waves), tuple(removed), is_dry_run=dry_run)
 
 
+def restore(config: DatasetConfig, workspace: Workspace, names: Sequence[str]) -> list[str]:
+    """Write damaged combined chunks again, also trained ones, where that gives the same bytes; return their names.
+
+    It does while the chunks they are mixed from and the settings are the same. Others are left to `combine`.
+    Raises ChunkError when a chunk of the wave cannot be read: repair plain chunks first.
+    """
+    by_wave, old = _chunks(config, workspace)
+    restored = []
+    for name in names:
+        members = by_wave.get(int(name.rpartition("/")[2].split("-")[0]), [])
+        chunk = old[name]
+        materialize = has_own_shards(chunk)
+        if chunk.info.made_from == _made_from(config, members, materialize=materialize):
+            names_of_wave = _names(config, members)
+            _write_wave(config, workspace, names_of_wave, members, made_from=chunk.info.made_from,
+                        materialize=materialize, needed={name})  # fmt: skip
+            restored.append(name)
+    return restored
+
+
+def has_own_shards(chunk: Chunk) -> bool:
+    """Tell whether a chunk has tars of its own; a combined chunk that is not materialized has none."""
+    return any("/" not in shard.path for shard in chunk.info.shards)
+
+
+def _chunks(config: DatasetConfig, workspace: Workspace) -> tuple[dict[int, list[Chunk]], dict[str, Chunk]]:
+    """Return the trainable plain chunks by number, and the combined ones by name."""
+    combined = config.combine.name
+    by_wave: dict[int, list[Chunk]] = {}
+    old: dict[str, Chunk] = {}
+    for chunk in list_chunks(workspace.chunks):
+        if not chunk.info.is_combined:
+            if chunk.folder.parent.name == combined:
+                raise ValueError(f"combine.name: {combined!r} is also a dataset; choose another name")
+            by_wave.setdefault(int(chunk.folder.name), []).append(chunk)
+        elif chunk.folder.parent.name == combined:
+            old[chunk.name] = chunk
+    return by_wave, old
+
+
+def _names(config: DatasetConfig, members: Sequence[Chunk]) -> list[str]:
+    total = sum(chunk.info.num_samples for chunk in members)
+    number = int(members[0].folder.name)
+    num_chunks = math.ceil(total / config.combine.chunk_size)
+    return [f"{config.combine.name}/{number:04d}-{part:04d}" for part in range(num_chunks)]
+
+
 def _is_current(chunk: Chunk, made_from: str) -> bool:
     return chunk.info.made_from == made_from and not damaged_files(chunk)
 
@@ -144,7 +186,7 @@ def _is_current(chunk: Chunk, made_from: str) -> bool:
 def _planned(workspace: Workspace) -> set[str]:
     plan = read_parts(workspace.plan, ["dataset", "chunk"], schema=PLAN)
     pairs = plan.group_by(["dataset", "chunk"]).aggregate([]).to_pylist()
-    return {chunk_name(pair["dataset"], pair["chunk"]) for pair in pairs}
+    return {chunk_name(pair["dataset"], pair["chunk"]) for pair in pairs if pair["chunk"] != HELD_OUT}
 
 
 def _wave(
@@ -160,7 +202,7 @@ def _wave(
     prefix = f"{config.combine.name}/{number:04d}-"
     packed = {chunk.name for chunk in members}
     waits_for = sorted(name for name in planned - packed if int(name.rpartition("/")[2]) == number)
-    names = [f"{prefix}{part:04d}" for part in range(math.ceil(total / config.combine.chunk_size))]
+    names = _names(config, members)
     state = "written"
     sealed = [name for name, chunk in sorted(old.items()) if name.startswith(prefix) and is_sealed(chunk.folder)]
     if sealed:
@@ -191,7 +233,9 @@ def _write_wave(
     *,
     made_from: str,
     materialize: bool,
+    needed: Collection[str],
 ) -> None:
+    """Shuffle the rows of a wave, cut them into the chunks `names`, and write those that are `needed`."""
     policies = sorted({chunk.info.policy for chunk in members})
     if len(policies) > 1:
         raise ChunkError(f"wave {members[0].folder.name}: captions of {', '.join(policies)}; pack all with one policy")
@@ -204,6 +248,8 @@ def _write_wave(
     }
     bounds = np.linspace(0, rows.num_rows, len(names) + 1).round().astype(int).tolist()
     for name, start, end in zip(names, bounds[:-1], bounds[1:], strict=True):
+        if name not in needed:
+            continue
         folder = workspace.chunks / name
         cut = rows.slice(start, end - start)
         if materialize:
@@ -252,12 +298,8 @@ def _materialize(folder: Path, rows: pa.Table, *, shard_size: int) -> tuple[list
 
 
 def _copies(folder: Path, rows: pa.Table) -> Iterator[Sample]:
-    for row, (key, image, facts, _) in zip(rows.to_pylist(), iterate_rows(folder, rows), strict=True):
-        yield Sample(
-            key=key,
-            image_name=row["image_name"],
-            image=image,
-            facts=facts | {"caption": row["caption"]},
-            caption=row["caption"],
-            row={name: row[name] for name in _ROW_COLUMNS},
-        )
+    """Yield samples as they are packed, except that their captions are the index's."""
+    for sample in read_samples(folder, rows):
+        caption = sample.row["caption"]
+        row = {name: sample.row[name] for name in _ROW_COLUMNS}
+        yield replace(sample, facts={**sample.facts, "caption": caption}, caption=caption, row=row)

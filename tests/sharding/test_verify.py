@@ -32,6 +32,7 @@ def add(workspace, paint, encode):
             samples.append(Sample(**values))
         folder = workspace.chunks / name
         shard, rows = write_shard(folder, 0, samples)
+        rows[0] |= row or {}
         texts = captions_digest([one.key for one in samples], [one.caption for one in samples])
         return commit_chunk(
             folder, rows, name=name, shards=[shard], policy="default", shard_policy="default", made_from="x", seed=0,
