@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from sharding.sources import read_file as read_file  # for the other packages, which import only shared modules
+
 TEMPORARY_MARK = ".partial-"
 LEFT_OVER_SECONDS = 3600.0
 """Where several tasks write into a folder, temporary files older than this belong to none of them."""

@@ -1,32 +1,45 @@
 """One file → its record: read once, hashed, judged by the filters, decoded once.
 
 Pure but for reading the file and its sidecars; runs in worker processes. A file never makes it raise: what is wrong
-with it becomes `status` and `detail`. The order: readable, header, filters on header, metadata, filters on metadata,
-decode.
+with it becomes `status` and `detail`. The order: readable, metadata, filters on the file, header, filters on header
+and metadata, decode. Pixels that were decoded before, from the same bytes, are not decoded again.
 """
 
 import hashlib
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sharding.config import DedupeConfig, FilterConfig
-from sharding.images import ImageError, ImageFacts, decode_rgb, probe
-from sharding.metadata import IMPORTERS, Metadata, date_in_path
+from sharding.filters import Objection, objection_to_file, objection_to_picture, objection_to_post
+from sharding.images import ImageError, decode_rgb, probe
+from sharding.metadata import IMPORTERS, NO_TABLES, Metadata, Tables, date_in_path
 from sharding.phash import enough_pixels, hash_picture
 from sharding.schema import MANIFEST, TAG_CATEGORIES
+from sharding.sources import read_file
 
+DECODED = ("phash", "turned_phashes", "sketch", "local_features")
+"""Columns that come from pixels; they depend on the bytes of the file and on the dedupe settings only."""
 BROKEN = ("undecodable", "not_an_image", "empty_file", "unreadable")
 """Statuses that count towards `max_broken_fraction`."""
 
+_HEADER_FACTS = ("format", "width", "height", "mode", "has_alpha", "is_animated", "is_pass_through")
 _EMPTY_ROW: dict[str, Any] = {
     "key": "", "sha256": "", "format": "", "width": 0, "height": 0, "mode": "", "has_alpha": False,
     "is_animated": False, "is_pass_through": False, "created_at": None, "date_source": "", "phash": b"",
     "turned_phashes": b"", "sketch": b"", "local_features": b"", "rating": "",
     **{f"tags_{category}": [] for category in TAG_CATEGORIES}, "custom": [],
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What an earlier scan has made, with today's settings, from the pixels of a file. columns: DECODED."""
+
+    sha256: str
+    columns: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,11 @@ class FileTask:
     path: str
     num_bytes: int
     """As listed; the manifest has what was read."""
+    tables: Tables = NO_TABLES
+    date_pattern: str = ""
+    is_overruled: bool = False
+    """A person keeps this file: the filters are not asked."""
+    decoded: Decoded | None = None
 
 
 @dataclass(frozen=True)
@@ -66,81 +84,60 @@ def make_record(task: FileTask, rules: Rules, *, decode: bool = True) -> dict[st
         **_EMPTY_ROW, "source": task.source, "dataset": task.dataset, "path": task.path, "num_bytes": task.num_bytes,
     }  # fmt: skip
     try:
-        data = _read(task.root / task.path)
+        data = _read(task)
         sha256 = hashlib.sha256(data).hexdigest()
         row |= {"sha256": sha256, "key": sha256[:16], "num_bytes": len(data)}
         if not decode:
             raise _DropError("undecodable", "the decoder crashed on this file")
-        facts = _judge_header(data, row, rules.filters)
-        metadata = IMPORTERS[task.importer](task.root, PurePosixPath(task.path))
-        _add_metadata(row, metadata, facts, task.path)
-        _judge_metadata(row, metadata, rules.filters)
-        row["phash"] = _hash_pixels(data, rules)
+        metadata = IMPORTERS[task.importer](task.root, PurePosixPath(task.path), task.tables)
+        row |= _metadata_columns(metadata)
+        filters = None if task.is_overruled else rules.filters
+        if filters is not None:
+            _drop_for(objection_to_file(task.path, len(data), metadata, filters))
+        facts = probe(data, max_pixels=rules.filters.max_pixels)
+        row |= {name: getattr(facts, name) for name in _HEADER_FACTS}
+        row |= _date_columns(metadata, facts.exif_date, task)
+        if filters is not None:
+            _drop_for(objection_to_picture(facts, len(data), metadata, filters))
+            _drop_for(objection_to_post(metadata, filters))
+        if task.decoded is not None and task.decoded.sha256 == sha256:
+            row |= task.decoded.columns
+        else:
+            row["phash"] = _hash_pixels(data, rules)
         row |= {"status": "kept", "detail": metadata.problem}
     except (_DropError, ImageError) as drop:
         row |= {"status": drop.reason, "detail": drop.detail}
     return {name: row[name] for name in MANIFEST.names}
 
 
-def _read(path: Path) -> bytes:
-    """Return the file's bytes, read again once if it changes meanwhile."""
-    for _ in range(2):
-        try:
-            with path.open("rb") as stream:
-                data = stream.read()
-                after = os.fstat(stream.fileno())
-        except (FileNotFoundError, NotADirectoryError):
-            raise _DropError("vanished", "listed, but no longer there") from None
-        except OSError as error:
-            raise _DropError("unreadable", f"{error.strerror or error}") from error
-        if after.st_size == len(data):
-            return data
-    raise _DropError("unreadable", f"changes while it is read: {len(data):,} bytes read, {after.st_size:,} expected")
+def _read(task: FileTask) -> bytes:
+    try:
+        return read_file(task.root, task.path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise _DropError("vanished", "listed, but no longer there") from None
+    except OSError as error:
+        raise _DropError("unreadable", f"{error.strerror or error}") from error
 
 
-def _judge_header(data: bytes, row: dict[str, Any], filters: FilterConfig) -> ImageFacts:
-    if data and len(data) < filters.min_bytes:
-        raise _DropError("too_few_bytes", f"{len(data):,} bytes, at least {filters.min_bytes:,} wanted")
-    facts = probe(data, max_pixels=filters.max_pixels)
-    names = ("format", "width", "height", "mode", "has_alpha", "is_animated", "is_pass_through")
-    row |= {name: getattr(facts, name) for name in names}
-    if facts.is_animated and filters.animated == "drop":
-        raise _DropError("animated", f"an animated {facts.format}")
-    width, height = facts.width, facts.height
-    if width * height < filters.min_pixels:
-        raise _DropError(
-            "too_small", f"{width}x{height} = {width * height:,} pixels, at least {filters.min_pixels:,} wanted"
-        )
-    aspect = max(width, height) / min(width, height)
-    if aspect > filters.max_aspect:
-        raise _DropError("extreme_aspect", f"{width}x{height} is {aspect:.2f}:1, at most {filters.max_aspect:g}:1")
-    return facts
+def _drop_for(objection: Objection | None) -> None:
+    if objection is not None:
+        raise _DropError(objection.reason, objection.detail)
 
 
-def _add_metadata(row: dict[str, Any], metadata: Metadata, facts: ImageFacts, path: str) -> None:
-    for category, tags in metadata.tags.items():
-        row[f"tags_{category}"] = list(tags)
-    row |= {"rating": metadata.rating, "custom": sorted(metadata.custom.items())}
-    dates: list[tuple[str, datetime | None]] = [
+def _metadata_columns(metadata: Metadata) -> dict[str, Any]:
+    tags = {f"tags_{category}": list(tags) for category, tags in metadata.tags.items()}
+    return {**tags, "rating": metadata.rating, "custom": sorted(metadata.custom.items())}
+
+
+def _date_columns(metadata: Metadata, exif_date: datetime | None, task: FileTask) -> dict[str, Any]:
+    """Return the first date of post, EXIF and path, in whole seconds, and which it is."""
+    dates = [
         (metadata.date_source, metadata.created_at),
-        ("exif", facts.exif_date),
-        ("path", date_in_path(PurePosixPath(path))),
+        ("exif", exif_date),
+        ("path", date_in_path(PurePosixPath(task.path), task.date_pattern)),
     ]
-    row["date_source"], row["created_at"] = next(((name, date) for name, date in dates if date), ("", None))
-    if row["created_at"] is not None:
-        row["created_at"] = row["created_at"].replace(microsecond=0)
-
-
-def _judge_metadata(row: dict[str, Any], metadata: Metadata, filters: FilterConfig) -> None:
-    for flag in filters.drop_flags:
-        if flag in metadata.flags:
-            raise _DropError(flag, "set in the post")
-    unwanted = set(filters.tag_blacklist)
-    for category, tags in metadata.tags.items():
-        if found := [tag for tag in tags if tag in unwanted]:
-            raise _DropError("blacklisted_tag", f"{category} tag {', '.join(found)}")
-    if filters.ratings and row["rating"] and row["rating"] not in filters.ratings:
-        raise _DropError("rating_not_wanted", f"{row['rating']}; wanted: {', '.join(filters.ratings)}")
+    source, date = next(((name, date) for name, date in dates if date), ("", None))
+    return {"date_source": source, "created_at": date.replace(microsecond=0) if date else None}
 
 
 def _hash_pixels(data: bytes, rules: Rules) -> bytes:

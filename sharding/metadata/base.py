@@ -1,16 +1,18 @@
-"""What every importer shares: the Metadata record, finding and reading sidecars, tags and dates as text.
+"""What every importer shares: the Metadata record, sidecars, tags and dates as text.
 
 Knows no site. Sidecars of `x/1.jpg` are `x/1.txt`, `x/1.jpg.txt`, `x/1.json` and `x/1.jpg.json`; the shorter name
-wins when both exist.
+wins when both exist. A picture in a tar has its sidecars there.
 """
 
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from sharding.sources import read_file
 
 _MAX_SIDECAR_BYTES = 4 << 20
 _FIRST_YEAR = 1990
@@ -36,7 +38,7 @@ class Metadata:
     """`post` when created_at is set."""
     custom: Mapping[str, str] = field(default_factory=dict)
     flags: frozenset[str] = frozenset()
-    """Those of is_deleted, is_banned, is_flagged that are set."""
+    """Those of is_deleted, is_banned, is_flagged, is_pending that are set."""
     problem: str = ""
     """Why a sidecar was not used, or ""."""
 
@@ -75,9 +77,8 @@ def read_json_sidecar(root: Path, path: PurePosixPath) -> dict[str, Any] | None:
 def _read(image: Path, ending: str) -> str | None:
     for candidate in (image.with_suffix(ending), _appended(image, ending)):
         try:
-            with candidate.open("rb") as stream:
-                data = stream.read(_MAX_SIDECAR_BYTES + 1)
-        except FileNotFoundError:
+            data = read_file(candidate, max_bytes=_MAX_SIDECAR_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise SidecarError(f"sidecar {candidate.name} cannot be read: {error.strerror}") from error
@@ -107,14 +108,16 @@ def comma_tags(text: str) -> tuple[str, ...]:
     return underscore_tags(text.replace("\n", ",").split(","))
 
 
-def text_sidecar_tags(root: Path, path: PurePosixPath) -> tuple[dict[str, tuple[str, ...]], str]:
-    """Return (tags by category, problem) of the txt sidecar: all its tags are general."""
+def with_text_tags(metadata: Metadata, root: Path, path: PurePosixPath) -> Metadata:
+    """Return `metadata`, with the tags of the txt sidecar as general ones if it has no tags."""
+    if metadata.tags:
+        return metadata
     try:
         text = read_text_sidecar(root, path)
     except SidecarError as error:
-        return {}, str(error)
+        return replace(metadata, problem="; ".join(filter(None, (metadata.problem, str(error)))))
     tags = comma_tags(text) if text else ()
-    return ({"general": tags} if tags else {}), ""
+    return replace(metadata, tags={"general": tags}) if tags else metadata
 
 
 def parse_post_date(value: Any) -> datetime | None:
@@ -131,12 +134,16 @@ def parse_post_date(value: Any) -> datetime | None:
         return None
 
 
-def date_in_path(path: PurePosixPath) -> datetime | None:
+def date_in_path(path: PurePosixPath, pattern: str = "") -> datetime | None:
     """Return the date that a path states: `YYYY-MM-DD` anywhere in it, else a folder named by a year.
 
-    Years from 1990 to the current one count; of several the last in the path.
+    pattern: what to search instead, a regular expression with the groups year and, if it has them, month and day;
+    without them the first of the year or month. Years from 1990 to the current one count; of several dates the last.
     """
     this_year = datetime.now(UTC).year
+    if pattern:
+        matches = [match.groupdict(default="1") for match in re.finditer(pattern, str(path))]
+        return next((date for parts in reversed(matches) if (date := _date_of_parts(parts, this_year))), None)
     for year, month, day in reversed(_DAY_IN_PATH.findall(str(path))):
         if _FIRST_YEAR <= int(year) <= this_year:
             try:
@@ -147,3 +154,11 @@ def date_in_path(path: PurePosixPath) -> datetime | None:
         if _YEAR_FOLDER.fullmatch(part) and _FIRST_YEAR <= int(part) <= this_year:
             return datetime(int(part), 1, 1, tzinfo=UTC)
     return None
+
+
+def _date_of_parts(parts: Mapping[str, str], this_year: int) -> datetime | None:
+    try:
+        date = datetime(int(parts["year"]), int(parts.get("month", 1)), int(parts.get("day", 1)), tzinfo=UTC)
+    except ValueError:
+        return None
+    return date if _FIRST_YEAR <= date.year <= this_year else None

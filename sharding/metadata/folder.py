@@ -2,10 +2,10 @@
 
 from pathlib import Path, PurePosixPath
 
-from sharding.metadata.base import Metadata, text_sidecar_tags
+from sharding.metadata.base import Metadata, with_text_tags
+from sharding.metadata.tables import NO_TABLES, Tables
 
 
-def read_metadata(root: Path, path: PurePosixPath) -> Metadata:
+def read_metadata(root: Path, path: PurePosixPath, tables: Tables = NO_TABLES) -> Metadata:
     """Read the txt sidecar of a picture, if there is one."""
-    tags, problem = text_sidecar_tags(root, path)
-    return Metadata(tags=tags, problem=problem)
+    return with_text_tags(Metadata(), root, path)

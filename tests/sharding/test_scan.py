@@ -18,6 +18,7 @@ from PIL import Image
 import sharding.listing
 import sharding.record
 import sharding.scan
+import sharding.sources
 from sharding.images import BrokenFractionError
 from sharding.listing import extend_listing, find_images, read_listing
 from sharding.scan import scan
@@ -188,9 +189,10 @@ def test_a_file_that_grows_while_it_is_read_is_read_again_then_unreadable(
     def fstat(descriptor):
         status = real(descriptor)
         calls["n"] += 1
-        return type("Status", (), {"st_size": status.st_size + (1 if calls["n"] <= 3 else 0)})
+        num_bytes = status.st_size + (1 if calls["n"] <= 4 else 0)
+        return type("Status", (), {"st_size": num_bytes, "st_mtime_ns": status.st_mtime_ns})
 
-    monkeypatch.setattr(sharding.record.os, "fstat", fstat)
+    monkeypatch.setattr(sharding.sources.os, "fstat", fstat)
 
     scan(make_config(), workspace, workers=0)
 
@@ -466,7 +468,7 @@ def test_a_file_is_read_and_decoded_once(ten_pictures, make_config, workspace, m
     calls = Counter()
     decode, read = sharding.record.decode_rgb, sharding.record._read
     monkeypatch.setattr(sharding.record, "decode_rgb", lambda *a, **k: calls.update(["decode"]) or decode(*a, **k))
-    monkeypatch.setattr(sharding.record, "_read", lambda path: calls.update(["read"]) or read(path))
+    monkeypatch.setattr(sharding.record, "_read", lambda task: calls.update(["read"]) or read(task))
 
     scan(make_config(), workspace, workers=0)
 
