@@ -13,7 +13,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from sharding.phash import Algorithm, Turn, check_hash_size, hash_bits
 
 ConfigType = TypeVar("ConfigType", bound="Config")
 
@@ -217,10 +228,14 @@ class FilterConfig(Config):
 class DedupeConfig(Config):
     """Near-duplicates by perceptual hash."""
 
-    algorithm: Literal["phash", "dhash", "average_hash", "whash"] = "phash"
+    algorithm: Algorithm = "phash"
     """An `imagehash` algorithm."""
-    hash_size: Literal[8, 16] = 16
-    """Side of the hash: 8 gives 64 bits, 16 gives 256."""
+    hash_size: int = 16
+    """Side of the hash, 4 to 32: 8 gives 64 bits, 16 gives 256; for whash a power of 2. For colorhash its `binbits`, 2
+    to 8: 3 gives 42 bits."""
+    turns: tuple[Turn, ...] = ()
+    """Pictures turned in these ways are found, too; each costs another hash per picture. rotate_90 is
+    counter-clockwise."""
     radius: int = Field(16, ge=0, le=64)
     """Two pictures within this many bits are duplicates (16 of 256, or 4 of 64, finds re-encodes and resizes)."""
     max_diameter: int = Field(32, ge=0)
@@ -232,22 +247,81 @@ class DedupeConfig(Config):
     merge_tags: bool = True
     """The keeper also gets the tags, and a date or rating if it has none, of those dropped for it."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _scale_radii(cls, values: Any) -> Any:
+        """Give radius and max_diameter, where not set, the default's share of a hash of another size."""
+        if not isinstance(values, Mapping):
+            return values
+        algorithm, hash_size = values.get("algorithm", "phash"), values.get("hash_size", 16)
+        if type(hash_size) is not int or hash_size < 1:
+            return values
+        bits = hash_bits(algorithm, hash_size)  # hash_size joins, since no validator looks at a default
+        return {"hash_size": hash_size, "radius": min(bits // 16, 64), "max_diameter": bits // 8, **values}
+
+    @field_validator("hash_size")
+    @classmethod
+    def _hash_exists(cls, hash_size: int, info: ValidationInfo) -> int:
+        if "algorithm" in info.data:  # else it has a mistake of its own
+            check_hash_size(info.data["algorithm"], hash_size)
+        return hash_size
+
     @model_validator(mode="after")
     def _radius_suits_the_hash(self) -> "DedupeConfig":
-        if self.hash_size == 8 and self.radius > 10:
+        bits = hash_bits(self.algorithm, self.hash_size)
+        if self.radius > bits // 6:
             raise ValueError(
-                f"radius {self.radius} of hash_size 8's 64 bits merges unrelated pictures: use at most 10 (4 is usual)"
+                f"radius {self.radius} of the {bits} bits of {self.algorithm} with hash_size {self.hash_size} merges "
+                f"unrelated pictures: use at most {bits // 6} ({bits // 16} is usual)"
             )
+        if self.turns and self.algorithm == "colorhash":
+            raise ValueError("turns: a turned picture has the same colorhash; leave turns empty")
+        if len(set(self.turns)) < len(self.turns):
+            raise ValueError(f"turns: {', '.join(self.turns)}: name each once")
+        return self
+
+
+class WeightRule(Config):
+    """Which pictures are shown more often, or count more. Every condition that is given must hold; none: all do."""
+
+    dataset: str = ""
+    """Filed under this dataset."""
+    source: str = ""
+    """Of this source."""
+    tags: tuple[str, ...] = ()
+    """Has one of these tags, exactly, in underscore form, of any category, as it came with the picture."""
+    ratings: tuple[Literal["general", "sensitive", "questionable", "explicit"], ...] = ()
+    """Has one of these ratings."""
+    custom: dict[str, str] = {}
+    """Its importer gave each of these facts this value, e.g. `{ artist_name = "ann" }`."""
+    repeats: int | None = Field(None, ge=1, le=1_000)
+    """How often it is shown per epoch."""
+    loss_weight: float | None = Field(None, gt=0, le=1_000)
+    """What its loss is multiplied by."""
+
+    @model_validator(mode="after")
+    def _sets_something(self) -> "WeightRule":
+        if self.repeats is None and self.loss_weight is None:
+            raise ValueError("sets neither repeats nor loss_weight")
+        if spaced := [tag for tag in self.tags if " " in tag or not tag]:
+            raise ValueError(f"tags are in underscore form: {spaced[0]!r} is not, {spaced[0].replace(' ', '_')!r} is")
         return self
 
 
 class PlanConfig(Config):
-    """Which sample goes into which chunk."""
+    """Which sample goes into which chunk, how often it is shown and what it counts."""
 
     chunk_size: int = Field(8_000, gt=0)
     """Samples per chunk; the last chunk of a dataset holds what is left."""
     seed: int = Field(0, ge=0)
     """Seed of the shuffle before cutting."""
+    held_out: int = Field(0, ge=0)
+    """Samples per dataset set aside as its chunk `held-out`, which no run trains; 0: none."""
+    held_out_max_fraction: float = Field(0.1, gt=0, le=0.5)
+    """At most this share of a dataset is set aside; the rest is left for training."""
+    weights: tuple[WeightRule, ...] = ()
+    """Rules in order; of those that apply to a picture the last one that sets repeats, and the last one that sets
+    loss_weight, decides. Without one both are 1."""
 
 
 class PackConfig(Config):
@@ -261,6 +335,15 @@ class PackConfig(Config):
     """Quality (4:4:4) for pictures that must be encoded anew: rotated, alpha, other colour space, other formats."""
     lossless_as_png: bool = False
     """Write re-encoded pictures of lossless formats as PNG instead of JPEG."""
+    reencode: Literal["needed", "always"] = "needed"
+    """Encode anew only what readers could not use as it is or what is resized, or every picture."""
+    max_pixels: int = Field(0, ge=0)
+    """Larger pictures are resized (Lanczos) to at most this many pixels; 0: none are."""
+    pass_through_formats: tuple[Literal["webp", "avif", "jxl", "gif", "bmp", "tiff"], ...] = ()
+    """Formats besides JPEG and PNG that go in unchanged when upright, RGB, without alpha or colour profile. Stable
+    Cascade's own loader and img2dataset's skip all of them; webdataset does not decode avif and jxl."""
+    bad_masks: Literal["drop", "error"] = "drop"
+    """A mask that cannot be read or has another size than its picture drops the sample as `bad_mask`, or stops."""
 
 
 class CombineConfig(Config):
@@ -309,6 +392,22 @@ class DatasetConfig(Config):
         for name, source in self.sources.items():
             if source.dataset == "{period}" and not self.periods:
                 raise ValueError(f'sources.{name}.dataset is "{{period}}", but there is no [periods] table')
+        return self
+
+    @model_validator(mode="after")
+    def _rules_name_what_there_is(self) -> "DatasetConfig":
+        datasets = {source.dataset or name for name, source in self.sources.items()} - {"{period}"} | {*self.periods}
+        for number, rule in enumerate(self.plan.weights):
+            for field, name, known in (("source", rule.source, {*self.sources}), ("dataset", rule.dataset, datasets)):
+                if name and name not in known:
+                    raise ValueError(
+                        f"plan.weights.{number}.{field}: there is no {name!r}; there are {', '.join(sorted(known))}"
+                    )
+        if 0 < self.pack.max_pixels < self.filters.min_pixels:
+            raise ValueError(
+                f"pack.max_pixels ({self.pack.max_pixels:,}) is below filters.min_pixels "
+                f"({self.filters.min_pixels:,}): every resized picture would be too small"
+            )
         return self
 
     def period_of(self, year: int | None) -> str:
