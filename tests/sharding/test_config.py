@@ -46,7 +46,7 @@ def test_pictures_are_filed_by_source_or_by_date(write):
 
 
 def test_every_mistake_is_reported_at_once_with_its_key(write):
-    text = MINIMAL + '[dedupe]\nhash_size = 12\nradios = 3\n[filters]\nmax_aspect = 0.5\n[plan]\nchunk_size = "many"\n'
+    text = MINIMAL + '[dedupe]\nhash_size = 40\nradios = 3\n[filters]\nmax_aspect = 0.5\n[plan]\nchunk_size = "many"\n'
 
     with pytest.raises(ConfigError) as caught:
         load_config(write(text), DatasetConfig)
@@ -54,7 +54,7 @@ def test_every_mistake_is_reported_at_once_with_its_key(write):
     lines = str(caught.value).splitlines()
     assert len(lines) == 4 and all("x.toml: " in line for line in lines)
     assert any("dedupe.radios: unknown key; known here: algorithm, hash_size" in line for line in lines)
-    assert any("dedupe.hash_size: " in line and "12" in line for line in lines)
+    assert any("dedupe.hash_size: " in line and "40" in line for line in lines)
     assert any("filters.max_aspect: " in line and "0.5" in line for line in lines)
 
 
@@ -119,7 +119,37 @@ def test_numbers_that_are_none_are_refused():
 
 
 def test_a_radius_that_merges_unrelated_pictures_is_refused():
-    values = {"name": "x", "sources": {"a": {"root": "a"}}, "dedupe": {"hash_size": 8}}
+    for dedupe, message in (
+        (
+            {"hash_size": 8, "radius": 16},
+            "radius 16 of the 64 bits of phash with hash_size 8 merges unrelated pictures",
+        ),
+        ({"hash_size": 33}, "dedupe.hash_size: hash_size 33: must be from 4 to 32"),
+        ({"algorithm": "whash", "hash_size": 12}, "dedupe.hash_size: hash_size 12 of whash: must be a power of 2"),
+        ({"algorithm": "colorhash"}, "hash_size 16 of colorhash: it is its binbits, from 2 to 8"),
+        ({"algorithm": "colorhash", "hash_size": 3, "turns": ["flip"]}, "a turned picture has the same colorhash"),
+        ({"turns": ["flip", "flip"]}, "turns: flip, flip: name each once"),
+        ({"turns": ["rotate_45"]}, "dedupe.turns"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_config({"name": "x", "sources": {"a": {"root": "a"}}, "dedupe": dedupe}, DatasetConfig, name="x.toml")
 
-    with pytest.raises(ConfigError, match="radius 16 of hash_size 8's 64 bits merges unrelated pictures"):
-        parse_config(values, DatasetConfig, name="x.toml")
+        assert message in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("dedupe", "radius", "max_diameter"),
+    [
+        ({}, 16, 32),
+        ({"hash_size": 8}, 4, 8),
+        ({"algorithm": "dhash", "hash_size": 32}, 64, 128),
+        ({"algorithm": "colorhash", "hash_size": 3}, 2, 5),
+        ({"hash_size": 8, "max_diameter": 3}, 4, 3),
+    ],
+)
+def test_radii_scale_with_the_bits_of_the_hash(dedupe, radius, max_diameter):
+    config = parse_config(
+        {"name": "x", "sources": {"a": {"root": "a"}}, "dedupe": dedupe}, DatasetConfig, name="x.toml"
+    ).dedupe
+
+    assert (config.radius, config.max_diameter) == (radius, max_diameter)
