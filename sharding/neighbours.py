@@ -133,19 +133,21 @@ def _sorted_pairs(left: Rows, right: Rows, distance: npt.NDArray[np.int32], *, i
 def _join(left: Hashes, right: Hashes, radius: int, *, is_same: bool) -> NearPairs:
     if radius < 0:
         raise ValueError(f"radius must not be negative, got {radius}")
-    bounds = _band_bounds(radius, left.shape[1] * 64 // _BAND_BITS)
+    bands = _varying_bands(left, right)
+    bounds = _band_bounds(radius, len(bands))
     lefts, rights, distances = [], [], []
     step = _VALUES_PER_TASK if len(left) > _SMALL else _NUM_VALUES
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        for band, bound in enumerate(bounds.tolist() if len(left) and len(right) else ()):
-            masks = _masks(bound)
+        for number, bound in enumerate(bounds.tolist()):
+            band, masks = int(bands[number]), _masks(bound)
             left_side = _sort_by_band(left, band)
             right_side = left_side if is_same else _sort_by_band(right, band)
 
             def join_values(
-                first: int, band: int = band, masks: Rows = masks, sides: Any = (left_side, right_side)
+                first: int, number: int = number, masks: Rows = masks, sides: Any = (left_side, right_side)
             ) -> Any:
-                return _join_values(sides[0], sides[1], masks, band, bounds, radius, is_same, (first, first + step))
+                bands_so_far = (bands, bounds, number)
+                return _join_values(*sides, masks, bands_so_far, radius, is_same, (first, first + step))
 
             for pairs in pool.map(join_values, range(0, _NUM_VALUES, step)):
                 lefts.append(left_side[2][pairs[0]])
@@ -156,12 +158,29 @@ def _join(left: Hashes, right: Hashes, radius: int, *, is_same: bool) -> NearPai
     return NearPairs(np.concatenate(lefts), np.concatenate(rights), np.concatenate(distances))
 
 
+def _varying_bands(left: Hashes, right: Hashes) -> Rows:
+    """Return the numbers of the bands in which not all hashes are the same, as they are in a hash's padding.
+
+    At least one band if there is anything to compare; none if there is not.
+    """
+    if not len(left) or not len(right):
+        return np.empty(0, dtype=np.int64)
+    anywhere = np.bitwise_or.reduce(left, axis=0) | np.bitwise_or.reduce(right, axis=0)
+    varying = anywhere ^ (np.bitwise_and.reduce(left, axis=0) & np.bitwise_and.reduce(right, axis=0))
+    bands = np.arange(left.shape[1] * 64 // _BAND_BITS)
+    parts = varying[bands // 4] >> (np.uint64(_BAND_BITS) * (bands % 4).astype(np.uint64))
+    found = np.flatnonzero(parts.astype(np.uint16))
+    return found if len(found) else bands[:1]
+
+
 def _band_bounds(radius: int, num_bands: int) -> Rows:
     """Return per band how many bits of it may differ. A band that needs no look is left out; they are the last.
 
     With radius = q · num_bands + rest the first rest + 1 bands get q and the others q - 1: a pair beyond all of these
     differs in at least (rest + 1)(q + 1) + (num_bands - rest - 1) q = radius + 1 bits.
     """
+    if not num_bands:
+        return np.empty(0, dtype=np.int64)
     whole, rest = divmod(radius, num_bands)
     bounds = np.full(num_bands, whole, dtype=np.int64)
     bounds[rest + 1 :] -= 1
@@ -188,8 +207,7 @@ def _join_values(
     left: tuple[Hashes, Rows, Rows],
     right: tuple[Hashes, Rows, Rows],
     masks: Rows,
-    band: int,
-    bounds: Rows,
+    bands: tuple[Rows, Rows, int],
     radius: int,
     is_same: bool,
     values: tuple[int, int],
@@ -198,22 +216,7 @@ def _join_values(
     capacity = _FIRST_CAPACITY
     while True:
         out = (np.empty(capacity, np.int64), np.empty(capacity, np.int64), np.empty(capacity, np.int32))
-        count = _compare(
-            left[0],
-            left[1],
-            right[0],
-            right[1],
-            masks,
-            band,
-            bounds,
-            radius,
-            is_same,
-            first,
-            last,
-            out[0],
-            out[1],
-            out[2],
-        )
+        count = _compare(*left[:2], *right[:2], masks, *bands, radius, is_same, first, last, *out)
         if count <= capacity:
             return out[0][:count].copy(), out[1][:count].copy(), out[2][:count].copy()
         capacity = count
@@ -229,10 +232,10 @@ def _popcount(typing_context: Any, value: Any) -> Any:
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _compare(  # type: ignore[no-untyped-def]
-    left, left_starts, right, right_starts, masks, band, bounds, radius, is_same, first, last,
+    left, left_starts, right, right_starts, masks, bands, bounds, number, radius, is_same, first, last,
     out_left, out_right, out_distance,
 ):  # fmt: skip
-    """Compare all hashes whose band is in first … last - 1 with those whose band is within its bound of it.
+    """Compare all hashes whose band bands[number] is in first … last - 1 with those whose band is within its bound.
 
     Returns the number of pairs found, which may be more than fit into the three outputs.
     """
@@ -259,9 +262,10 @@ def _compare(  # type: ignore[no-untyped-def]
                     if distance > radius:
                         continue
                     is_found_before = False
-                    for earlier in range(band):
-                        differing = left[i, earlier >> 2] ^ right[j, earlier >> 2]
-                        if _popcount((differing >> np.uint64(16 * (earlier & 3))) & band_mask) <= bounds[earlier]:
+                    for earlier in range(number):
+                        band = bands[earlier]
+                        differing = left[i, band >> 2] ^ right[j, band >> 2]
+                        if _popcount((differing >> np.uint64(16 * (band & 3))) & band_mask) <= bounds[earlier]:
                             is_found_before = True
                             break
                     if not is_found_before:
