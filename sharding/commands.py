@@ -174,10 +174,22 @@ def _verify(options: argparse.Namespace) -> Answer:
 # --- report and show ---
 
 
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write one self-contained page")
+    parser.add_argument("--samples", type=_count, default=6, metavar="N",
+                        help="pictures of each dataset on the page (default: %(default)s; 0: none)")  # fmt: skip
+    parser.add_argument("--seed", type=_count, default=0, metavar="S", help="of the choice of pictures and groups")
+
+
 def _report(options: argparse.Namespace) -> Answer:
     from sharding.report import make_report
 
-    report = make_report(*_open(options))
+    config, workspace = _open(options)
+    report = make_report(config, workspace, seed=options.seed)
+    if options.html is not None:
+        from sharding.report_html import write_page
+
+        write_page(config, workspace, report, options.html, num_samples=options.samples, seed=options.seed)
     return _answer(report, exit_code=DONE if report.adds_up else BAD_DATA)
 
 
@@ -196,7 +208,7 @@ COMMANDS = {
     "pack": Command("write planned chunks as webdataset shards", _pack, _pack_options),
     "combine": Command("mix chunk k of every dataset into combined chunks", _combine, _combine_options),
     "verify": Command("reopen chunks, recompute, compare", _verify, _verify_options),
-    "report": Command("account for every file", _report),
+    "report": Command("account for every file; --html writes a page", _report, _report_options),
     "show": Command("everything known about a key", _show, positionals=(("key", "a key or its first digits"),)),
 }
 """By what the user types: one word, or two (`dedupe explain`)."""

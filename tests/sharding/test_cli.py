@@ -37,7 +37,7 @@ def test_the_line_from_files_to_verified_chunks(run, write_captions, tmp_path):
 
 def test_an_unexpected_error_ends_with_1_and_its_traceback(run, monkeypatch):
     assert run("scan")[0] == 0
-    monkeypatch.setattr("sharding.report.make_report", lambda *_: 1 / 0)
+    monkeypatch.setattr("sharding.report.make_report", lambda *_, **__: 1 / 0)
 
     assert run("report")[0] == 1
     assert "ZeroDivisionError" in run.err
