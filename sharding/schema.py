@@ -70,12 +70,22 @@ GROUPS = pa.schema(
         ("group", pa.int64()),
         ("key", pa.string()),
         ("is_keeper", pa.bool_()),
-        ("distance", pa.int32()),  # to the keeper, bits
-        ("rule", pa.string()),  # what decided: exact, planned, priority, pixels, lossless, bytes, date, key
+        ("distance", pa.int32()),  # to the keeper, bits; null for a crop
+        ("rule", pa.string()),  # what decided, one of keepers.RULES
+        ("kind", pa.string()),  # how it is like its keeper: exact, near, turned, crop; "" for a keeper
     ]
 )
 
-PAIRS = pa.schema([("left", pa.uint64()), ("right", pa.uint64()), ("distance", pa.int32())])  # keys as numbers
+PAIRS = pa.schema(
+    [
+        ("left", pa.uint64()),  # keys as numbers, left < right
+        ("right", pa.uint64()),
+        ("distance", pa.int32()),  # bits; null for a crop
+        ("kind", pa.string()),  # one of PAIR_KINDS
+    ]
+)
+PAIR_KINDS = ("near", "turned", "crop", "variant")
+"""near and turned: by hash; crop: one is a part of the other; variant: near, but the pictures differ in a detail."""
 
 RELATIVES = pa.schema([("component", pa.int64()), ("key", pa.string())])  # kept keys that look alike, see dedupe
 
@@ -176,7 +186,7 @@ class Workspace:
 
     @property
     def dedupe(self) -> Path:
-        """`groups/part-*.parquet` (GROUPS) and `drops/part-*.parquet` (DROPS)."""
+        """Folders of parts: `pairs` (PAIRS), `groups` (GROUPS), `relatives` (RELATIVES), `drops` (DROPS), and `kept`."""
         return self.root / "dedupe"
 
     @property
