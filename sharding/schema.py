@@ -186,7 +186,7 @@ class Workspace:
 
     @property
     def dedupe(self) -> Path:
-        """Folders of parts: `pairs` (PAIRS), `groups` (GROUPS), `relatives` (RELATIVES), `drops` (DROPS), and `kept`."""
+        """Folders of parts: `pairs` (PAIRS), `groups` (GROUPS), `relatives` (RELATIVES), `drops` (DROPS), `kept`."""
         return self.root / "dedupe"
 
     @property
