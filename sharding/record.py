@@ -57,7 +57,8 @@ class FileTask:
     date_pattern: str = ""
     is_overruled: bool = False
     """A person keeps this file: the filters are not asked."""
-    decoded: Decoded | None = None
+    decoded: tuple[Decoded, ...] = ()
+    """Of files that this one may be."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def make_record(task: FileTask, rules: Rules, *, decode: bool = True) -> dict[st
         if filters is not None:
             _drop_for(objection_to_picture(facts, len(data), metadata, filters))
             _drop_for(objection_to_post(metadata, filters))
-        if task.decoded is not None and task.decoded.sha256 == sha256:
-            row |= task.decoded.columns
+        if found := [decoded for decoded in task.decoded if decoded.sha256 == sha256]:
+            row |= found[0].columns
         else:
             row["phash"] = _hash_pixels(data, rules)
         row |= {"status": "kept", "detail": metadata.problem}
@@ -138,6 +139,11 @@ def _date_columns(metadata: Metadata, exif_date: datetime | None, task: FileTask
     ]
     source, date = next(((name, date) for name, date in dates if date), ("", None))
     return {"date_source": source, "created_at": date.replace(microsecond=0) if date else None}
+
+
+def pixel_settings(dedupe: DedupeConfig) -> list[Any]:
+    """Return all settings that the columns DECODED depend on: another value decodes every picture again."""
+    return [dedupe.algorithm, dedupe.hash_size, list(dedupe.turns)]
 
 
 def _hash_pixels(data: bytes, rules: Rules) -> bytes:

@@ -3,10 +3,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,12 +15,13 @@ from PIL import Image
 
 import sharding.listing
 import sharding.record
+import sharding.record_pool
 import sharding.scan
 import sharding.sources
 from sharding.images import BrokenFractionError
-from sharding.listing import extend_listing, find_images, read_listing
+from sharding.listing import read_listing
 from sharding.scan import scan
-from sharding.schema import LISTING, MANIFEST
+from sharding.schema import MANIFEST
 from sharding.tables import list_parts, read_parts, schema_mismatch
 
 
@@ -168,8 +167,8 @@ def test_a_file_that_kills_its_process_costs_only_itself(ten_pictures, make_conf
         def shutdown(self, cancel_futures):
             self.is_broken = True
 
-    monkeypatch.setattr(sharding.scan, "make_pool", DyingPool)
-    monkeypatch.setattr(sharding.scan, "_FILES_PER_BATCH", 2)
+    monkeypatch.setattr(sharding.record_pool, "make_pool", DyingPool)
+    monkeypatch.setattr(sharding.record_pool, "_FILES_PER_BATCH", 2)
 
     scan(make_config(part_size=100), workspace, workers=2)
 
@@ -267,7 +266,7 @@ def test_a_file_that_is_gone_is_vanished(ten_pictures, make_config, workspace, t
     report = scan(make_config(), workspace, workers=0)
 
     row = rows_by_path(workspace)["5.jpg"]
-    assert (report.parts_made, row["status"], row["key"]) == (1, "vanished", "")
+    assert (report.parts_made, row["status"], row["width"]) == (1, "vanished", 96)
 
 
 def test_tasks_share_the_parts_without_gaps(ten_pictures, make_config, workspace):
@@ -368,39 +367,6 @@ def test_a_missing_root_is_named_before_anything_is_written(make_config, workspa
     assert not workspace.root.exists()
 
 
-def test_links_are_followed_to_files_once_and_never_to_folders(save, paint, tmp_path):
-    save("a/1.jpg", paint(1))
-    outside = tmp_path / "outside.jpg"
-    paint(2).save(outside)
-    root = tmp_path / "raw"
-    (root / "again.jpg").symlink_to(root / "a" / "1.jpg")
-    (root / "b.jpg").symlink_to(outside)
-    (root / "c.jpg").symlink_to(outside)
-    (root / "lost.jpg").symlink_to(root / "nothing")
-    (root / "self.jpg").symlink_to(root / "self.jpg")
-    (root / "a" / "loop").symlink_to(root)
-
-    found = find_images({"photos": root})
-
-    assert [row[:2] for row in found.rows] == [("photos", "a/1.jpg"), ("photos", "b.jpg")]
-    assert found.num_linked_files == 2
-    assert sorted((p.path, p.reason) for p in found.problems) == [
-        ("lost.jpg", "dangling_link"), ("self.jpg", "dangling_link"),
-    ]  # fmt: skip
-
-
-def test_only_pictures_are_listed_sorted_and_others_are_counted(save, tmp_path):
-    for name in ("b/2.PNG", "b/10.jpg", "a.webp", "a.txt", "a.json", "a.mp4", "noending"):
-        save(name, b"x")
-
-    found = find_images({"z": tmp_path / "raw", "y": tmp_path / "raw" / "b"})
-
-    assert [row[:2] for row in found.rows] == [
-        ("y", "10.jpg"), ("y", "2.PNG"), ("z", "a.webp"), ("z", "b/10.jpg"), ("z", "b/2.PNG"),
-    ]  # fmt: skip
-    assert found.num_other_files == 2
-
-
 def test_names_that_are_not_utf8_and_unreadable_folders_are_reported(
     save, paint, make_config, workspace, tmp_path, monkeypatch
 ):  # fmt: skip
@@ -425,35 +391,6 @@ def test_names_that_are_not_utf8_and_unreadable_folders_are_reported(
     )
     events = [json.loads(line) for line in workspace.events.read_text().splitlines()]
     assert [event["event"] for event in events].count("not_listed") == 2
-
-
-def test_tasks_that_freeze_at_once_list_every_file_exactly_once(workspace):
-    rows = [("photos", f"{number:03d}.jpg", 1) for number in range(200)]
-    start = threading.Barrier(8)
-
-    def freeze(number):
-        start.wait()
-        # each task has seen another state of the folders
-        return extend_listing(workspace.listing, rows[: 200 - 10 * number], 7)
-
-    with ThreadPoolExecutor(8) as pool:
-        added = list(pool.map(freeze, range(8)))
-
-    listed = read_parts(workspace.listing, schema=LISTING).column("path").to_pylist()
-    assert sorted(listed) == [row[1] for row in rows]
-    assert sum(added) == 200
-
-
-def test_a_part_that_a_growing_folder_does_not_show_is_not_passed_over(workspace, monkeypatch):
-    rows = [("photos", f"{number}.jpg", 1) for number in range(4)]
-    extend_listing(workspace.listing, rows[:3], 1)
-    real = Path.glob
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: [p for p in real(self, pattern) if "00001" not in p.name])
-
-    assert extend_listing(workspace.listing, rows, 1) == 1
-
-    monkeypatch.undo()
-    assert [read_listing(part) for part in list_parts(workspace.listing)] == [[row] for row in rows]
 
 
 def test_a_source_that_left_the_config_is_an_error_that_names_it(ten_pictures, make_config, workspace, tmp_path):
