@@ -7,14 +7,20 @@ it is checked against `max_pixels`. Formats: jpeg png webp avif jxl gif bmp tiff
 
 import io
 import struct
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pillow_jxl  # noqa: F401  (registers JPEG XL with Pillow)
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+
+from sharding.jxl_header import is_jxl, jxl_size
 
 FORMATS = ("jpeg", "png", "webp", "avif", "jxl", "gif", "bmp", "tiff")
 EXTENSIONS = (
@@ -29,6 +35,7 @@ _MIN_IMAGES_TO_JUDGE = 20
 # Pillow opens MPO as JPEG; "MPO" itself is no opener and naming it breaks every format after it.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JXL", "GIF", "BMP", "DIB", "TIFF")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"\0\0\0\x0cJXL ")
+_SRGB_TOLERANCE = 3  # levels by which profiles that all call themselves sRGB differ
 _ORIENTATION = 0x0112
 _DATE_TIME_ORIGINAL = 0x9003
 _DATE_TIME = 0x0132
@@ -85,8 +92,7 @@ class ImageFacts:
 
 def probe(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFacts:
     """Read the header only. Raises ImageError (empty_file, not_an_image, undecodable, too_many_pixels)."""
-    with _open(data, max_pixels) as image, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet(), _open(data, max_pixels) as image:
         try:
             return _facts(image)
         except _DECODE_ERRORS as error:
@@ -101,11 +107,11 @@ def decode_rgb(data: bytes, *, min_side: int | None = None, max_pixels: int = MA
 
     Raises ImageError; a truncated file is `undecodable`, never a half grey picture.
     """
-    with _open(data, max_pixels) as image, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet(), _open(data, max_pixels) as image:
         try:
             if min_side is not None and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
                 image.draft(image.mode, (min_side, min_side))
+            image.decodermaxblock = len(data)  # in pieces, the Huffman decoder runs slowly at the end of each
             image.load()
             return _to_upright_rgb(image)
         except _DECODE_ERRORS as error:
@@ -126,37 +132,75 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _open(data: bytes, max_pixels: int) -> Image.Image:
+class _PillowLimit:
+    """Pillow's own limit on pixels is a global of its module; ours replaces it while one of our calls is open."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: int | None = None
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        with self._lock:
+            if self._users == 0:
+                self._before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    Image.MAX_IMAGE_PIXELS = self._before
+
+
+_pillow_limit = _PillowLimit()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with _pillow_limit.lifted(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     if not data:
         raise ImageError("empty_file", "0 bytes")
-    # Our own limit below replaces Pillow's global one, which other code in the process may have changed.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        Image.init()  # registers formats beyond Pillow's first five; a no-op from the second time on
+    if is_jxl(data):  # opening one decodes it
         try:
-            image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
-        except Image.DecompressionBombError as error:
-            raise ImageError("too_many_pixels", str(error)) from error
-        except UnidentifiedImageError as error:
-            if data.startswith(_SIGNATURES):
-                raise ImageError("undecodable", "starts like an image, but its header cannot be read") from error
-            raise ImageError("not_an_image", f"starts with {data[:8].hex()}") from error
-        except _DECODE_ERRORS as error:
-            raise ImageError("undecodable", _evidence(error)) from error
-    if image.width < 1 or image.height < 1:
-        raise ImageError("undecodable", f"declares {image.width}x{image.height} pixels")
-    if image.width * image.height > max_pixels:
-        raise ImageError("too_many_pixels", f"{image.width}x{image.height} pixels, limit {max_pixels:,}")
+            _check_size(*jxl_size(data), max_pixels)
+        except ValueError as error:
+            raise error if isinstance(error, ImageError) else ImageError("undecodable", str(error)) from error
+    Image.init()  # registers formats beyond Pillow's first five; a no-op from the second time on
+    try:
+        image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+    except UnidentifiedImageError as error:
+        if data.startswith(_SIGNATURES):
+            raise ImageError("undecodable", "starts like an image, but its header cannot be read") from error
+        raise ImageError("not_an_image", f"starts with {data[:8].hex()}") from error
+    except _DECODE_ERRORS as error:
+        raise ImageError("undecodable", _evidence(error)) from error
+    _check_size(image.width, image.height, max_pixels)
     return image
 
 
-def _facts(image: Image.Image) -> ImageFacts:
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise ImageError("undecodable", f"declares {width}x{height} pixels")
+    if width * height > max_pixels:
+        raise ImageError("too_many_pixels", f"{width}x{height} pixels, limit {max_pixels:,}")
+
+
+def _facts(image: ImageFile.ImageFile) -> ImageFacts:
     exif = image.getexif()
     orientation = exif.get(_ORIENTATION, 1)
     width, height = (image.height, image.width) if orientation in (5, 6, 7, 8) else image.size
     has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     file_format = {"mpo": "jpeg", "dib": "bmp"}.get(str(image.format).lower(), str(image.format).lower())
-    plain_mode = image.mode == "RGB" or (image.mode == "L" and file_format == "jpeg")
+    has_16_bits = any("16" in str(tile.args) for tile in image.tile)  # "RGB;16B"; its mode is RGB all the same
+    plain_mode = (image.mode == "RGB" and not has_16_bits) or (image.mode == "L" and file_format == "jpeg")
     is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
     return ImageFacts(
         format=file_format,
@@ -187,19 +231,32 @@ def _exif_date(exif: Image.Exif) -> datetime | None:
         return None
 
 
+@lru_cache(maxsize=16)
 def _is_srgb(profile: bytes | None) -> bool:
+    """Tell by 216 colours, not by the profile's name, which may say sRGB of linear light."""
     if not profile:
         return True
     try:
-        name = ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile)))
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     except (ImageCms.PyCMSError, OSError):
         return True  # an unreadable profile is ignored when decoding, too
-    return "srgb" in name.lower()
+    if source.profile.xcolor_space != "RGB ":
+        return False
+    levels = np.arange(0, 256, 51, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    try:
+        converted = ImageCms.profileToProfile(Image.fromarray(colours), source, ImageCms.createProfile("sRGB"))
+    except (ImageCms.PyCMSError, OSError):
+        return False
+    return bool(np.abs(np.asarray(converted).astype(int) - colours).max() <= _SRGB_TOLERANCE)
 
 
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
+    if image.format == "JPEG":  # the others hold more than pixels, which a copy lets go of
+        ImageOps.exif_transpose(image, in_place=True)
+    else:
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
         # Pillow clips 16-bit grey to 255 when it converts; scale instead.
         samples = np.asarray(image).astype(np.float64)
