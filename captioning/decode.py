@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy.typing as npt
 
 from captioning.plugin import OK, FilePreparer, Preparer
-from sharding import images
+from sharding import files, images
 
 T = TypeVar("T")
 
@@ -39,6 +39,7 @@ class ImageTask:
 
     key: str
     path: Path
+    """Of a file, or of a member of a tar: TAR/MEMBER."""
     num_bytes: int
     """Size the scan saw; another size now means that the file is not the one with this key."""
     preparers: Mapping[str, Preparer]
@@ -60,7 +61,7 @@ class PreparedImage:
 def prepare_image(task: ImageTask) -> PreparedImage:
     """Read, decode and prepare one image; whatever is wrong with it becomes its status."""
     try:
-        data = task.path.read_bytes()
+        data = files.read_file(task.path)
     except OSError as error:
         return PreparedImage("unreadable", 0, detail=f"{task.path}: {error.strerror}")
     if len(data) != task.num_bytes:
@@ -72,8 +73,10 @@ def prepare_image(task: ImageTask) -> PreparedImage:
     made: dict[Preparer, npt.NDArray[Any]] = {}
     for preparer in task.preparers.values():
         if preparer not in made:
-            wants_file = isinstance(preparer, FilePreparer)
-            made[preparer] = preparer.prepare_file(data, image) if wants_file else preparer.prepare(image)
+            if isinstance(preparer, FilePreparer):
+                made[preparer] = preparer.prepare_file(data, image)
+            else:
+                made[preparer] = preparer.prepare(image)
     return PreparedImage(OK, 1, pixels={name: made[it] for name, it in task.preparers.items()})
 
 

@@ -22,17 +22,29 @@ class ModelFilesSettings(ModelSettings):
     """As its publisher states it; stored with every part."""
 
 
-def locate(model: str, *, revision: str, patterns: Sequence[str], key: str = "model") -> tuple[Path, str]:
+class SubfolderSettings(ModelFilesSettings):
+    """Settings of a model whose repository holds several, each in a folder of its own."""
+
+    model: str
+    """Folder with the model's files, or a hub id."""
+    subfolder: str = ""
+    """Folder of the model inside `model`; empty: its files lie there directly."""
+
+
+def locate(
+    model: str, *, revision: str, patterns: Sequence[str], key: str = "model", subfolder: str = ""
+) -> tuple[Path, str]:
     """Return (folder, exact revision) of a local model folder, or of a hub model, downloading what `patterns` name.
 
-    The revision of a local folder is a SHA-256 over the files that match, and `revision` is not read.
-    key: the setting that holds `model`, for messages. Raises ModelError when neither can be had.
+    The revision of a local folder is a SHA-256 over the files that match, and `revision` is not read; that of a hub
+    model is its commit and, if any, the subfolder. key: the setting that holds `model`, for messages.
+    Raises ModelError when neither can be had.
     """
-    folder = Path(model)
-    if folder.is_dir():
+    folder = Path(model, subfolder)
+    if Path(model).is_dir():
         files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
         if not files:
-            raise ModelError(f"{key} = {model!r}: holds none of {', '.join(patterns)}; give a model of this kind")
+            raise ModelError(f"{key} = {str(folder)!r}: holds none of {', '.join(patterns)}; give a model of this kind")
         return folder, hash_files(files)
     if not _HUB_ID.fullmatch(model):
         raise ModelError(f"{key} = {model!r}: no such folder, and not a hub id OWNER/NAME")
@@ -41,17 +53,21 @@ def locate(model: str, *, revision: str, patterns: Sequence[str], key: str = "mo
     except ImportError as error:
         raise MissingExtraError("huggingface_hub", extras="caption,cpu") from error
     try:
-        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+        wanted = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in patterns]
+        snapshot = Path(snapshot_download(model, revision=revision, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{key} = {model!r}: no such folder here, and {revision!r} of it cannot be had from the hub "
             f"({_first_line(error)}); download it once on a machine with access, or give the path of a local copy"
         ) from error
-    return snapshot, snapshot.name
+    return snapshot / subfolder, f"{snapshot.name}/{subfolder}" if subfolder else snapshot.name
 
 
 def locate_file(path: str, *, revision: str, key: str) -> tuple[Path, str]:
-    """Return (file, exact revision) of a local file, or of OWNER/NAME/PATH on the hub. Otherwise as `locate`."""
+    """Return (file, exact revision) of a local file, or of OWNER/NAME/PATH on the hub. Otherwise as `locate`.
+
+    The revision of a file on the hub names the file, too: one commit may hold several heads.
+    """
     local = Path(path)
     if local.is_file():
         return local, hash_files([local])
@@ -62,7 +78,7 @@ def locate_file(path: str, *, revision: str, key: str) -> tuple[Path, str]:
     folder, commit = locate("/".join(parts[:2]), revision=revision, patterns=[inner], key=key)
     if not (folder / inner).is_file():
         raise ModelError(f"{key} = {path!r}: {revision!r} of the repository has no file {inner}")
-    return folder / inner, commit
+    return folder / inner, f"{commit}/{inner}"
 
 
 def hash_files(files: Iterable[Path]) -> str:

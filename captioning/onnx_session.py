@@ -5,7 +5,7 @@ is a lost month. Here the providers in use are checked after the session exists.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,36 +21,57 @@ PROVIDERS: dict[Device, tuple[str, dict[str, str]]] = {
     "openvino": ("OpenVINOExecutionProvider", {"device_type": "GPU", "precision": "FP32"}),
 }
 
+MODEL_FILES = ("model.onnx", "model.onnx?data")
+"""The model, and the weights of one that is above the format's 2 GB (model.onnx_data, model.onnx.data)."""
+OUTPUT_NAMES = ("prediction", "output")
+"""Where a file has several outputs (embedding, logits, …), the one with probabilities."""
+
+Layout = Literal["nhwc", "nchw"]
+
 
 class OnnxSession:
-    """A model with one image input (N, side, side, 3) float32 and a first output (N, num_values)."""
+    """A model with one square float32 image input and a chosen output (N, num_values).
 
-    def __init__(self, session: Any, *, path: Path) -> None:
+    side: pixels; batch_size: the one the file is fixed to, or None; num_values: None where the file does not say.
+    """
+
+    def __init__(self, session: Any, *, path: Path, layout: Layout = "nhwc", side: int | None = None, output: str = ""):
         inputs = session.get_inputs()
         shape = inputs[0].shape
-        if (
-            len(inputs) != 1
-            or len(shape) != 4
-            or shape[3] != 3
-            or shape[1] != shape[2]
-            or not isinstance(shape[1], int)
-        ):
-            raise ModelError(f"{path}: expected one input N x side x side x 3 with a fixed side, found {shape}")
-        self.side: int = shape[1]
+        height, width, channels = (1, 2, 3) if layout == "nhwc" else (2, 3, 1)
+        expected = "N x side x side x 3" if layout == "nhwc" else "N x 3 x side x side"
+        if len(inputs) != 1 or len(shape) != 4 or (isinstance(shape[channels], int) and shape[channels] != 3):
+            raise ModelError(f"{path}: expected one input {expected}, found {shape}")
+        if inputs[0].type != "tensor(float)":
+            raise ModelError(f"{path}: the input is {inputs[0].type}, expected float32; take the float32 file")
+        sides = {it for it in (shape[height], shape[width], side) if isinstance(it, int) and it > 0}
+        if len(sides) != 1:
+            wanted = "" if side is None else f", and {side} is asked for"
+            raise ModelError(f"{path}: expected one input {expected} with a fixed side, found {shape}{wanted}")
+        self.side: int = sides.pop()
         # A name or 0 in the first place means any batch size.
         self.batch_size: int | None = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None
+        chosen = _choose_output(session.get_outputs(), output, path=path)
+        self.num_values: int | None = chosen.shape[-1] if isinstance(chosen.shape[-1], int) else None
         self._session = session
         self._input = inputs[0].name
-        self._output = session.get_outputs()[0].name
+        self._output = chosen.name
 
     def run(self, batch: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return the first output, (N, num_values) float32."""
+        """Return the chosen output, (N, num_values) float32."""
         result: npt.NDArray[np.float32] = self._session.run([self._output], {self._input: batch})[0]
         return result
 
 
-def open_session(path: Path, device: Device) -> OnnxSession:
-    """Open `path` on `device`. Raises ModelError for an absent file or provider, MissingExtraError."""
+def open_session(
+    path: Path, device: Device, *, layout: Layout = "nhwc", side: int | None = None, output: str = ""
+) -> OnnxSession:
+    """Open `path` on `device`.
+
+    side: pixels of the input, for a file that leaves them open. output: name of the output; empty: the only one, or
+    the one named like OUTPUT_NAMES. Raises ModelError for an absent file or provider, another input or output;
+    MissingExtraError.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -72,7 +93,19 @@ def open_session(path: Path, device: Device) -> OnnxSession:
     except Exception as error:  # onnxruntime's own exceptions share no base class
         raise ModelError(f"{path}: cannot be opened with {provider} ({str(error)[:200]})") from error
     require_provider(session.get_providers(), provider, path=path)
-    return OnnxSession(session, path=path)
+    return OnnxSession(session, path=path, layout=layout, side=side, output=output)
+
+
+def _choose_output(outputs: list[Any], name: str, *, path: Path) -> Any:
+    names = [it.name for it in outputs]
+    if name:
+        found = [it for it in outputs if it.name == name]
+    else:
+        found = outputs if len(outputs) == 1 else [it for it in outputs if it.name in OUTPUT_NAMES]
+    if len(found) != 1:
+        what = f"no output {name!r}" if name else "several outputs"
+        raise ModelError(f"{path}: {what}; it has {', '.join(names)}: name the one with probabilities or logits")
+    return found[0]
 
 
 def require_provider(in_use: list[str], wanted: str, *, path: Path) -> None:

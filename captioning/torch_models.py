@@ -1,6 +1,8 @@
-"""What plug-ins that run on torch share: the device, transformers without its noise, the pixels' normalisation."""
+"""What plug-ins that run on torch share: the device, transformers without its noise, the pixels' normalisation, weights
+in plain files."""
 
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ import numpy.typing as npt
 
 from captioning.plugin import Device, MissingExtraError, ModelError, Pixels
 
+Tensors = dict[str, npt.NDArray[np.float32]]
+Shapes = dict[str, tuple[int, ...]]
 TRANSFORMERS_FILES = ("config.json", "preprocessor_config.json", "model*.safetensors*", "pytorch_model*.bin*")
 
 
@@ -73,6 +77,37 @@ def import_torch() -> Any:
     except ImportError as error:
         raise MissingExtraError("torch", extras="caption,cpu") from error
     return torch
+
+
+def read_tensors(path: Path, *shapes: Shapes) -> Tensors:
+    """Return the named tensors of a .safetensors or .pth file as float32; no code of a .pth is run.
+
+    shapes: what the file may hold, one of them exactly. Counters of batch normalisation are left out.
+    Raises ModelError.
+    """
+    torch = import_torch()
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+
+            try:
+                state = load_file(path)
+            except SafetensorError as error:
+                raise ModelError(f"{path}: not readable as safetensors ({error})") from error
+        else:
+            # Published heads were saved on a GPU.
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ModelError(f"{path}: not readable as plain weights ({str(error)[:200]})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelError(f"{path}: holds no table of named tensors; save the model's state_dict")
+    state = {name: value for name, value in state.items() if not name.endswith(".num_batches_tracked")}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if found not in shapes:
+        expected = " or ".join(map(str, shapes))
+        raise ModelError(f"{path}: expected the tensors {expected}, found {found}")
+    return {name: value.detach().float().numpy() for name, value in state.items()}
 
 
 @contextmanager

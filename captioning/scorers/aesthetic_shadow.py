@@ -4,14 +4,13 @@ By label, never by position: pipelines sort labels by score. The picture is squa
 cropped nor padded, with the processor's own mean and standard deviation; ViT's usual 0.5 shifts every score.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from PIL import Image
 
 from captioning.model_files import ModelFilesSettings, locate
 from captioning.plugin import Device, Identity, ModelError, Pixels, Row
+from captioning.preparers import Squash
 from captioning.scorers.base import score_rows
 from captioning.torch_models import TRANSFORMERS_FILES, Processor, import_torch, quiet_transformers, torch_device
 from sharding.schema import SCORES
@@ -30,23 +29,6 @@ class Settings(ModelFilesSettings):
     """Precision of the network; the softmax is always float32."""
 
 
-@dataclass(frozen=True)
-class SquashPreparer:
-    """Resize to width × height without keeping the aspect ratio. resample: Pillow's number of the filter."""
-
-    width: int
-    height: int
-    resample: int
-
-    def prepare(self, image: Image.Image) -> Pixels:
-        """Return (height, width, 3) uint8 RGB."""
-        return np.array(image.resize((self.width, self.height), Image.Resampling(self.resample)))
-
-    @property
-    def min_side(self) -> int:
-        return max(self.width, self.height)
-
-
 class AestheticShadow:
     """A loaded classifier."""
 
@@ -54,7 +36,7 @@ class AestheticShadow:
 
     def __init__(self, model: Any, *, processor: Processor, label_id: int, device: str) -> None:
         height, width = processor.sides("size", "height", "width")
-        self.preparer = SquashPreparer(width, height, processor.values.get("resample", Image.Resampling.BILINEAR))
+        self.preparer = Squash(width, height, processor.values.get("resample", Image.Resampling.BILINEAR))
         self._processor = processor
         self._model = model
         self._label_id = label_id

@@ -12,7 +12,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from captioning.model_files import ModelFilesSettings
-from captioning.plugin import NOT_FINITE, OK, Row, empty_row
+from captioning.plugin import NOT_FINITE, OK, ModelError, Row, empty_row
 from sharding.schema import LABELS, RATINGS, TAGGER
 
 LABELS_FILE = "labels.parquet"
@@ -28,10 +28,16 @@ class TaggerSettings(ModelFilesSettings):
 
 @dataclass(frozen=True)
 class Label:
-    """One output of a tagger. name: underscore form; category: one of rating, general, character, copyright, …"""
+    """One output of a tagger. name: underscore form; category: one of rating, general, character, copyright, …; both
+    are empty for an output that its label file leaves out."""
 
     name: str
     category: str
+
+    @property
+    def is_tag(self) -> bool:
+        """Neither a rating, which is stored apart, nor nothing."""
+        return self.category not in ("rating", "")
 
 
 def label_table(labels: Sequence[Label]) -> pa.Table:
@@ -49,23 +55,23 @@ def label_table(labels: Sequence[Label]) -> pa.Table:
 def rating_columns(labels: Sequence[Label]) -> list[int]:
     """Return the outputs that are the four ratings, in the order of RATINGS; empty when the model rates nothing.
 
-    Raises ValueError when it has only some of them.
+    Raises ModelError when it has only some of them.
     """
     found = {label.name: number for number, label in enumerate(labels) if label.category == "rating"}
     if not found:
         return []
     if sorted(found) != sorted(RATINGS):
-        raise ValueError(f"rating labels are {', '.join(sorted(found))}, expected {', '.join(RATINGS)}")
+        raise ModelError(f"rating labels are {', '.join(sorted(found))}, expected {', '.join(RATINGS)}")
     return [found[name] for name in RATINGS]
 
 
 def tagger_rows(
-    probs: npt.NDArray[np.float32], *, rating_ids: Sequence[int], tag_ids: npt.NDArray[np.int32], floor: float
+    probs: npt.NDArray[np.float32], *, rating_ids: Sequence[int | None], tag_ids: npt.NDArray[np.int32], floor: float
 ) -> list[Row]:
     """Return schema.TAGGER rows without keys.
 
-    probs: (N, L) float32; tag_ids: the outputs that are tags, ascending. A row with a value that is not finite gets
-    status `not_finite` and no tags.
+    probs: (N, L) float32; tag_ids: the outputs that are tags, ascending; rating_ids: None for a rating that the model
+    does not know, which gets probability 0. A row with a value that is not finite gets status `not_finite` and no tags.
     """
     rows: list[Row] = []
     limit = np.float32(floor)
@@ -77,7 +83,7 @@ def tagger_rows(
         chosen = tags >= limit
         rows.append(
             {
-                "rating_probs": row[list(rating_ids)].tolist() if rating_ids else [],
+                "rating_probs": [0.0 if number is None else float(row[number]) for number in rating_ids],
                 "tag_ids": tag_ids[chosen].tolist(),
                 "tag_probs": tags[chosen].tolist(),
                 "status": OK,

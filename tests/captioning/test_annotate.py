@@ -209,10 +209,10 @@ def test_without_models_there_is_nothing_to_do(lab):
 
 
 def test_scores_that_are_not_finite_are_no_result(lab, model_tables, monkeypatch):
-    from captioning.scorers.aes_b32 import AesB32
     from captioning.scorers.base import score_rows
+    from captioning.scorers.clip import ClipHead
 
-    monkeypatch.setattr(AesB32, "predict", lambda self, batch: score_rows([np.nan] + [0.5] * (len(batch) - 1)))
+    monkeypatch.setattr(ClipHead, "score", lambda self, features: score_rows([np.nan] + [0.5] * (len(features) - 1)))
     records = lab.save(lab.png(64, 64), lab.png(65, 64))
     lab.keep(records)
 
@@ -245,11 +245,13 @@ def test_neither_workers_nor_batches_nor_tasks_change_the_rows(lab, model_tables
 
 
 def test_the_last_batch_is_filled_up_so_that_every_call_has_one_shape(lab, model_tables, monkeypatch):
-    from captioning.taggers.wd import WdTagger
+    from captioning.taggers.onnx_tagger import OnnxTagger
 
     shapes = []
-    original = WdTagger.predict
-    monkeypatch.setattr(WdTagger, "predict", lambda self, batch: (shapes.append(len(batch)), original(self, batch))[1])
+    original = OnnxTagger.predict
+    monkeypatch.setattr(
+        OnnxTagger, "predict", lambda self, batch: (shapes.append(len(batch)), original(self, batch))[1]
+    )
     lab.keep(lab.save(*(lab.png(60 + n, 60) for n in range(4))))
 
     annotate(lab.annotate_config(model_tables), lab.workspace, models=["wd"])

@@ -30,7 +30,7 @@ def test_a_hub_models_revision_is_the_commit_that_its_branch_stands_for(hub):
     assert locate("owner/model", revision="main", patterns=["*"]) == (hub, "abc123")
     assert locate_file("owner/model/models/head.pth", revision="main", key="head") == (
         hub / "models" / "head.pth",
-        "abc123",
+        "abc123/models/head.pth",
     )
 
 

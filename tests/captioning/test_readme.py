@@ -3,8 +3,10 @@
 import importlib.util
 import re
 import sys
+import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 from captioning import cli, config, registry, scorers
 from captioning.compose import compose
 from captioning.config import CaptioningConfig
+from captioning.scorers.measure import Measure
 from captioning.taggers.base import TaggerSettings
 from sharding.config import load_config
 
@@ -47,7 +50,7 @@ def test_the_example_scorer_is_short_and_passes_its_own_test(brightness):
 
 
 def test_the_example_scorer_annotates_and_its_tiers_become_captions(lab, brightness):
-    (tables,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    (tables,) = re.findall(r"```toml\n(.*?)```", README.split("## Adding a scorer")[1], re.DOTALL)
     path = lab.folder / "light.toml"
     path.write_text(f'name = "light"\nannotate.workers = 0\nsources.boards.root = "{lab.pictures}"\n{tables}')
     records = lab.save(lab.plain(255), lab.plain(20))
@@ -59,6 +62,17 @@ def test_the_example_scorer_annotates_and_its_tiers_become_captions(lab, brightn
     assert codes == [0, 0]
     assert [round(row["score"] * 255) for row in lab.rows("brightness").values()] == [255, 20]
     assert lab.texts() == ["bright", "dark"]
+
+
+def test_the_snippets_are_a_table_of_every_kind(lab):
+    tables, *_ = re.findall(r"```toml\n(.*?)```", README.split("## Models")[1], re.DOTALL)
+    models = tomllib.loads(tables)["annotate"]["models"]
+
+    read = lab.config(annotate={"models": models}).annotate.models
+
+    assert {settings.kind for settings in read.values()} == set(registry.PLUGINS)
+    measures = re.findall(r"^\| `(\w+)` \| [^|]* \|$", README.split("| `measure` | number |")[1], re.MULTILINE)
+    assert measures == list(get_args(Measure))
 
 
 def test_the_worked_example_is_what_compose_makes_of_its_numbers(lab):

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from captioning.plugin import ModelError
+from captioning.plugin import HeadModel, ModelError
+from captioning.preparers import Squash
 from captioning.scorers import aes_b32, aesthetic_shadow, date
 from captioning.scorers.base import score_rows
 from sharding.images import decode_rgb
@@ -21,7 +22,7 @@ def test_clip_pixels_equal_those_of_transformers(lab, demo_models, size):
     from transformers import CLIPImageProcessor
 
     image = decode_rgb(lab.png(*size, seed=size[1]))
-    model = aes_b32.load(settings_b32(demo_models), device="cpu")
+    model = clip_of(aes_b32.load(settings_b32(demo_models), device="cpu"))
     theirs = CLIPImageProcessor.from_pretrained(demo_models["clip"])(image, return_tensors="np")["pixel_values"][0]
 
     pixels = model.preparer.prepare(image)
@@ -49,7 +50,7 @@ def test_the_aesthetic_score_is_that_of_transformers_pipeline(lab, demo_models):
 
     folder = demo_models["aesthetic"]
     images = [decode_rgb(lab.png(300, 200, seed=seed)) for seed in range(4)]
-    judge = pipeline(
+    pipe = pipeline(
         "image-classification",
         model=AutoModelForImageClassification.from_pretrained(folder),
         image_processor=ViTImageProcessor.from_pretrained(folder),
@@ -59,7 +60,7 @@ def test_the_aesthetic_score_is_that_of_transformers_pipeline(lab, demo_models):
 
     rows = model.predict(np.stack([model.preparer.prepare(image) for image in images]))
 
-    expected = [next(it["score"] for it in judge(image) if it["label"] == "hq") for image in images]
+    expected = [next(it["score"] for it in pipe(image) if it["label"] == "hq") for image in images]
     np.testing.assert_allclose([row["score"] for row in rows], expected, atol=1e-6)
     assert np.ptp(expected) > 0.1
 
@@ -70,7 +71,7 @@ def test_the_score_is_taken_by_label_and_not_by_position(lab, demo_models, tmp_p
     config = json.loads((swapped / "config.json").read_text())
     config["id2label"], config["label2id"] = {"0": "lq", "1": "hq"}, {"lq": 0, "hq": 1}
     (swapped / "config.json").write_text(json.dumps(config))
-    pixels = aesthetic_shadow.SquashPreparer(64, 64, 2).prepare(decode_rgb(lab.png(90, 70)))[None]
+    pixels = Squash(64, 64, 2).prepare(decode_rgb(lab.png(90, 70)))[None]
 
     scores = [
         aesthetic_shadow.load(settings_shadow(folder), device="cpu").predict(pixels)[0]["score"]
@@ -105,7 +106,7 @@ def test_quality_is_the_head_on_clips_projected_embedding_of_each_row(lab, demo_
         embeds = clip.visual_projection(pooled)
         expected = [float(head(row / row.square().sum().sqrt())) for row in embeds]
 
-    rows = model.predict(np.stack([model.preparer.prepare(image) for image in images]))
+    rows = judge(model, images)
 
     np.testing.assert_allclose([row["score"] for row in rows], expected, atol=1e-6)
     assert np.ptp(expected) > 0.05
@@ -114,11 +115,11 @@ def test_quality_is_the_head_on_clips_projected_embedding_of_each_row(lab, demo_
 @pytest.mark.parametrize("kind", ["wd", "aesthetic", "quality"])
 def test_a_row_does_not_depend_on_its_neighbours(lab, demo_models, kind):
     model = load_kind(kind, demo_models)
-    pixels = [model.preparer.prepare(decode_rgb(lab.png(100, 80, seed=seed))) for seed in range(6)]
+    pictures = [decode_rgb(lab.png(100, 80, seed=seed)) for seed in range(6)]
 
-    together = model.predict(np.stack(pixels))
-    other_company = model.predict(np.stack([pixels[0], *reversed(pixels[1:])]))
-    alone = model.predict(pixels[0][None])
+    together = judge(model, pictures)
+    other_company = judge(model, [pictures[0], *reversed(pictures[1:])])
+    alone = judge(model, pictures[:1])
 
     assert together[0] == other_company[0]
     name = "tag_probs" if kind == "wd" else "score"
@@ -132,13 +133,13 @@ def test_a_score_that_is_not_finite_is_no_result():
     assert [row["score"] for row in rows] == [0.5, None, None]
 
 
-def test_a_head_of_another_shape_is_an_error(tmp_path):
+def test_a_head_of_another_shape_is_an_error(tmp_path, demo_models):
     import torch
 
     torch.save({"fc1.weight": torch.zeros(8, 512)}, tmp_path / "head.pth")
 
     with pytest.raises(ModelError, match="expected the tensors"):
-        aes_b32.read_head(tmp_path / "head.pth")
+        aes_b32.load(settings_b32(demo_models, head=str(tmp_path / "head.pth")), device="cpu")
 
 
 def test_the_date_score_is_the_year_and_missing_without_a_date():
@@ -154,8 +155,20 @@ def settings_shadow(folder, **values):
     return aesthetic_shadow.Settings(kind="aesthetic_shadow", model=str(folder), **values)
 
 
-def settings_b32(demo_models):
-    return aes_b32.Settings(kind="aes_b32", clip=str(demo_models["clip"]), head=str(demo_models["head"]))
+def settings_b32(demo_models, **values):
+    files = {"clip": str(demo_models["clip"]), "head": str(demo_models["head"])}
+    return aes_b32.Settings(kind="aes_b32", **(files | values))
+
+
+def clip_of(head):
+    return head.backbone.load(device="cpu")
+
+
+def judge(model, pictures):
+    """What a model says of pictures, through its backbone if it has one."""
+    eye = clip_of(model) if isinstance(model, HeadModel) else model
+    batch = np.stack([eye.preparer.prepare(picture) for picture in pictures])
+    return model.score(eye.embed(batch)) if isinstance(model, HeadModel) else model.predict(batch)
 
 
 def load_kind(kind, demo_models):
