@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from sharding.chunk import Sample, ShardFile, write_shard
-from sharding.files import sha256_file
+from sharding.files import read_file, sha256_file
 from sharding.images import ImageError, decode_rgb, encode_jpeg, encode_png, probe
 from sharding.schema import DROPS, INDEX, SCHEMA_VERSION, TAG_CATEGORIES, drop_row
 from sharding.tables import is_current, part_metadata, read_part, write_part
@@ -157,8 +157,8 @@ def _sample(row: Mapping[str, Any], task: ShardTask) -> Sample:
 def _read_source(root: Path, row: Mapping[str, Any]) -> bytes:
     path = root / PurePosixPath(row["path"])
     try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
+        data = read_file(root, row["path"])
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ImageError("missing_since_scan", f"{path} is gone") from error
     except OSError as error:
         raise ImageError("unreadable", f"{path}: {error}") from error

@@ -118,7 +118,7 @@ def _index(tar: Path, num_bytes: int, modified_ns: int) -> TarIndex:
                     problems.append(problem)
                 else:
                     members[PurePosixPath(member.name).as_posix()] = (member.offset_data, member.size)
-                archive.members.clear()  # tarfile keeps every header it has read
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has read
         except (tarfile.TarError, EOFError, ValueError) as error:
             problems.append(("", "damaged_tar", str(error)))
         else:

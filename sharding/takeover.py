@@ -7,7 +7,7 @@ the others are read again. Of those, what was made from pixels is taken over whe
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -151,12 +151,15 @@ def write_stamps(target: Path, today: Stamps, is_overruled: Sequence[bool], *, m
     write_part(stamps_path(target), table, made_from=made_from, metadata={"pixels": today.pixels})
 
 
+_MOVED = pa.schema([MANIFEST.field(name) for name in ("num_bytes", "sha256", *DECODED)])
+
+
 @dataclass(frozen=True)
 class MovedPixels:
     """What was made from the pixels of files that have vanished: perhaps they were only moved."""
 
-    rows: pa.Table = field(default_factory=lambda: _MOVED.empty_table())
-    """Columns of _MOVED, by num_bytes."""
+    rows: pa.Table
+    """Columns of _MOVED, sorted by num_bytes."""
 
     def of_size(self, num_bytes: int) -> tuple[Decoded, ...]:
         """Return what is known of vanished files of this size; which of them it is, if any, SHA-256 says."""
@@ -164,9 +167,6 @@ class MovedPixels:
         first, last = np.searchsorted(sizes, num_bytes, "left"), np.searchsorted(sizes, num_bytes, "right")
         found = self.rows.slice(int(first), int(last - first)).select(["sha256", *DECODED]).to_pylist()
         return tuple(Decoded(row["sha256"], {name: row[name] for name in DECODED}) for row in found)
-
-
-_MOVED = pa.schema([MANIFEST.field(name) for name in ("num_bytes", "sha256", *DECODED)])
 
 
 def vanished_pixels(parts: Iterable[Path], pixels: str) -> MovedPixels:
