@@ -193,12 +193,67 @@ def _report(options: argparse.Namespace) -> Answer:
     return _answer(report, exit_code=DONE if report.adds_up else BAD_DATA)
 
 
+def _card_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: README.md in the workspace")
+    parser.add_argument("--license", default="unknown", metavar="ID", help="a name of the hub (default: %(default)s)")
+    parser.add_argument("--license-name", default="", metavar="NAME", help="with --license other")
+    parser.add_argument("--license-link", default="", metavar="URL", help="with --license other")
+    parser.add_argument("--homepage", default="", metavar="URL")
+
+
+def _card(options: argparse.Namespace) -> Answer:
+    from sharding.card import CardFacts, write_card
+    from sharding.report import make_report
+
+    facts = CardFacts(options.license, options.license_name, options.license_link, options.homepage)
+    config, workspace = _open(options)
+    path = options.output if options.output is not None else workspace.root / "README.md"
+    return _answer(write_card(make_report(config, workspace), path, facts))
+
+
 def _show(options: argparse.Namespace) -> Answer:
     from sharding.show import render_keys, show
 
     _, workspace = _open(options)
     found = show(workspace, options.key)
     return Answer(render_keys(found), [asdict(facts) | {"fate": facts.fate} for facts in found])
+
+
+# --- kohya ---
+
+
+def _export_kohya_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder that receives a folder per chunk")
+    parser.add_argument("--chunk", action="append", default=[], metavar="C", dest="chunks",
+                        help="only this one, e.g. newest/0004; repeatable")  # fmt: skip
+    parser.add_argument("--text-as", choices=("tags", "caption"), default="tags",
+                        help="its key in the in_json (default: %(default)s; kohya's wildcards need caption)")  # fmt: skip
+    parser.add_argument("--link", choices=("copy", "hardlink"), default="copy",
+                        help="hardlink: to source files that were packed unchanged (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--seen-at", type=Path, metavar="DIR", help="OUT's path where kohya will run")
+    _add_dry_run(parser)
+
+
+def _export_kohya(options: argparse.Namespace) -> Answer:
+    from sharding.kohya_export import export_kohya
+
+    config, workspace = _open(options)
+    return _answer(export_kohya(config, workspace, options.out, chunks=options.chunks, text_key=options.text_as,
+                                link=options.link, seen_at=options.seen_at, dry_run=options.dry_run))  # fmt: skip
+
+
+def _import_kohya_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="DATASET.toml", help="the config to write")
+    parser.add_argument("--metadata", type=Path, metavar="FILE", help="the folder's in_json")
+    parser.add_argument("--dataset-config", type=Path, metavar="FILE", help="kohya's, TOML or JSON")
+    parser.add_argument("--name", default="kohya", help="of the dataset (default: %(default)s)")
+
+
+def _import_kohya(options: argparse.Namespace) -> Answer:
+    from sharding.kohya_import import import_kohya
+
+    return _answer(import_kohya(Path(options.folder), output=options.output, metadata=options.metadata,
+                                dataset_config=options.dataset_config, name=options.name))  # fmt: skip
 
 
 COMMANDS = {
@@ -209,6 +264,10 @@ COMMANDS = {
     "combine": Command("mix chunk k of every dataset into combined chunks", _combine, _combine_options),
     "verify": Command("reopen chunks, recompute, compare", _verify, _verify_options),
     "report": Command("account for every file; --html writes a page", _report, _report_options),
+    "card": Command("write a Hugging Face dataset card", _card, _card_options),
+    "export-kohya": Command("chunks as folders and in_json for kohya", _export_kohya, _export_kohya_options),
+    "import-kohya": Command("write a dataset.toml for a kohya folder", _import_kohya, _import_kohya_options,
+                            positionals=(("folder", "pictures, or folders REPEATS_class tokens"),), takes_config=False),
     "show": Command("everything known about a key", _show, positionals=(("key", "a key or its first digits"),)),
 }
 """By what the user types: one word, or two (`dedupe explain`)."""

@@ -19,6 +19,7 @@ from sharding.config import DatasetConfig
 from sharding.images import ImageError, decode_rgb
 from sharding.questions import Questions, quoted, rows_of
 from sharding.schema import MANIFEST, PLAN, Workspace
+from sharding.sources import read_file
 from sharding.tables import list_parts
 
 logger = logging.getLogger(__name__)
@@ -107,10 +108,9 @@ def _bytes_of(place: _Place | None, files: Iterable[Path], reader: ShardReader) 
             logger.warning("%s", error)
     for path in files:
         try:
-            if path.stat().st_size <= _MAX_SOURCE_BYTES:
-                yield path.read_bytes()
+            yield read_file(path, max_bytes=_MAX_SOURCE_BYTES)
         except OSError as error:
-            logger.info("no thumbnail of %s: %s", path, error.strerror)
+            logger.info("no thumbnail of %s: %s", path, error.strerror or error)
 
 
 def _packed_places(workspace: Workspace, keys: list[str]) -> dict[str, _Place]:
