@@ -48,6 +48,19 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk, which names no file, into a DiskFullError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DiskFullError(
+            errno.ENOSPC, f"disk full while writing {path}: free some space and run the same command again"
+        ) from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path; on success fsync it and rename it to `path`, on failure remove it.
 
@@ -57,18 +70,12 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        yield temporary
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
-            raise DiskFullError(
-                errno.ENOSPC, f"disk full while writing {path}: free some space and run the same command again"
-            ) from error
-        raise
+        with naming_full_disk(path):
+            yield temporary
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+            fsync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sharding.files import naming_full_disk
+
 EVERY_SECONDS = 30.0
 
 
@@ -29,7 +31,8 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
     line = json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        with naming_full_disk(path):
+            os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
 

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from sharding.files import temporary_name
+from sharding.files import naming_full_disk, temporary_name
 
 DIGEST_LENGTH = 12
 """Digits of a file's SHA-256 that stand in its name."""
@@ -73,7 +73,8 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[S
 
     The members of a sample are adjacent (by name), owners and times are fixed: same samples, same bytes. The file's
     name carries its digest, so a rewritten shard never hides behind an old name.
-    Raises ChunkError for a key with a dot or a key that comes twice, ValueError for facts that are not strict JSON.
+    Raises ChunkError for a key with a dot or a key that comes twice, ValueError for facts that are not strict JSON,
+    DiskFullError.
     """
     placeholder = folder / f"shard-{number:05d}.tar"
     temporary = temporary_name(placeholder)
@@ -81,7 +82,7 @@ def write_shard(folder: Path, number: int, samples: Iterable[Sample]) -> tuple[S
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     try:
-        with temporary.open("wb") as stream:
+        with naming_full_disk(placeholder), temporary.open("wb") as stream:
             tar = _TarStream(stream)
             for sample in samples:
                 if sample.key in seen or "." in sample.key or "/" in sample.key:
