@@ -94,7 +94,7 @@ def probe(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFacts:
     """Read the header only. Raises ImageError (empty_file, not_an_image, undecodable, too_many_pixels)."""
     with _quiet(), _open(data, max_pixels) as image:
         try:
-            return _facts(image)
+            return _facts(image, data)
         except _DECODE_ERRORS as error:
             raise ImageError("undecodable", _evidence(error)) from error
 
@@ -111,7 +111,8 @@ def decode_rgb(data: bytes, *, min_side: int | None = None, max_pixels: int = MA
         try:
             if min_side is not None and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
                 image.draft(image.mode, (min_side, min_side))
-            image.decodermaxblock = len(data)  # in pieces, the Huffman decoder runs slowly at the end of each
+            if image.format == "JPEG":
+                image.decodermaxblock = len(data)  # in pieces, the Huffman decoder runs slowly at the end of each
             image.load()
             return _to_upright_rgb(image)
         except _DECODE_ERRORS as error:
@@ -193,8 +194,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError("too_many_pixels", f"{width}x{height} pixels, limit {max_pixels:,}")
 
 
-def _facts(image: ImageFile.ImageFile) -> ImageFacts:
-    exif = image.getexif()
+def _facts(image: ImageFile.ImageFile, data: bytes) -> ImageFacts:
+    exif = _exif(image, data)
     orientation = exif.get(_ORIENTATION, 1)
     width, height = (image.height, image.width) if orientation in (5, 6, 7, 8) else image.size
     has_alpha = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
@@ -219,6 +220,25 @@ def _facts(image: ImageFile.ImageFile) -> ImageFacts:
         ),
         exif_date=_exif_date(exif),
     )
+
+
+def _exif(image: ImageFile.ImageFile, data: bytes) -> Image.Exif:
+    """Return the EXIF data. Of a PNG Pillow decodes all pixels first, to see what comes after them."""
+    if image.format == "PNG" and not _has_exif_after_pixels(data):
+        return Image.Image.getexif(image)
+    return image.getexif()
+
+
+def _has_exif_after_pixels(png: bytes) -> bool:
+    position, after_pixels = len(b"\x89PNG\r\n\x1a\n"), False
+    while position + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, position)
+        after_pixels = after_pixels or kind == b"IDAT"
+        is_text_profile = kind in (b"tEXt", b"zTXt", b"iTXt") and png.startswith(b"Raw profile type", position + 8)
+        if after_pixels and (kind == b"eXIf" or is_text_profile):
+            return True
+        position += length + 12
+    return False
 
 
 def _exif_date(exif: Image.Exif) -> datetime | None:
@@ -253,7 +273,7 @@ def _is_srgb(profile: bytes | None) -> bool:
 
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
-    if image.format == "JPEG":  # the others hold more than pixels, which a copy lets go of
+    if image.format in ("JPEG", "PNG"):  # the others hold more than pixels, which a copy lets go of
         ImageOps.exif_transpose(image, in_place=True)
     else:
         image = ImageOps.exif_transpose(image)

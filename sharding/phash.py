@@ -16,6 +16,8 @@ from PIL import Image
 Algorithm = Literal["phash", "dhash", "average_hash", "whash", "colorhash"]
 Turn = Literal["mirror", "flip", "rotate_90", "rotate_180", "rotate_270"]
 
+HASH_VERSION = 2
+"""Raised when the same picture would get other bits."""
 HASH_SIZES = range(4, 33)
 BIN_BITS = range(2, 9)
 """What `hash_size` may be for colorhash, which has no side: its `binbits`, bits for each of 14 colour bins."""

@@ -16,7 +16,7 @@ from sharding.config import DedupeConfig, FilterConfig
 from sharding.filters import Objection, objection_to_file, objection_to_picture, objection_to_post
 from sharding.images import ImageError, decode_rgb, probe
 from sharding.metadata import IMPORTERS, NO_TABLES, Metadata, Tables, date_in_path
-from sharding.phash import enough_pixels, hash_picture
+from sharding.phash import HASH_VERSION, enough_pixels, hash_picture, hash_turned
 from sharding.schema import MANIFEST, TAG_CATEGORIES
 from sharding.sources import read_file
 
@@ -104,7 +104,7 @@ def make_record(task: FileTask, rules: Rules, *, decode: bool = True) -> dict[st
         if found := [decoded for decoded in task.decoded if decoded.sha256 == sha256]:
             row |= found[0].columns
         else:
-            row["phash"] = _hash_pixels(data, rules)
+            row |= _decoded_columns(data, rules)
         row |= {"status": "kept", "detail": metadata.problem}
     except (_DropError, ImageError) as drop:
         row |= {"status": drop.reason, "detail": drop.detail}
@@ -143,10 +143,15 @@ def _date_columns(metadata: Metadata, exif_date: datetime | None, task: FileTask
 
 def pixel_settings(dedupe: DedupeConfig) -> list[Any]:
     """Return all settings that the columns DECODED depend on: another value decodes every picture again."""
-    return [dedupe.algorithm, dedupe.hash_size, list(dedupe.turns)]
+    return [HASH_VERSION, dedupe.algorithm, dedupe.hash_size, list(dedupe.turns)]
 
 
-def _hash_pixels(data: bytes, rules: Rules) -> bytes:
-    hash_size = rules.dedupe.hash_size
-    image = decode_rgb(data, min_side=enough_pixels(hash_size), max_pixels=rules.filters.max_pixels)
-    return hash_picture(image, algorithm=rules.dedupe.algorithm, hash_size=hash_size)
+def _decoded_columns(data: bytes, rules: Rules) -> dict[str, bytes]:
+    """Decode once and return the columns DECODED."""
+    dedupe = rules.dedupe
+    image = decode_rgb(data, min_side=enough_pixels(dedupe.hash_size), max_pixels=rules.filters.max_pixels)
+    algorithm, hash_size = dedupe.algorithm, dedupe.hash_size
+    return {
+        "phash": hash_picture(image, algorithm=algorithm, hash_size=hash_size),
+        "turned_phashes": hash_turned(image, dedupe.turns, algorithm=algorithm, hash_size=hash_size),
+    }
