@@ -1,15 +1,13 @@
 """Decide which sample goes into which chunk: `python -m sharding plan DATASET.toml`.
 
-`plan_rows` is a pure function of the previous plan and the kept keys. Each dataset is shuffled by a seeded hash of
-its keys and cut into chunks, so every chunk is a uniform random sample of its dataset. Chunks that are full, or that
-a run has trained (sealed), never change; only a short last chunk is filled up. To plan afresh, delete the plan;
-what is trained stays where it is.
-No pixels and no captions here, and no Python object per sample: millions of rows are a few hundred megabytes.
+Reads keys, sources and dates of what dedupe kept, lets pure functions decide, and writes the plan: `held_out` sets
+validation pictures aside, `weights` says how often each is shown, `plan_rows` cuts the rest into chunks. Chunks that
+are full, or that a run has trained (sealed), never change; only a short last chunk is filled up. To plan afresh, delete
+the plan; what is trained or held out stays where it is. No pixels and no captions here.
 """
 
-import hashlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,19 +16,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.chunk import chunk_name, is_sealed, open_chunk
+from sharding.chunk import HELD_OUT_NAME, chunk_folders, chunk_name, chunk_number, is_sealed, load_chunk, open_chunk
 from sharding.config import DatasetConfig
 from sharding.files import digest_of, remove_temporaries
-from sharding.keys import is_in, key_array
+from sharding.held_out import Separation, separate
+from sharding.keys import key_numbers
+from sharding.plan_order import name_codes, places, spans_of
+from sharding.plan_rows import CURRENT, plan_rows
 from sharding.runlog import EventLog
-from sharding.schema import DROPS, PLAN, Workspace, drop_row
+from sharding.schema import DROPS, HELD_OUT, PLAN, RELATIVES, Workspace, drop_row
 from sharding.tables import is_current, list_parts, part_metadata, part_name, read_part, read_parts, write_part
+from sharding.weights import columns_needed, weigh
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_KEYS = 20
-CURRENT = pa.schema([("key", pa.string()), ("dataset", pa.string()), ("period", pa.string())])
-"""Columns of the kept keys as `plan_rows` takes them."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class PlannedDataset:
     num_chunks: int
     num_last_chunk: int
     """Images in its last chunk."""
+    num_held_out: int
+    """Images in its held-out chunk; not counted in the others."""
+    num_exposures: int
+    """Images times their repeats: what one epoch shows."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,9 @@ class PlanReport:
     num_vanished: int
     """Keys that are not kept any more, but stand in a full or sealed chunk and stay planned."""
     first_vanished: tuple[str, ...]
-    num_no_period: int
-    is_unchanged: bool
+    num_dropped: dict[str, int]
+    """By reason."""
+    is_unchanged: bool = False
     """The plan on disk was made from the same kept keys and settings and was left as it is."""
     is_dry_run: bool = False
 
@@ -69,18 +74,36 @@ class PlanReport:
     def num_chunks(self) -> int:
         return sum(dataset.num_chunks for dataset in self.datasets)
 
+    @property
+    def num_held_out(self) -> int:
+        return sum(dataset.num_held_out for dataset in self.datasets)
+
+    @property
+    def num_exposures(self) -> int:
+        return sum(dataset.num_exposures for dataset in self.datasets)
+
     def summary(self) -> str:
         """Return the table of datasets and one line for each thing worth knowing."""
         width = max([len("dataset"), *(len(dataset.name) for dataset in self.datasets)])
-        lines = [f"{'dataset':{width}}  {'images':>12}  {'chunks':>7}  {'in the last':>11}"]
-        lines += [
-            f"{row.name:{width}}  {row.num_images:>12,}  {row.num_chunks:>7,}  {row.num_last_chunk:>11,}"
-            for row in self.datasets
-        ]
-        lines.append(f"{'total':{width}}  {self.num_images:>12,}  {self.num_chunks:>7,}")
+        columns = {"images": 12, "chunks": 7, "in the last": 11}
+        columns |= {"held out": 8} if self.num_held_out else {}
+        columns |= {"exposures": 12} if self.num_exposures != self.num_images else {}
+
+        def line(name: str, cells: Sequence[int]) -> str:
+            named = zip(columns.items(), cells, strict=False)
+            return f"{name:{width}}  " + "  ".join(f"{cell:>{space},}" for (_, space), cell in named)
+
+        lines = [f"{'dataset':{width}}  " + "  ".join(f"{name:>{space}}" for name, space in columns.items())]
+        for row in self.datasets:
+            more = [row.num_held_out] * ("held out" in columns) + [row.num_exposures] * ("exposures" in columns)
+            lines.append(line(row.name, [row.num_images, row.num_chunks, row.num_last_chunk, *more]))
+        lines.append(line("total", [self.num_images, self.num_chunks]))
         lines.append("the plan is current" if self.is_unchanged else f"{self.num_new:,} new keys planned")
-        if self.num_no_period:
-            lines.append(f"{self.num_no_period:,} dropped: no_period")
+        if self.num_held_out:
+            lines.append(f"{self.num_held_out:,} held out for validation")
+        if self.num_exposures != self.num_images:
+            lines.append(f"{self.num_exposures:,} exposures per epoch with the repeats of [[plan.weights]]")
+        lines += [f"{count:,} dropped: {reason}" for reason, count in sorted(self.num_dropped.items())]
         if self.num_removed:
             lines.append(f"{self.num_removed:,} keys are not kept any more and left a short last chunk")
         if self.num_vanished:
@@ -94,9 +117,9 @@ class PlanReport:
 
 
 def make_plan(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False) -> PlanReport:
-    """Plan every kept key and write `plan/` (PLAN, and DROPS for pictures filed by date without a period).
+    """Plan every kept key and write `plan/` (PLAN, and DROPS for what is kept but not planned).
 
-    Reads only keys, sources and dates. Does nothing when the plan is current.
+    Reads only keys, sources, dates, and what [[plan.weights]] asks for. Does nothing when the plan is current.
     Raises FileNotFoundError when dedupe has not been run, ValueError when a key is kept twice.
     """
     made_from = _digest(config, workspace)
@@ -104,22 +127,24 @@ def make_plan(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = Fa
     previous = read_parts(workspace.plan, schema=PLAN)
     current, without_period = _read_kept(config, workspace)
     if is_current(plan_path, made_from) and is_current(drops_path, made_from):
-        num_drops = read_part(drops_path, ["key"]).num_rows
-        vanished = _vanished(previous, current)
-        return _report(previous, previous, num_drops, num_removed=0, vanished=vanished, is_unchanged=True)
+        keys, current_keys = (key_numbers(table.column("key")) for table in (previous, current))
+        report = _report(previous, read_part(drops_path, ["reason"]).column("reason"), keys, current_keys)
+        return replace(report, is_unchanged=True)
     sealed = sealed_chunks(workspace)
     if not list_parts(workspace.plan):
-        previous = _trained_rows(workspace, sealed)
+        previous = _rows_on_disk(workspace, sealed)
+    previous_keys, current_keys = (key_numbers(table.column("key")) for table in (previous, current))
+    separation = _separate(config, workspace, previous, current, sealed)
+    related = _related_drops(workspace, current, separation)
+    previous, current = _trainable(previous, current, separation)
     rows = plan_rows(
         previous, current, chunk_size=config.plan.chunk_size, seed=config.plan.seed, sealed=sealed
     )  # fmt: skip
-    planned = key_array(rows.column("key"))
-    drops = _no_period_drops(workspace, without_period, planned)
-    num_removed = int((~is_in(key_array(previous.column("key")), planned)).sum())
-    report = _report(
-        previous, rows, drops.num_rows,
-        num_removed=num_removed, vanished=_vanished(rows, current), is_unchanged=False,
-    )  # fmt: skip
+    del previous, current  # at millions of rows each is hundreds of megabytes
+    rows = _merged(separation.held_out, rows)
+    planned = key_numbers(rows.column("key"))
+    drops = pa.concat_tables([_no_period_drops(without_period, planned), related])
+    report = _report(rows, drops.column("reason"), previous_keys, current_keys)
     if dry_run:
         return replace(report, is_dry_run=True)
     for folder in (workspace.plan, drops_path.parent):
@@ -127,85 +152,74 @@ def make_plan(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = Fa
     write_part(drops_path, drops, made_from=made_from)
     write_part(plan_path, rows, made_from=made_from)
     EventLog(workspace.events, stage="plan").write(
-        "planned", images=report.num_images, chunks=report.num_chunks, new=report.num_new, no_period=drops.num_rows
-    )
+        "planned", images=report.num_images, chunks=report.num_chunks, new=report.num_new,
+        held_out=report.num_held_out, dropped=drops.num_rows,
+    )  # fmt: skip
     return report
 
 
-def plan_rows(
+def _separate(
+    config: DatasetConfig,
+    workspace: Workspace,
     previous: pa.Table,
     current: pa.Table,
-    *,
-    chunk_size: int,
-    seed: int,
-    sealed: Collection[tuple[str, int]] = (),
-) -> pa.Table:
-    """Return the new plan (schema PLAN), sorted by dataset, chunk and position.
-
-    previous: the plan so far, as this function returned it, or empty.
-    current: the kept keys (schema CURRENT), each once, in any order.
-    sealed: (dataset, chunk) that a run has trained.
-
-    A chunk of the previous plan is fixed when it is sealed, when it holds chunk_size rows or more, or when it is not
-    its dataset's last; its rows are returned as they are, whether their keys are still kept or not. A short last
-    chunk keeps its keys and is filled up with new ones. Raises ValueError when a key stands twice in `current`.
-    """
-    keys = key_array(current.column("key"))
-    _require_unique(keys)
-    pa.default_memory_pool().release_unused()
-    previous_keys = key_array(previous.column("key"))
-    previous_chunks = previous.column("chunk").to_numpy()
-    is_fixed = np.zeros(len(previous_keys), dtype=bool)
-    open_chunks: dict[str, int] = {}
-    previous_names, previous_codes = _codes(previous.column("dataset"))
-    for code, name in enumerate(previous_names):
-        in_dataset = previous_codes == code
-        last = int(previous_chunks[in_dataset].max())
-        in_last = in_dataset & (previous_chunks == last)
-        if (name, last) in sealed or in_last.sum() >= chunk_size:
-            is_fixed |= in_dataset
-            open_chunks[name] = last + 1
-        else:
-            is_fixed |= in_dataset & ~in_last
-            open_chunks[name] = last
-
-    is_free = ~is_in(keys, previous_keys[is_fixed])
-    names, codes = _codes(current.column("dataset"))
-    tables = [PLAN.empty_table()]
-    for name in sorted({*previous_names, *names}):
-        was_here = previous_codes == previous_names.index(name) if name in previous_names else np.zeros(0, dtype=bool)
-        if was_here.any():
-            tables.append(previous.filter(pa.array(was_here & is_fixed)))
-        rows = np.flatnonzero(is_free & (codes == names.index(name))) if name in names else np.zeros(0, dtype=np.int64)
-        if len(rows):
-            stayed = previous_keys[was_here & ~is_fixed] if was_here.any() else previous_keys[:0]
-            rows = rows[_training_order(keys[rows], stayed, chunk_size=chunk_size, seed=seed, dataset=name)]
-            tables.append(
-                _cut(current.take(pa.array(rows)), chunk_size=chunk_size, first_chunk=open_chunks.get(name, 0))
-            )
-    return pa.concat_tables(tables)
+    sealed: Collection[tuple[str, int]],
+) -> Separation:
+    _require_unique(current)
+    return separate(
+        previous, current, size=config.plan.held_out, max_fraction=config.plan.held_out_max_fraction,
+        seed=config.plan.seed, sealed=sealed, trained=_trained_elsewhere(workspace),
+        relatives=read_parts(workspace.dedupe / "relatives", schema=RELATIVES),
+    )  # fmt: skip
 
 
-def _training_order(
-    keys: np.ndarray[Any, Any], stayed: np.ndarray[Any, Any], *, chunk_size: int, seed: int, dataset: str
-) -> np.ndarray[Any, Any]:
-    """Return the shuffled order of `keys`; those in `stayed` keep their place in the first chunk, in a new order."""
-    order = _order(keys, seed=seed, dataset=dataset)
-    by_age = np.lexsort((order, ~is_in(keys, stayed)))
-    first = by_age[:chunk_size]
-    return np.concatenate([first[np.argsort(order[first], kind="stable")], by_age[chunk_size:]])
+def _trainable(previous: pa.Table, current: pa.Table, separation: Separation) -> tuple[pa.Table, pa.Table]:
+    """Return the rows of both tables that are neither held out nor dropped."""
+    stays = previous.column("chunk").to_numpy() != HELD_OUT
+    if not separation.is_trainable.all():
+        kept_out = key_numbers(current.column("key").filter(pa.array(~separation.is_trainable)))
+        stays &= places(kept_out, key_numbers(previous.column("key"))) < 0
+        current = current.filter(pa.array(separation.is_trainable))
+    return (previous if stays.all() else previous.filter(pa.array(stays))), current
+
+
+def _merged(held_out: pa.Table, rows: pa.Table) -> pa.Table:
+    """Put each dataset's held-out rows before its others. Both are sorted by dataset; nothing is copied."""
+    spans = [spans_of(*name_codes(table.column("dataset"))) for table in (held_out, rows)]
+    return pa.concat_tables(
+        [
+            table.slice(*span[name])
+            for name in sorted({*spans[0], *spans[1]})
+            for table, span in zip((held_out, rows), spans, strict=True)
+            if name in span
+        ]
+        or [rows]
+    )
+
+
+def _require_unique(current: pa.Table) -> None:
+    ordered = np.sort(key_numbers(current.column("key")))
+    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if len(twice):
+        raise ValueError(
+            f"dedupe/kept: key {int(ordered[twice[0]]):016x} stands twice; run `python -m sharding dedupe` again"
+        )
+
+
+# --- the workspace ---
 
 
 def sealed_chunks(workspace: Workspace) -> set[tuple[str, int]]:
     """Return (dataset, chunk) of every chunk folder that carries a run's seal. Combined chunks have no number here."""
-    folders = [path for path in workspace.chunks.glob("*/*") if path.name.isdigit()]
-    return {(folder.parent.name, int(folder.name)) for folder in folders if is_sealed(folder)}
+    numbered = [(folder, chunk_number(folder)) for folder in workspace.chunks.glob("*/*")]
+    return {(path.parent.name, number) for path, number in numbered if number is not None and is_sealed(path)}
 
 
-def _trained_rows(workspace: Workspace, sealed: Collection[tuple[str, int]]) -> pa.Table:
-    """Return the plan of the trained chunks as their indexes have it: what a plan that was lost must not break."""
+def _rows_on_disk(workspace: Workspace, sealed: Collection[tuple[str, int]]) -> pa.Table:
+    """Return the plan of trained and held-out chunks as their indexes have it: what a lost plan must not break."""
+    held_out = {(path.parent.name, HELD_OUT) for path in chunk_folders(workspace.chunks) if path.name == HELD_OUT_NAME}
     tables = [PLAN.empty_table()]
-    for dataset, chunk in sorted(sealed):
+    for dataset, chunk in sorted({*sealed, *held_out}):
         index = open_chunk(workspace.chunks / chunk_name(dataset, chunk)).read_index()
         index = index.append_column("chunk", pa.array(np.full(index.num_rows, chunk), pa.int32()))
         index = index.append_column("position", pa.array(np.arange(index.num_rows), pa.int32()))
@@ -213,87 +227,44 @@ def _trained_rows(workspace: Workspace, sealed: Collection[tuple[str, int]]) -> 
     return pa.concat_tables(tables)
 
 
-def _cut(rows: pa.Table, *, chunk_size: int, first_chunk: int) -> pa.Table:
-    numbers = np.arange(rows.num_rows)
-    columns: dict[str, Any] = {
-        "key": rows.column("key"),
-        "dataset": rows.column("dataset"),
-        "period": rows.column("period"),
-        "chunk": pa.array(first_chunk + numbers // chunk_size, pa.int32()),
-        "position": pa.array(numbers % chunk_size, pa.int32()),
-        "repeats": pa.array(np.ones(rows.num_rows), pa.int32()),
-        "loss_weight": pa.array(np.ones(rows.num_rows), pa.float32()),
-    }
-    return pa.table([columns[name] for name in PLAN.names], schema=PLAN)
-
-
-# --- keys and their order ---
-
-
-def _require_unique(keys: np.ndarray[Any, Any]) -> None:
-    ordered = np.sort(keys)
-    twice = np.flatnonzero(ordered[1:] == ordered[:-1])
-    if len(twice):
-        raise ValueError(
-            f"dedupe/kept: key {ordered[twice[0]].decode()} stands twice; run `python -m sharding dedupe` again"
-        )
-
-
-def _codes(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray[Any, Any]]:
-    """Return the distinct names, sorted, and each row's number among them."""
-    names = sorted(pc.unique(column).to_pylist())
-    return names, pc.index_in(column, value_set=pa.array(names, pa.string())).to_numpy().astype(np.int64)
-
-
-def _order(keys: np.ndarray[Any, Any], *, seed: int, dataset: str) -> np.ndarray[Any, Any]:
-    """Return each key's rank in the seeded shuffle: by a hash of (seed, dataset, key), then by key.
-
-    The hash is SplitMix64's finalizer over the key's two words (Steele, Lea, Flood: Fast Splittable Pseudorandom
-    Number Generators, 2014), started from SHA-256 of seed and dataset.
-    """
-    start = int.from_bytes(hashlib.sha256(f"{seed}/{dataset}".encode()).digest()[:8], "little")
-    words = np.ascontiguousarray(keys).view("<u8").reshape(-1, 2)
-    with np.errstate(over="ignore"):
-        hashed = _mix(_mix(words[:, 0] ^ np.uint64(start)) + words[:, 1])
-    ranks = np.empty(len(keys), dtype=np.int64)
-    ranks[np.lexsort((keys, hashed))] = np.arange(len(keys))
-    return ranks
-
-
-def _mix(words: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    words = words + np.uint64(0x9E3779B97F4A7C15)
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: np.ndarray[Any, Any] = words ^ (words >> np.uint64(31))
-    return mixed
-
-
-# --- the workspace ---
+def _trained_elsewhere(workspace: Workspace) -> pa.Table:
+    """Return the keys of trained combined chunks with tars of their own, whose plain chunks carry no seal."""
+    folders = [folder for folder in chunk_folders(workspace.chunks) if chunk_number(folder) is None]
+    chunks = [load_chunk(folder) for folder in folders if is_sealed(folder)]
+    tables = [
+        chunk.read_index().select(["key"]) for chunk in chunks if not any("/" in s.path for s in chunk.info.shards)
+    ]
+    return pa.concat_tables([pa.schema([PLAN.field("key")]).empty_table(), *tables])
 
 
 def _digest(config: DatasetConfig, workspace: Workspace) -> str:
     parts = list_parts(workspace.kept)
     if not parts:
         raise FileNotFoundError(f"{workspace.kept}: no kept records; run `python -m sharding dedupe` first")
+    relatives = list_parts(workspace.dedupe / "relatives")
     return digest_of(
         {
             "kept": [[part.name, part_metadata(part).get("made_from"), part.stat().st_size] for part in parts],
             "filed": {name: source.dataset for name, source in config.sources.items()},
             "periods": {name: list(years) for name, years in config.periods.items()},
             "plan": config.plan.model_dump(),
+            "relatives": [[part.name, part_metadata(part).get("made_from"), part.stat().st_size] for part in relatives],
         }
     )
 
 
 def _read_kept(config: DatasetConfig, workspace: Workspace) -> tuple[pa.Table, list[tuple[Path, pa.Table]]]:
-    """Return the kept keys with dataset and period, and per part the keys that no period holds."""
+    """Return the kept keys (CURRENT), and per part the keys that no period holds."""
     tables, without_period = [], []
+    rules = config.plan.weights
     for part in list_parts(workspace.kept):
-        kept = read_part(part, ["key", "source", "created_at"])
+        kept = read_part(part, ["key", "source", "created_at", *columns_needed(rules)])
         years = pc.fill_null(pc.year(kept.column("created_at")), 0).cast(pa.int32())
         pairs = pa.table({"source": kept.column("source"), "year": years})
         datasets, periods = _file_under(config, pairs)
-        table = pa.table([kept.column("key"), datasets, periods], schema=CURRENT)
+        weights = weigh(kept.append_column("dataset", datasets), rules)
+        columns = [kept.column("key"), datasets, periods, pa.array(weights.repeats), pa.array(weights.loss_weight)]
+        table = pa.table(columns, schema=CURRENT)
         has_dataset = pc.not_equal(table.column("dataset"), "")
         tables.append(table.filter(has_dataset).combine_chunks())
         if tables[-1].num_rows < table.num_rows:
@@ -324,51 +295,75 @@ def _source_codes(config: DatasetConfig, pairs: pa.Table) -> pa.ChunkedArray:
     return codes
 
 
-def _no_period_drops(
-    workspace: Workspace, without_period: list[tuple[Path, pa.Table]], planned: np.ndarray[Any, Any]
-) -> pa.Table:
-    def rows() -> Iterator[dict[str, Any]]:
-        for part, keys in without_period:
-            is_dropped = ~is_in(key_array(keys.column("key")), planned)
-            dropped = keys.column("key").filter(pa.array(is_dropped))
-            kept = read_part(part, ["key", "source", "path", "created_at"])
-            kept = kept.filter(pc.is_in(kept.column("key"), value_set=dropped.combine_chunks()))
-            for row in kept.to_pylist():
-                date = row["created_at"]
-                detail = "no date is known" if date is None else f"no period holds the year {date.year}"
-                yield drop_row(row, stage="plan", reason="no_period", detail=detail)
-
-    return pa.Table.from_pylist(list(rows()), schema=DROPS)
+def _no_period_drops(without_period: list[tuple[Path, pa.Table]], planned: np.ndarray[Any, Any]) -> pa.Table:
+    rows = []
+    for part, keys in without_period:
+        is_dropped = places(planned, key_numbers(keys.column("key"))) < 0
+        dropped = keys.column("key").filter(pa.array(is_dropped))
+        kept = read_part(part, ["key", "source", "path", "created_at"])
+        kept = kept.filter(pc.is_in(kept.column("key"), value_set=dropped.combine_chunks()))
+        for row in kept.to_pylist():
+            date = row["created_at"]
+            detail = "no date is known" if date is None else f"no period holds the year {date.year}"
+            rows.append(drop_row(row, stage="plan", reason="no_period", detail=detail))
+    return pa.Table.from_pylist(rows, schema=DROPS)
 
 
-def _vanished(plan: pa.Table, current: pa.Table) -> list[str]:
-    keys = key_array(plan.column("key"))
-    gone = keys[~is_in(keys, key_array(current.column("key")))]
-    return [key.decode() for key in np.sort(gone)]
+def _related_drops(workspace: Workspace, current: pa.Table, separation: Separation) -> pa.Table:
+    rows = []
+    for reason, pairs, what in (
+        ("related_to_held_out", separation.related_to_held_out, "is held out for validation"),
+        ("related_to_trained", separation.related_to_trained, "has been trained, so this one cannot validate any more"),
+    ):
+        keys, relatives = (current.column("key").take(pa.array(pairs[:, side])).to_pylist() for side in (0, 1))
+        relative_of = dict(zip(keys, relatives, strict=True))
+        for record in _records(workspace, relative_of) if relative_of else ():
+            other = relative_of[record["key"]]
+            detail = f"its relative {other} {what}"
+            rows.append(drop_row(record, stage="plan", reason=reason, kept_key=other, detail=detail))
+    return pa.Table.from_pylist(rows, schema=DROPS)
+
+
+def _records(workspace: Workspace, keys: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yield key, source and path of some kept records, in the order of the parts."""
+    wanted = pa.array(sorted(keys))
+    for part in list_parts(workspace.kept):
+        kept = read_part(part, ["key", "source", "path"])
+        yield from kept.filter(pc.is_in(kept.column("key"), value_set=wanted)).to_pylist()
 
 
 def _report(
-    previous: pa.Table,
     rows: pa.Table,
-    num_no_period: int,
-    *,
-    num_removed: int,
-    vanished: list[str],
-    is_unchanged: bool,
+    reasons: pa.ChunkedArray,
+    previous_keys: np.ndarray[Any, Any],
+    current_keys: np.ndarray[Any, Any],
 ) -> PlanReport:
-    counts = rows.group_by(["dataset", "chunk"]).aggregate([("key", "count")])
-    by_dataset: dict[str, dict[int, int]] = {}
+    """Say what planning came to. reasons: of the drops."""
+    keys = key_numbers(rows.column("key"))
+    num_removed = int((places(keys, previous_keys) < 0).sum())
+    vanished = np.sort(keys[places(current_keys, keys) < 0])
+    counts = rows.group_by(["dataset", "chunk"]).aggregate([("key", "count"), ("repeats", "sum")])
+    by_dataset: dict[str, dict[int, tuple[int, int]]] = {}
     for row in counts.to_pylist():
-        by_dataset.setdefault(row["dataset"], {})[row["chunk"]] = row["key_count"]
+        by_dataset.setdefault(row["dataset"], {})[row["chunk"]] = (row["key_count"], row["repeats_sum"])
     return PlanReport(
-        datasets=tuple(
-            PlannedDataset(name, sum(sizes.values()), len(sizes), sizes[max(sizes)])
-            for name, sizes in sorted(by_dataset.items())
-        ),
-        num_new=rows.num_rows - (previous.num_rows - num_removed),
+        datasets=tuple(_planned_dataset(name, sizes) for name, sizes in sorted(by_dataset.items())),
+        num_new=len(keys) - (len(previous_keys) - num_removed),
         num_removed=num_removed,
         num_vanished=len(vanished),
-        first_vanished=tuple(vanished[:_SHOWN_KEYS]),
-        num_no_period=num_no_period,
-        is_unchanged=is_unchanged,
+        first_vanished=tuple(f"{key:016x}" for key in vanished[:_SHOWN_KEYS].tolist()),
+        num_dropped={count["values"]: count["counts"] for count in pc.value_counts(reasons).to_pylist()},
+    )
+
+
+def _planned_dataset(name: str, sizes: dict[int, tuple[int, int]]) -> PlannedDataset:
+    """sizes: chunk → (images, exposures)."""
+    num_held_out, _ = sizes.pop(HELD_OUT, (0, 0))
+    return PlannedDataset(
+        name,
+        num_images=sum(images for images, _ in sizes.values()),
+        num_chunks=len(sizes),
+        num_last_chunk=sizes[max(sizes)][0] if sizes else 0,
+        num_held_out=num_held_out,
+        num_exposures=sum(exposures for _, exposures in sizes.values()),
     )

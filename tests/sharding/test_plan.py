@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.plan import CURRENT, make_plan, plan_rows, sealed_chunks
+from sharding.plan import make_plan, sealed_chunks
+from sharding.plan_rows import CURRENT, plan_rows
 from sharding.schema import MANIFEST, PLAN
 from sharding.tables import read_parts, write_part
 
@@ -23,8 +24,13 @@ def key_of(number: int) -> str:
 
 
 def current(*numbers: int, dataset: str = "a") -> pa.Table:
-    keys = [key_of(number) for number in numbers]
-    return pa.table([keys, [dataset] * len(keys), [""] * len(keys)], schema=CURRENT)
+    return table_of([key_of(number) for number in numbers], [dataset] * len(numbers))
+
+
+def table_of(keys, datasets) -> pa.Table:
+    count = len(keys)
+    columns = [keys, datasets, [""] * count, pa.array([1] * count, pa.int32()), pa.array([1] * count, pa.float32())]
+    return pa.table(columns, schema=CURRENT)
 
 
 def chunks_of(plan: pa.Table) -> dict[tuple[str, int], list[str]]:
@@ -39,7 +45,7 @@ def test_the_seed_cards_counts_give_its_chunks():
     tables = []
     for number, (name, (count, _)) in enumerate(SEED_CARD.items()):
         keys = pa.array([f"{number:02d}{index:014d}" for index in range(0, count, 100)])
-        tables.append(pa.table([keys, pa.array([name] * len(keys)), pa.array([""] * len(keys))], schema=CURRENT))
+        tables.append(table_of(keys, [name] * len(keys)))
 
     # A hundredth of the images in chunks of 80: ceil(n / 100) images in ceil(n / 8,000) chunks.
     plan = plan_rows(PLAN.empty_table(), pa.concat_tables(tables), chunk_size=80, seed=0)
@@ -55,9 +61,8 @@ def test_the_seed_cards_counts_give_its_chunks():
 def test_the_seed_cards_newest_ends_with_a_chunk_of_331():
     count, chunks = SEED_CARD["newest"]
     keys = pa.array([f"{index:016x}" for index in range(count)])
-    names = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int8()), pa.array(["newest"])).cast(pa.string())
 
-    plan = plan_rows(PLAN.empty_table(), pa.table([keys, names, names], schema=CURRENT), chunk_size=8_000, seed=0)
+    plan = plan_rows(PLAN.empty_table(), table_of(keys, ["newest"] * count), chunk_size=8_000, seed=0)
 
     last = plan.column("chunk")[-1].as_py()
     assert last == chunks - 1
@@ -116,8 +121,7 @@ def test_the_order_of_the_kept_keys_does_not_matter_but_the_seed_does():
 def test_a_chunk_is_a_uniform_sample_of_its_dataset():
     # Keys that are consecutive numbers, as unlike a hash as can be: the mean of a chunk must still be the middle.
     keys = pa.array([f"{index:016x}" for index in range(20_000)])
-    names = pa.array(["a"] * 20_000)
-    plan = plan_rows(PLAN.empty_table(), pa.table([keys, names, names], schema=CURRENT), chunk_size=1_000, seed=0)
+    plan = plan_rows(PLAN.empty_table(), table_of(keys, ["a"] * 20_000), chunk_size=1_000, seed=0)
 
     for numbers in chunks_of(plan).values():
         mean = sum(int(key, 16) for key in numbers) / len(numbers)
@@ -131,11 +135,6 @@ def test_a_key_that_changes_its_dataset_stays_in_a_full_chunk():
 
     assert set(chunks_of(after)["a", 0]) == {key_of(number) for number in range(4)}
     assert set(chunks_of(after)["b", 0]) == {key_of(4), key_of(5)}
-
-
-def test_a_key_that_is_kept_twice_is_refused():
-    with pytest.raises(ValueError, match="stands twice"):
-        plan_rows(PLAN.empty_table(), current(1, 1), chunk_size=4, seed=0)
 
 
 # --- the workspace ---
@@ -202,6 +201,14 @@ def test_keys_that_vanish_from_a_sealed_chunk_are_reported(by_period, workspace)
     assert sealed_chunks(workspace) == {("newest", 0)}
     assert (report.num_vanished, report.first_vanished) == (1, (key_of(1),))
     assert (report.num_new, report.num_chunks) == (1, 2)
+
+
+def test_a_key_that_is_kept_twice_is_refused(make_config, workspace):
+    write_kept(workspace, {1: 2022})
+    (workspace.kept / "part-00001.parquet").write_bytes((workspace.kept / "part-00000.parquet").read_bytes())
+
+    with pytest.raises(ValueError, match="stands twice"):
+        make_plan(make_config(), workspace)
 
 
 def test_without_kept_records_planning_says_what_to_run(make_config, workspace):
