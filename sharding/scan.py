@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 _KEEPING = ("keep", "preferred_keeper", "not_a_duplicate")
 """Decisions that overrule the filters."""
+CHANGES = ("new", "changed", "moved", "vanished", "returned")
 _MAX_FILE_EVENTS = 1_000
 """Changed, vanished and moved files that get an event each; the manifest has them all."""
 
@@ -86,8 +87,7 @@ class ScanReport:
         if self.num_new_files:
             lines.append(f"{self.num_new_files:,} new files {listed}")
         if any(count for name, count in self.changes.items() if name not in ("new", "read")):
-            names = ("new", "changed", "moved", "vanished", "returned")
-            told = ", ".join(f"{self.changes[name]:,} {name}" for name in names if self.changes[name])
+            told = ", ".join(f"{self.changes[name]:,} {name}" for name in CHANGES if self.changes[name])
             read, taken_over = self.changes["read"], self.changes["taken_over"]
             lines.append(f"{told or 'nothing changed'}; {read:,} files read, {taken_over:,} not read again")
         if self.num_other_files:
@@ -154,7 +154,7 @@ def scan(
         parts_made=tally.parts_made + new_parts,
         parts_current=len(parts) - tally.parts_made,
         num_new_files=num_new_files,
-        changes=dict(tally.changes),
+        changes={name: tally.changes[name] for name in (*CHANGES, "read", "taken_over")},
         num_other_files=found.num_other_files,
         num_linked_files=found.num_linked_files,
         problems=tuple(f"{p.source}/{p.path}: {p.reason}: {p.detail}" for p in found.problems),

@@ -58,7 +58,7 @@ def read_file(root: Path, path: str = "", *, max_bytes: int | None = None) -> by
     )
 
 
-def stamp_file(place: Path) -> Stamp | None:
+def stamp_file(place: str) -> Stamp | None:
     """Return the stamp of a file or a member, or None for what cannot be looked at."""
     try:
         status = os.stat(place)  # noqa: PTH116  (five per picture: Path.stat is twice as slow)
@@ -84,8 +84,11 @@ def index_tar(tar: Path) -> TarIndex:
     return _index(tar, status.st_size, status.st_mtime_ns)
 
 
-def _tar_above(place: Path) -> tuple[Path, str] | None:
+def _tar_above(path: str | Path) -> tuple[Path, str] | None:
     """Return (tar, name of the member) for a path that leads into a tar."""
+    if ".tar" not in str(path).lower():
+        return None
+    place = Path(path)
     for parent in place.parents:
         if parent.name.lower().endswith(".tar") and parent.is_file():
             return parent, place.relative_to(parent).as_posix()

@@ -19,7 +19,7 @@ from sharding.config import DatasetConfig, SourceConfig
 from sharding.files import digest_of
 from sharding.filters import RULES
 from sharding.listing import Row
-from sharding.metadata import Tables, fingerprint, sidecar_paths
+from sharding.metadata import NO_TABLES, Tables, fingerprint, sidecar_paths
 from sharding.record import DECODED, Decoded, pixel_settings
 from sharding.schema import MANIFEST
 from sharding.sources import stamp_file
@@ -69,11 +69,12 @@ def stamp_rows(config: DatasetConfig, rows: Sequence[Row]) -> Stamps:
         for name, source in config.sources.items()
     }  # fmt: skip
     tables = {name: tables_of(source) for name, source in config.sources.items()}
+    roots = {name: str(source.root) for name, source in config.sources.items()}
     stamps = []
     for name, path, _ in rows:
-        root, relative = config.sources[name].root, PurePosixPath(path)
-        files = [stamp_file(file) for file in (root / path, *sidecar_paths(root, relative))]
-        facts = repr((settings[name], files, fingerprint(tables[name], root, relative)))
+        files = [stamp_file(f"{roots[name]}/{file}") for file in (path, *sidecar_paths(path))]
+        said = "" if tables[name] == NO_TABLES else fingerprint(tables[name], Path(roots[name]), PurePosixPath(path))
+        facts = repr((settings[name], files, said))
         stamps.append(hashlib.sha256(facts.encode()).digest()[:16])
     return Stamps(rows, stamps, pixels)
 

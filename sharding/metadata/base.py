@@ -43,26 +43,20 @@ class Metadata:
     """Why a sidecar was not used, or ""."""
 
 
-def sidecar_paths(root: Path, path: PurePosixPath) -> tuple[Path, ...]:
+def sidecar_paths(path: str) -> tuple[str, ...]:
     """Return every place where metadata of a picture may lie, whether or not a file is there."""
-    image = root / path
-    return tuple(
-        candidate for ending in (".txt", ".json") for candidate in (image.with_suffix(ending), _appended(image, ending))
-    )
-
-
-def _appended(image: Path, ending: str) -> Path:
-    return image.with_name(image.name + ending)
+    stem = path.rpartition(".")[0]
+    return f"{stem}.txt", f"{path}.txt", f"{stem}.json", f"{path}.json"
 
 
 def read_text_sidecar(root: Path, path: PurePosixPath) -> str | None:
     """Return the text beside a picture, or None if there is none. Raises SidecarError if it cannot be read."""
-    return _read(root / path, ".txt")
+    return _read(root, path, ".txt")
 
 
 def read_json_sidecar(root: Path, path: PurePosixPath) -> dict[str, Any] | None:
     """Return the JSON object beside a picture, or None if there is none. Raises SidecarError."""
-    text = _read(root / path, ".json")
+    text = _read(root, path, ".json")
     if text is None:
         return None
     try:
@@ -74,8 +68,11 @@ def read_json_sidecar(root: Path, path: PurePosixPath) -> dict[str, Any] | None:
     return value
 
 
-def _read(image: Path, ending: str) -> str | None:
-    for candidate in (image.with_suffix(ending), _appended(image, ending)):
+def _read(root: Path, path: PurePosixPath, ending: str) -> str | None:
+    for place in sidecar_paths(str(path)):
+        if not place.endswith(ending):
+            continue
+        candidate = root / place
         try:
             data = read_file(candidate, max_bytes=_MAX_SIDECAR_BYTES + 1)
         except (FileNotFoundError, NotADirectoryError):
