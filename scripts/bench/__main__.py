@@ -16,6 +16,7 @@ BENCHES = {
     "dedupe": "precision and recall per kind of change, beside the peers'",
     "increment": "adding new pictures to a scanned and deduped set",
     "plan": "a plan of many rows: time and memory",
+    "scale": "6 million files through dedupe, plan, combine and report: time and memory",
     "pack": "read, checksum, write shards and index, against TarWriter and a copy",
 }
 
