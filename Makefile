@@ -8,7 +8,7 @@ export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 export UV_SYSTEM_CERTS ?= true
 INSTALL := $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 
-.PHONY: env demo test check format clean
+.PHONY: env demo test slurm-test test-kills check format clean
 
 env: $(VENV)/.installed
 
@@ -23,6 +23,12 @@ demo: env
 
 test: env
 	$(BIN)/python -m pytest
+
+slurm-test: env
+	$(BIN)/python -m pytest tests/slurm
+
+test-kills: env
+	KILLS=$${KILLS:-50} $(BIN)/python -m pytest tests/sharding/test_kill.py -m slow -s
 
 check: env
 	$(BIN)/ruff format --check .

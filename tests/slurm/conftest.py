@@ -43,7 +43,7 @@ def empty_queue(slurm: Path) -> Iterator[None]:
 def wait_for_queue() -> Callable[..., None]:
     """Return a function that waits until no job of the names given (default: any) is in the queue."""
 
-    def wait(*job_ids: str, timeout_seconds: float = 100) -> None:
+    def wait(*job_ids: str, timeout_seconds: float = 200) -> None:
         command = ["squeue", "--noheader", "--format=%i %j %T %r"]
         deadline = time.monotonic() + timeout_seconds
         while rest := [
