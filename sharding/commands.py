@@ -227,7 +227,7 @@ def _export_kohya_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", action="append", default=[], metavar="C", dest="chunks",
                         help="only this one, e.g. newest/0004; repeatable")  # fmt: skip
     parser.add_argument("--text-as", choices=("tags", "caption"), default="tags",
-                        help="its key in the in_json (default: %(default)s; kohya's wildcards need caption)")  # fmt: skip
+                        help="its key in the in_json (default: %(default)s; for wildcards: caption)")  # fmt: skip
     parser.add_argument("--link", choices=("copy", "hardlink"), default="copy",
                         help="hardlink: to source files that were packed unchanged (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seen-at", type=Path, metavar="DIR", help="OUT's path where kohya will run")
