@@ -51,8 +51,8 @@ class Stamps:
 
         overruled_keys: of its rows that are kept against the filters, because a person says so.
         """
-        stamps = [stamp.hex() for stamp in self.stamps]
-        return digest_of({"rows": list(self.rows), "stamps": stamps, "overruled": sorted(overruled_keys)})
+        files = [[*row[:2], stamp.hex()] for row, stamp in zip(self.rows, self.stamps, strict=True)]
+        return digest_of({"files": files, "overruled": sorted(overruled_keys)})
 
 
 def stamp_rows(config: DatasetConfig, rows: Sequence[Row]) -> Stamps:

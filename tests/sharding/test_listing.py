@@ -1,11 +1,8 @@
-import io
-import os
-import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sharding.listing import extend_listing, find_images, listing_table, read_listing, unlisted
+from sharding.listing import extend_listing, find_images, listing_table, read_listing
 from sharding.schema import LISTING
 from sharding.tables import list_parts, read_parts
 

@@ -1,28 +1,40 @@
+import errno
+import hashlib
+import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import tarfile
 import time
+import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+import sharding.files
 import sharding.listing
 import sharding.record
 import sharding.record_pool
 import sharding.scan
 import sharding.sources
-from sharding.images import BrokenFractionError
+from captioning.decode import ImageTask, prepare_image
+from sharding.images import BrokenFractionError, ImageError
 from sharding.listing import read_listing
+from sharding.pack_shard import _read_source
 from sharding.scan import scan
-from sharding.schema import MANIFEST
-from sharding.tables import list_parts, read_parts, schema_mismatch
+from sharding.schema import DECISIONS, MANIFEST, Workspace
+from sharding.tables import list_parts, part_name, read_parts, schema_mismatch, write_part
+from sharding.takeover import stamps_path
 
 
 @pytest.fixture
@@ -329,6 +341,279 @@ def test_a_damaged_part_is_made_again(ten_pictures, make_config, workspace):
     report = scan(make_config(), workspace, workers=0)
 
     assert report.parts_made == 1 and part.read_bytes() == whole
+
+
+# --- what has changed since ---
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """Count the files that are read and the pictures that are decoded."""
+    calls = Counter()
+    decode, read = sharding.record.decode_rgb, sharding.record.read_file
+    monkeypatch.setattr(sharding.record, "decode_rgb", lambda *a, **k: calls.update(["decoded"]) or decode(*a, **k))
+    monkeypatch.setattr(sharding.record, "read_file", lambda *a, **k: calls.update(["read"]) or read(*a, **k))
+    return calls
+
+
+def events(workspace, *names):
+    lines = [json.loads(line) for line in workspace.events.read_text().splitlines()]
+    return [line for line in lines if line["event"] in names]
+
+
+def manifest_bytes(workspace):
+    return {path.name: path.read_bytes() for path in list_parts(workspace.manifest)}
+
+
+@pytest.mark.parametrize("change", ["other bytes", "touched", "sidecar", "all at once"])
+def test_only_what_has_changed_is_read_and_the_bytes_are_those_of_a_fresh_scan(
+    ten_pictures, save, paint, make_config, workspace, tmp_path, work, change
+):  # fmt: skip
+    config = make_config(part_size=100)
+    save("5.txt", "sky")
+    scan(config, workspace, workers=0)
+    work.clear()
+
+    if change in ("other bytes", "all at once"):
+        save("3.jpg", paint(77))
+    if change in ("touched", "all at once"):
+        os.utime(tmp_path / "raw" / "4.jpg")
+    if change in ("sidecar", "all at once"):
+        save("5.txt", "sea, sky")
+    report = scan(config, workspace, workers=0)
+
+    num_read = 3 if change == "all at once" else 1
+    num_decoded = int(change in ("other bytes", "all at once"))
+    assert (work["read"], work["decoded"]) == (num_read, num_decoded)
+    assert (report.changes["read"], report.changes["taken_over"]) == (num_read, 10 - num_read)
+    assert report.changes["changed"] == num_decoded
+    fresh = Workspace(tmp_path / "fresh")
+    scan(config, fresh, workers=0)
+    assert manifest_bytes(workspace) == manifest_bytes(fresh)
+
+
+def test_a_changed_filter_reads_again_but_decodes_only_what_it_lets_in(ten_pictures, make_config, workspace, work):
+    scan(make_config(filters={"min_pixels": 10_000}), workspace, workers=0)
+    assert work["decoded"] == 0  # 96 x 72 is too small
+    scan(make_config(filters={"min_pixels": 1}), workspace, workers=0)
+    work.clear()
+
+    scan(make_config(filters={"min_pixels": 2}), workspace, workers=0)
+
+    assert (work["read"], work["decoded"]) == (10, 0)
+    scan(make_config(filters={"min_pixels": 2}, dedupe={"hash_size": 8}), workspace, workers=0)
+    assert work["decoded"] == 10
+
+
+def test_moved_vanished_changed_and_returned_are_told_apart_by_content(
+    ten_pictures, save, paint, make_config, workspace, tmp_path, work
+):  # fmt: skip
+    raw = tmp_path / "raw"
+    scan(make_config(), workspace, workers=0)
+    keys = {path: row["key"] for path, row in rows_by_path(workspace).items()}
+    gone = (raw / "2.jpg").read_bytes()
+    work.clear()
+
+    (raw / "sub").mkdir()
+    (raw / "1.jpg").rename(raw / "sub" / "other name.jpg")
+    (raw / "2.jpg").unlink()
+    save("3.jpg", paint(333))
+    save("new.jpg", paint(444))
+    first = scan(make_config(), workspace, workers=0)
+
+    counts = {name: first.changes[name] for name in ("new", "changed", "moved", "vanished", "returned")}
+    assert counts == {"new": 1, "changed": 1, "moved": 1, "vanished": 1, "returned": 0}
+    assert "1 new, 1 changed, 1 moved, 1 vanished; 5 files read, 1 not read again" in first.summary()
+    assert work["decoded"] == 2  # the changed and the new one; not the moved one
+    (moved,) = events(workspace, "moved")
+    assert (moved["before"], moved["path"], moved["key"]) == ("photos/1.jpg", "sub/other name.jpg", keys["1.jpg"])
+    (changed,) = events(workspace, "changed")
+    assert (changed["path"], changed["before"]) == ("3.jpg", keys["3.jpg"])
+    rows = rows_by_path(workspace)
+    assert (rows["1.jpg"]["status"], rows["1.jpg"]["key"]) == ("vanished", keys["1.jpg"])
+    assert rows["sub/other name.jpg"]["phash"] == rows["1.jpg"]["phash"] != b""
+
+    save("2.jpg", gone)
+    second = scan(make_config(), workspace, workers=0)
+
+    assert {name for name in second.changes if second.changes[name]} == {"returned", "read", "taken_over"}
+    assert rows_by_path(workspace)["2.jpg"]["status"] == "kept" and work["decoded"] == 2
+    assert scan(make_config(), workspace, workers=0).parts_made == 0
+
+
+def test_a_file_that_changes_after_it_was_looked_at_is_read_again_by_the_next_scan(
+    ten_pictures, save, paint, make_config, workspace, monkeypatch
+):  # fmt: skip
+    real = sharding.scan.stamp_rows
+
+    def stamp_rows_then_change(config, rows):
+        stamps = real(config, rows)
+        save("5.jpg", paint(99))
+        return stamps
+
+    monkeypatch.setattr(sharding.scan, "stamp_rows", stamp_rows_then_change)
+    scan(make_config(part_size=100), workspace, workers=0)
+    monkeypatch.undo()
+
+    report = scan(make_config(part_size=100), workspace, workers=0)
+
+    assert report.parts_made == report.changes["read"] == 1
+    assert scan(make_config(part_size=100), workspace, workers=0).parts_made == 0
+
+
+def test_stamps_that_are_lost_or_of_another_time_are_not_believed(ten_pictures, save, paint, make_config, workspace):
+    config = make_config(part_size=100)
+    scan(config, workspace, workers=0)
+    hidden = stamps_path(list_parts(workspace.manifest)[0])
+    old = hidden.read_bytes()
+    save("3.jpg", paint(77))
+    scan(config, workspace, workers=0)
+    whole = hidden.read_bytes()
+
+    hidden.write_bytes(old)  # a kill between the two renames leaves this
+    assert scan(config, workspace, workers=0).parts_made == 0
+    assert hidden.read_bytes() == whole
+    hidden.write_bytes(b"damaged")
+    save("4.jpg", paint(78))
+
+    assert scan(config, workspace, workers=0).changes["read"] == 10
+
+
+# --- people decide ---
+
+
+def decide(workspace, **decisions):
+    rows = [{"key": key, "decision": decision, "who": "me", "why": ""} for key, decision in decisions.items()]
+    table = pa.Table.from_pylist(rows, schema=DECISIONS)
+    write_part(workspace.decisions / part_name(0), table, made_from=str(rows))
+
+
+def test_a_decision_overrules_the_filters_reads_only_its_file_and_outlives_scans(
+    ten_pictures, save, paint, make_config, workspace, work, tmp_path
+):  # fmt: skip
+    save("small.png", paint(50, 20, 20))
+    save("small too.png", paint(51, 20, 20))
+    save("broken.jpg", b"nothing")
+    config = make_config(filters={"min_pixels": 1000}, part_size=100, max_broken_fraction=1)
+    scan(config, workspace, workers=0)
+    keys = {path: row["key"] for path, row in rows_by_path(workspace).items()}
+    work.clear()
+
+    decide(workspace, **{keys["small.png"]: "keep", keys["broken.jpg"]: "keep", keys["small too.png"]: "drop"})
+    report = scan(config, workspace, workers=0)
+
+    statuses = {path: row["status"] for path, row in rows_by_path(workspace).items()}
+    assert statuses["small.png"] == "kept" and rows_by_path(workspace)["small.png"]["phash"]
+    assert (statuses["small too.png"], statuses["broken.jpg"]) == ("too_small", "not_an_image")
+    assert report.parts_made == 1 and report.changes["taken_over"] == 12
+    assert scan(config, workspace, workers=0).parts_made == 0
+    save("3.jpg", paint(77))
+    work.clear()
+    scan(config, workspace, workers=0)
+    assert work["read"] == 1 and rows_by_path(workspace)["small.png"]["status"] == "kept"
+    fresh = Workspace(tmp_path / "fresh")
+    decide(fresh, **{keys["small.png"]: "preferred_keeper"})
+    scan(config, fresh, workers=0)
+    assert manifest_bytes(fresh) == manifest_bytes(workspace)
+
+    decide(workspace, **{keys["small.png"]: "drop"})
+    scan(config, workspace, workers=0)
+
+    assert rows_by_path(workspace)["small.png"]["status"] == "too_small"
+
+
+# --- adversity ---
+
+
+def test_tasks_on_the_same_part_at_once_write_what_one_would(ten_pictures, make_config, workspace, tmp_path):
+    alone = Workspace(tmp_path / "alone")
+    scan(make_config(), alone, workers=0)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: scan(make_config(), workspace, workers=0), range(4)))
+
+    assert manifest_bytes(workspace) == manifest_bytes(alone)
+    assert not list(workspace.root.rglob("*.partial-*"))
+    assert scan(make_config(), workspace, workers=0).parts_made == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_full_or_read_only_disk_is_an_error_with_code_1_and_damages_nothing(
+    run, save, paint, tmp_path, monkeypatch, code
+):
+    assert run("scan")[0] == 0
+    before = snapshot(tmp_path / "ws" / "manifest")
+    save("0.jpg", paint(70))
+    replace_file = os.replace
+
+    def refuse(source, target):
+        if "manifest" in str(target):
+            raise OSError(code, os.strerror(code), str(target))
+        return replace_file(source, target)
+
+    monkeypatch.setattr(sharding.files.os, "replace", refuse)
+    exit_code, _ = run("scan")
+
+    assert exit_code == 1 and "part-00000.parquet" in run.err
+    assert snapshot(tmp_path / "ws" / "manifest") == before
+    assert not list((tmp_path / "ws").rglob("*.partial-*"))
+    monkeypatch.undo()
+    assert run("scan")[0] == 0 and snapshot(tmp_path / "ws" / "manifest") != before
+
+
+def test_odd_files_are_kept_or_dropped_with_a_reason(save, paint, encode, make_config, workspace, tmp_path):
+    bomb = bytearray(encode(paint(1, 8, 8), "PNG"))
+    bomb[16:24] = struct.pack(">II", 100_000, 100_000)
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
+    save("png named.jpg", encode(paint(1), "PNG"))
+    save("jpeg named.webp", encode(paint(2)))
+    save("bomb.png", bytes(bomb))
+    save("empty.jpg", b"")
+    save("loop/1.jpg", paint(3))
+    (tmp_path / "raw" / "loop" / "again").symlink_to(tmp_path / "raw")
+    (tmp_path / "raw" / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "raw" / "pipe.jpg")
+
+    scan(make_config(), workspace, workers=0)
+
+    rows = rows_by_path(workspace)
+    assert {path: (row["status"], row["format"]) for path, row in rows.items()} == {
+        "png named.jpg": ("kept", "png"), "jpeg named.webp": ("kept", "jpeg"), "loop/1.jpg": ("kept", "jpeg"),
+        "bomb.png": ("too_many_pixels", ""), "empty.jpg": ("empty_file", ""),
+    }  # fmt: skip
+
+
+def test_members_of_tars_are_scanned_and_packed_with_their_sidecars(
+    save, paint, encode, make_config, workspace, tmp_path
+):
+    (tmp_path / "raw").mkdir()
+    pictures = {f"{number:09d}": encode(paint(number)) for number in range(3)}
+    with tarfile.open(tmp_path / "raw" / "00000.tar", "w") as archive:
+        for key, data in pictures.items():
+            facts = json.dumps({"caption": "A dog, running", "url": "x", "key": key}).encode()
+            for ending, content in ((".jpg", data), (".json", facts), (".txt", b"A dog, running"), (".mask.png", b"x")):
+                info = tarfile.TarInfo(key + ending)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    config = make_config(sources={"tars": {"root": str(tmp_path / "raw"), "importer": "webdataset"}})
+
+    scan(config, workspace, workers=0)
+
+    rows = rows_by_path(workspace)
+    assert list(rows) == [f"00000.tar/{key}.jpg" for key in pictures]
+    first = rows["00000.tar/000000000.jpg"]
+    assert first["status"] == "kept" and first["sha256"] == hashlib.sha256(pictures["000000000"]).hexdigest()
+    assert dict(first["custom"]) == {"caption": "A dog, running"} and first["tags_general"] == []
+    assert _read_source(tmp_path / "raw", first) == pictures["000000000"]
+    task = ImageTask(first["key"], tmp_path / "raw" / first["path"], first["num_bytes"], {})
+    assert prepare_image(task).status == "ok"
+    assert scan(config, workspace, workers=0).parts_made == 0
+    (tmp_path / "raw" / "00000.tar").unlink()
+    scan(config, workspace, workers=0)
+    assert {row["status"] for row in rows_by_path(workspace).values()} == {"vanished"}
+    assert prepare_image(task).status == "unreadable"
+    with pytest.raises(ImageError, match="missing_since_scan"):
+        _read_source(tmp_path / "raw", first)
 
 
 # --- too much is broken ---
