@@ -44,10 +44,10 @@ class OnnxSession:
             raise ModelError(f"{path}: expected one input {expected}, found {shape}")
         if inputs[0].type != "tensor(float)":
             raise ModelError(f"{path}: the input is {inputs[0].type}, expected float32; take the float32 file")
-        sides = {it for it in (shape[height], shape[width], side) if isinstance(it, int) and it > 0}
+        fixed = {it for it in (shape[height], shape[width]) if isinstance(it, int) and it > 0}
+        sides = fixed or ({side} if side else set())
         if len(sides) != 1:
-            wanted = "" if side is None else f", and {side} is asked for"
-            raise ModelError(f"{path}: expected one input {expected} with a fixed side, found {shape}{wanted}")
+            raise ModelError(f"{path}: expected one input {expected} with a fixed side, found {shape}")
         self.side: int = sides.pop()
         # A name or 0 in the first place means any batch size.
         self.batch_size: int | None = shape[0] if isinstance(shape[0], int) and shape[0] > 0 else None

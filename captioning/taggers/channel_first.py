@@ -82,6 +82,8 @@ def load(settings: Settings, *, device: Device) -> OnnxTagger:
     stages = read_stages(folder / STAGES_FILE) if settings.preprocessing == STAGES_FILE else None
     side = _SIDE if stages is None else _side(stages)
     session = open_session(folder / settings.model_file, device, layout="nchw", side=side, output=settings.output)
+    if stages is not None and session.side != side:
+        raise ModelError(f"{folder}: {STAGES_FILE} gives {side} pixels, {settings.model_file} takes {session.side}")
     preparer: Preparer
     if stages is not None:
         preparer = stages

@@ -5,6 +5,7 @@ one of them. Colours come out as BGR.
 """
 
 import io
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,7 +94,8 @@ class OpaquePreparer:
 
     def prepare_file(self, data: bytes, image: Image.Image) -> Pixels:
         """Return (side, side, 3) uint8 BGR."""
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data)) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of just what is asked for
             is_plain = file.mode == "RGB" and not {"transparency", "icc_profile"} & set(file.info)
             if is_plain and file.getexif().get(0x0112, 1) == 1:
                 return self.square.prepare(image)

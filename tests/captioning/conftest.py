@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -142,3 +144,92 @@ def model_tables(demo_models: dict[str, Path]) -> dict[str, dict[str, Any]]:
         "quality": {"kind": "aes_b32", "clip": str(demo_models["clip"]), "head": str(demo_models["head"])},
         "date": {"kind": "date"},
     }
+
+
+def write_onnx(
+    path: Path,
+    weights: np.ndarray,
+    *,
+    side: int | str = 16,
+    batch: int | str | None = "batch_size",
+    layout: str = "nhwc",
+    names: tuple[str, ...] = ("input", "output"),
+    is_sigmoid: bool = False,
+) -> Path:
+    """Write a classifier whose values are (mean of each channel) @ weights (3, L), with a sigmoid if asked for.
+
+    names: of the input, then of the outputs; all outputs but the last named are the means.
+    """
+    pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+    axes, shape = ([1, 2], [batch, side, side, 3]) if layout == "nhwc" else ([2, 3], [batch, 3, side, side])
+    values = "values" if is_sigmoid else names[-1]
+    nodes = [
+        helper.make_node("ReduceMean", [names[0]], ["means"], axes=axes, keepdims=0),
+        helper.make_node("MatMul", ["means", "weights"], [values]),
+        *([helper.make_node("Sigmoid", ["values"], [names[-1]])] if is_sigmoid else []),
+        *(helper.make_node("Identity", ["means"], [name]) for name in names[1:-1]),
+    ]
+    outputs = [helper.make_tensor_value_info(name, floats, [batch, 3]) for name in names[1:-1]]
+    outputs.append(helper.make_tensor_value_info(names[-1], floats, [batch, weights.shape[1]]))
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info(names[0], floats, shape)],
+        outputs,
+        [onnx.numpy_helper.from_array(weights.astype(np.float32), "weights")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.checker.check_model(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.fixture
+def make_onnx() -> Callable[..., Path]:
+    return write_onnx
+
+
+def draw(width: int, height: int) -> Image.Image:
+    """Return a picture by formula, so that golden values can be made of it elsewhere."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    channels = [(7 * x + 13 * y) % 256, (x * x + 3 * y) % 256, (5 * x + y * y) % 256]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+@pytest.fixture
+def picture() -> Callable[[int, int], Image.Image]:
+    return draw
+
+
+def write_clip(folder: Path, *, num_features: int = 768) -> Path:
+    """Write a tiny CLIP vision tower in transformers' format, with ViT-L/14's length of embeddings."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from captioning.torch_models import quiet_transformers
+
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=num_features,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), quiet_transformers(), torch.no_grad():
+        torch.manual_seed(0)
+        model = transformers.CLIPVisionModelWithProjection(config).eval()
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # so that pictures differ
+        model.save_pretrained(folder)
+    values = {
+        "crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 32,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_768(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP with 768 features."""
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip-768")
