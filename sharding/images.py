@@ -6,6 +6,7 @@ it is checked against `max_pixels`. Formats: jpeg png webp avif jxl gif bmp tiff
 """
 
 import io
+import re
 import struct
 import threading
 import warnings
@@ -92,7 +93,7 @@ class ImageFacts:
 
 def probe(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFacts:
     """Read the header only. Raises ImageError (empty_file, not_an_image, undecodable, too_many_pixels)."""
-    with _quiet(), _open(data, max_pixels) as image:
+    with _quiet(max_pixels), _open(data, max_pixels) as image:
         try:
             return _facts(image, data)
         except _DECODE_ERRORS as error:
@@ -107,7 +108,7 @@ def decode_rgb(data: bytes, *, min_side: int | None = None, max_pixels: int = MA
 
     Raises ImageError; a truncated file is `undecodable`, never a half grey picture.
     """
-    with _quiet(), _open(data, max_pixels) as image:
+    with _quiet(max_pixels), _open(data, max_pixels) as image:
         try:
             if min_side is not None and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
                 image.draft(image.mode, (min_side, min_side))
@@ -134,34 +135,38 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 class _PillowLimit:
-    """Pillow's own limit on pixels is a global of its module; ours replaces it while one of our calls is open."""
+    """Pillow's limit on pixels, a global of its module, is ours while one of our calls runs.
+
+    Beyond twice its value Pillow refuses, in places before any where we could. Of several calls at once, in threads,
+    the most generous limit holds; each checks its own once the header is read.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._users = 0
+        self._asked: list[int] = []
         self._before: int | None = None
 
     @contextmanager
-    def lifted(self) -> Iterator[None]:
+    def set_to(self, max_pixels: int) -> Iterator[None]:
         with self._lock:
-            if self._users == 0:
-                self._before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            self._users += 1
+            if not self._asked:
+                self._before = Image.MAX_IMAGE_PIXELS
+            self._asked.append(max_pixels)
+            Image.MAX_IMAGE_PIXELS = -(-max(self._asked) // 2)
         try:
             yield
         finally:
             with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    Image.MAX_IMAGE_PIXELS = self._before
+                self._asked.remove(max_pixels)
+                Image.MAX_IMAGE_PIXELS = -(-max(self._asked) // 2) if self._asked else self._before
 
 
 _pillow_limit = _PillowLimit()
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    with _pillow_limit.lifted(), warnings.catch_warnings():
+def _quiet(max_pixels: int) -> Iterator[None]:
+    with _pillow_limit.set_to(max_pixels), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -177,6 +182,10 @@ def _open(data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     Image.init()  # registers formats beyond Pillow's first five; a no-op from the second time on
     try:
         image = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+    except Image.DecompressionBombError as error:
+        declared = re.search(r"\d+", str(error))  # the sum; the sides are not told
+        pixels = f"{int(declared[0]):,}" if declared else "too many"
+        raise ImageError("too_many_pixels", f"{pixels} pixels, limit {max_pixels:,}") from error
     except UnidentifiedImageError as error:
         if data.startswith(_SIGNATURES):
             raise ImageError("undecodable", "starts like an image, but its header cannot be read") from error

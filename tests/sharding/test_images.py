@@ -1,5 +1,6 @@
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from sharding.images import FORMATS, ImageError, decode_rgb, encode_jpeg, encode_png, is_too_broken, probe
+from sharding.jxl_header import jxl_size
 
 PILLOW_NAMES = {name: name.upper() for name in FORMATS}
 
@@ -86,16 +88,6 @@ def test_an_srgb_profile_passes_through_and_a_broken_one_is_ignored(encode):
         assert decode_rgb(data).getpixel((0, 0)) == (200, 40, 40)
 
 
-def test_an_animation_gives_its_first_frame(paint, encode):
-    frames = [paint(seed) for seed in range(3)]
-    for image_format in ("GIF", "WEBP", "PNG"):
-        data = encode(frames[0], image_format, save_all=True, append_images=frames[1:])
-
-        assert probe(data).is_animated
-        assert not probe(data).is_pass_through
-        assert mean_difference(decode_rgb(data), frames[0]) < 25
-
-
 def test_exif_dates_are_read_and_nonsense_is_none(paint, encode):
     for text, date in (
         ("2011:02:03 04:05:06", datetime(2011, 2, 3, 4, 5, 6, tzinfo=UTC)),
@@ -161,10 +153,90 @@ def test_a_size_over_the_limit_is_refused_from_the_header(paint, encode):
     giant = data[:16] + (70_000).to_bytes(4, "big") * 2 + data[24:]
 
     for call in (probe, decode_rgb):
-        with pytest.raises(ImageError, match="too_many_pixels: 96x72 pixels, limit 6,000"):
+        with pytest.raises(ImageError, match="too_many_pixels: 6,912 pixels, limit 6,000"):
             call(data, max_pixels=6000)
     with pytest.raises(ImageError):
         decode_rgb(giant)
+
+
+def test_our_limit_counts_and_not_that_of_pillow(encode, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # refuses from 1,001 pixels on
+    image = Image.new("RGB", (40, 40), "red")
+
+    for name in FORMATS:
+        data = encode(image, PILLOW_NAMES[name])
+
+        assert decode_rgb(data).size == (40, 40) and probe(data).width == 40
+        assert decode_rgb(data, max_pixels=1600).size == (40, 40)
+        for call in (probe, decode_rgb):
+            with pytest.raises(ImageError, match=r"too_many_pixels: (1,600|40x40) pixels, limit 1,599"):
+                call(data, max_pixels=1599)
+    assert Image.MAX_IMAGE_PIXELS == 500
+
+
+def test_a_picture_beyond_pillows_limit_is_decoded_when_ours_allows_it():
+    side = 14_000  # 196 MP; Pillow's own limit is 179
+    data = io.BytesIO()
+    Image.new("1", (side, side)).save(data, "PNG", compress_level=1)
+
+    assert probe(data.getvalue()).width == side
+    with pytest.raises(ImageError, match="too_many_pixels: 196,000,000 pixels, limit 100,000,000"):
+        probe(data.getvalue(), max_pixels=100_000_000)
+
+
+def test_threads_with_other_limits_leave_pillows_as_it_was(paint, encode):
+    before, data = Image.MAX_IMAGE_PIXELS, encode(paint(1), "WEBP")
+
+    def work(number: int) -> str:
+        try:
+            return decode_rgb(data, max_pixels=100 if number % 2 else 10_000).mode
+        except ImageError as error:
+            return error.reason
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(200))) == ["RGB", "too_many_pixels"] * 100
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (300, 200), (257, 33), (640, 480), (320, 180), (9000, 3)])
+def test_the_size_of_a_jxl_is_read_from_its_header(encode, size):
+    for options in ({}, {"use_container": True}, {"lossless": True}, {"exif": b"Exif\0\0II*\0" + bytes(6)}):
+        assert jxl_size(encode(Image.new("RGB", size, "red"), "JXL", **options)) == size
+
+
+def test_a_giant_jxl_is_refused_before_it_is_decoded():
+    bits = 0 | 3 << 1 | 2**29 << 3  # not small, 30 bits for the height
+    giant = b"\xff\x0a" + (bits | 1 << 33).to_bytes(14, "little")
+
+    with pytest.raises(ImageError, match="too_many_pixels: 536870913x536870913 pixels"):
+        decode_rgb(giant)
+    for cut in (b"\xff\x0a", b"\xff\x0a\xff", giant[:4], b"\0\0\0\x0cJXL \r\n\x87\n" + b"\0\0\0\4jxlc"):
+        with pytest.raises(ImageError, match="undecodable"):
+            probe(cut)
+
+
+def test_the_header_of_a_png_is_read_without_its_pixels(paint, encode):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(paint(1), "PNG", exif=exif)
+    start = data.index(b"IDAT") - 4
+    chunk = data[data.index(b"eXIf") - 4 :][: 12 + int.from_bytes(data[data.index(b"eXIf") - 4 :][:4], "big")]
+    behind = data.replace(chunk, b"").replace(b"\0\0\0\0IEND", chunk + b"\0\0\0\0IEND")
+
+    assert probe(data[: start + 40]).width == 72  # cut: it could not be decoded
+    assert probe(behind).width == decode_rgb(behind).width == 72
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "AVIF"])
+def test_an_animation_gives_its_first_frame(paint, encode, image_format):
+    frames = [paint(seed) for seed in range(3)]
+
+    data = encode(frames[0], image_format, save_all=True, append_images=frames[1:], duration=100)
+
+    facts = probe(data)
+    assert facts.is_animated and not facts.is_pass_through and (facts.width, facts.height) == (96, 72)
+    assert mean_difference(decode_rgb(data), frames[0]) < 25
+    assert not probe(encode(frames[0], image_format)).is_animated
 
 
 def test_an_image_error_travels_between_processes():
