@@ -1,8 +1,15 @@
+import io
+import tarfile
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sharding.listing import extend_listing, find_images, listing_table, read_listing
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from sharding.listing import extend_listing, find_images, listing_table, read_listing, unlisted
 from sharding.schema import LISTING
 from sharding.tables import list_parts, read_parts
 
@@ -71,3 +78,47 @@ def test_a_part_that_a_growing_folder_does_not_show_is_not_passed_over(workspace
 
     monkeypatch.undo()
     assert [read_listing(part) for part in list_parts(workspace.listing)] == [[row] for row in rows]
+
+
+def test_tars_are_looked_into_only_where_the_source_says_so(save, tmp_path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in ("1.jpg", "1.json", "1.txt", "1.mask.png", "1.cls", "../out.jpg"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    save("set/0.TAR", buffer.getvalue())
+    save("set/bad.tar", b"nothing")
+
+    closed = find_images({"x": tmp_path / "raw"})
+    opened = find_images({"x": tmp_path / "raw"}, with_tars=["x"])
+
+    assert listed(closed) == [] and closed.num_other_files == 2
+    assert listed(opened) == [("x", "set/0.TAR/1.jpg")] and opened.num_other_files == 2
+    assert [(p.path, p.reason) for p in opened.problems] == [
+        ("set/0.TAR/../out.jpg", "unsafe_name"), ("set/bad.tar", "damaged_tar"),
+    ]  # fmt: skip
+
+
+def test_the_same_path_in_two_sources_is_two_files(workspace):
+    rows = [("a", "1.jpg", 1), ("b", "1.jpg", 2)]
+    extend_listing(workspace.listing, listing_table(rows[:1]), 8)
+
+    assert unlisted(listing_table(rows), workspace.listing).to_pylist() == [
+        {"source": "b", "path": "1.jpg", "num_bytes": 2}
+    ]
+    assert extend_listing(workspace.listing, listing_table(rows), 8) == 1
+    assert extend_listing(workspace.listing, listing_table(rows), 8) == 0
+
+
+def test_many_files_are_listed_without_a_python_object_each(workspace):
+    numbers = np.arange(100_000)
+    names = pc.binary_join_element_wise("folder/", pa.array(numbers.astype("U")), ".jpg", "").cast(pa.large_string())
+    rows = pa.table({"source": pa.repeat("s", 100_000), "path": names, "num_bytes": numbers})
+
+    tracemalloc.start()
+    assert extend_listing(workspace.listing, rows.slice(0, 99_990), 2_000) == 99_990
+    assert extend_listing(workspace.listing, rows, 2_000) == 10
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak_bytes < 3_000_000  # of one part; as tuples and strings all would be 20 MB
+    assert read_listing(list_parts(workspace.listing)[-1])[0] == ("s", "folder/99990.jpg", 99_990)
