@@ -135,13 +135,18 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes are free on the disk of `folder`, which need not exist yet."""
+    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
 def require_free_bytes(folder: Path, num_bytes: int, purpose: str) -> None:
     """Raise DiskFullError if the disk of `folder` has less than `num_bytes` free. `folder` need not exist yet."""
-    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < num_bytes:
+    free = free_bytes(folder)
+    if free < num_bytes:
         raise DiskFullError(
             errno.ENOSPC,
-            f"{purpose} needs {num_bytes / 1e9:,.2f} GB in {folder}, {free_bytes / 1e9:,.2f} GB are free there: "
+            f"{purpose} needs {num_bytes / 1e9:,.2f} GB in {folder}, {free / 1e9:,.2f} GB are free there: "
             "free some space or choose another folder",
         )

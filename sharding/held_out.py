@@ -209,7 +209,8 @@ def _tiers(previous: pa.Table) -> Array:
     chunks = previous.column("chunk").to_numpy().astype(np.int64)
     last = np.full(int(codes.max(initial=0)) + 1, -1)
     np.maximum.at(last, codes, chunks)
-    return last[codes] - chunks
+    tiers: Array = last[codes] - chunks
+    return tiers
 
 
 def _components(keys: Array, relatives: pa.Table | None) -> tuple[Array, int]:

@@ -8,9 +8,9 @@ a new index (minutes), and into the tars by `rewrite_shards`. Chunks that a run 
 
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,23 +18,25 @@ import pyarrow.compute as pc
 
 from sharding.chunk import Chunk, captions_digest, commit_chunk, is_sealed, remove_unnamed
 from sharding.config import DatasetConfig
-from sharding.files import LEFT_OVER_SECONDS, remove_temporaries, require_free_bytes
+from sharding.files import LEFT_OVER_SECONDS, free_bytes, remove_temporaries, require_free_bytes
 from sharding.images import BrokenFractionError, is_too_broken
 from sharding.listing import check_roots
 from sharding.pack_jobs import (
     Job,
     find_work,
-    groups_of_jobs,
     has_old_captions,
+    image_policy,
     job_digest,
     mark_checked,
+    mask_folders,
     require_captions,
     tables_digest,
-    with_records,
 )
-from sharding.pack_shard import BUILDING, FinishedShard, ImagePolicy, ShardTask, pack_shard
+from sharding.pack_rows import jobs_with_rows
+from sharding.pack_shard import BUILDING, FinishedShard, ShardTask, pack_shard
 from sharding.runlog import EventLog, Progress
 from sharding.schema import DROPS, Workspace, drop_row
+from sharding.stored_image import UNREAD_BY
 from sharding.tables import write_part
 from sharding.workers import open_pool
 
@@ -62,15 +64,21 @@ class PackReport:
     """In `packed`; each has a row in pack_drops/."""
     forecast_bytes: int = 0
     """Upper estimate of what `packed` takes on disk."""
+    free_bytes: int = 0
+    """On the disk of the workspace, before packing."""
+    unread_by: tuple[str, ...] = ()
+    """What `pass_through_formats` costs, a line per format."""
     is_dry_run: bool = False
 
     def summary(self) -> str:
         """Return what was done, one line per kind."""
         verb = "would be packed" if self.is_dry_run else "packed"
-        size = f", about {self.forecast_bytes / 1e9:,.2f} GB" if self.is_dry_run and self.packed else ""
-        lines = [
-            f"{len(self.packed):,} chunks {verb} ({self.num_samples:,} samples{size}), {self.num_current:,} current"
-        ]
+        lines = [f"{len(self.packed):,} chunks {verb} ({self.num_samples:,} samples), {self.num_current:,} current"]
+        if self.is_dry_run and self.forecast_bytes:
+            fits = "" if self.forecast_bytes <= self.free_bytes else ": they do not fit"
+            needed, free = (f"{count / 1e9:,.2f} GB" for count in (self.forecast_bytes, self.free_bytes))
+            lines.append(f"tars: at most about {needed}, {free} are free{fits}")
+        lines += self.unread_by
         if self.recaptioned:
             lines.append(f"{len(self.recaptioned):,} chunks {'would get' if self.is_dry_run else 'got'} new captions")
         if self.num_dropped:
@@ -108,69 +116,94 @@ def pack(
     """
     if captions_only and rewrite_shards:
         raise ValueError("--captions-only and --rewrite-shards exclude each other")
-    policy = config.pack.policy
     digest = tables_digest(config, workspace)
     work = find_work(
         config, workspace, part_index=part_index, num_parts=num_parts, digest=digest, rewrite_shards=rewrite_shards
     )
-    num_current = work.num_current
-    not_packed = [job.name for job in work.jobs if job.needs_tars and captions_only]
     jobs = [job for job in work.jobs if not (job.needs_tars and captions_only)]
-    require_captions(workspace, policy, jobs)
-    roots = {name: source.root for name, source in config.sources.items()}
+    require_captions(workspace, config.pack.policy, jobs)
     if any(job.needs_tars for job in jobs):
-        check_roots(roots)
-    forecast_bytes = sum(job.num_bytes for job in jobs if job.needs_tars)
+        _check_folders(config)
+    report = PackReport(
+        num_current=work.num_current,
+        sealed=work.sealed,
+        not_packed=tuple(job.name for job in work.jobs if job.needs_tars and captions_only),
+        not_planned=work.not_planned,
+        forecast_bytes=sum(job.num_bytes for job in jobs if job.needs_tars or rewrite_shards),
+        free_bytes=free_bytes(workspace.chunks),
+        unread_by=tuple(f"{name} goes in unchanged: not read by {UNREAD_BY[name]}"
+                        for name in config.pack.pass_through_formats),
+        is_dry_run=dry_run,
+    )  # fmt: skip
     if not dry_run:
-        require_free_bytes(workspace.chunks, forecast_bytes, "packing")
+        require_free_bytes(workspace.chunks, report.forecast_bytes, "packing")
         remove_temporaries(workspace.pack_drops, min_age_seconds=LEFT_OVER_SECONDS)
-
-    events = EventLog(workspace.events, stage="pack")
-    packed: list[str] = []
-    recaptioned: list[str] = []
-    num_samples = num_dropped = 0
     total = sum(job.plan.num_rows for job in jobs)
     with open_pool(workers) as pool, Progress(total, unit="img", title="pack") as progress:
-        for group in groups_of_jobs(jobs):
-            for job in with_records(workspace, policy, group):
-                made_from = job_digest(job, config)
-                rewrites = job.needs_tars or (rewrite_shards and job.old is not None and has_old_captions(job))
-                if not rewrites and job.old is not None and job.old.info.made_from == made_from:
-                    num_current += 1
-                    if not dry_run:
-                        _clean_up(job.old, _drops_path(workspace, job.name))
-                elif dry_run:
-                    (packed if rewrites else recaptioned).append(job.name)
-                    num_samples += job.records.num_rows if rewrites else 0
-                elif rewrites:
-                    chunk = _pack_chunk(job, config, workspace, roots=roots, pool=pool, made_from=made_from)
-                    packed.append(job.name)
-                    num_samples += chunk.info.num_samples
-                    num_dropped += chunk.info.num_dropped
-                    events.write("chunk_packed", chunk=job.name, samples=chunk.info.num_samples,
-                                 dropped=chunk.info.num_dropped)  # fmt: skip
-                    logger.info("%s packed: %s samples, %s dropped", job.name, f"{chunk.info.num_samples:,}",
-                                f"{chunk.info.num_dropped:,}")  # fmt: skip
-                else:
-                    _recaption(job, policy=policy, made_from=made_from)
-                    recaptioned.append(job.name)
-                    events.write("chunk_recaptioned", chunk=job.name, policy=policy)
-                    logger.info("%s has new captions", job.name)
-                if not dry_run:
-                    mark_checked(job.folder, digest)
-                progress.advance(job.plan.num_rows)
-    return PackReport(
-        packed=tuple(packed),
-        recaptioned=tuple(recaptioned),
-        num_current=num_current,
-        sealed=work.sealed,
-        not_packed=tuple(not_packed),
-        not_planned=work.not_planned,
-        num_samples=num_samples,
-        num_dropped=num_dropped,
-        forecast_bytes=forecast_bytes,
-        is_dry_run=dry_run,
+        for job in jobs_with_rows(workspace, config.pack.policy, jobs):
+            report = _bring_up_to_date(job, config, workspace, report, pool=pool, rewrite_shards=rewrite_shards)
+            if not dry_run:
+                mark_checked(job.folder, digest)
+            progress.advance(job.plan.num_rows)
+    return report
+
+
+def _check_folders(config: DatasetConfig) -> None:
+    check_roots({name: source.root for name, source in config.sources.items()})
+    for name, folder in mask_folders(config).items():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"sources.{name}.masks: {folder} is no folder; create it or leave the setting out")
+
+
+def _bring_up_to_date(
+    job: Job,
+    config: DatasetConfig,
+    workspace: Workspace,
+    report: PackReport,
+    *,
+    pool: ProcessPoolExecutor | None,
+    rewrite_shards: bool,
+) -> PackReport:
+    """Write what a chunk lacks, unless it is a dry run, and return the report with it."""
+    made_from = job_digest(job, config)
+    rewrites = job.needs_tars or (rewrite_shards and job.old is not None and has_old_captions(job))
+    events = EventLog(workspace.events, stage="pack")
+    if not rewrites and job.old is not None and job.old.info.made_from == made_from:
+        if not report.is_dry_run:
+            _clean_up(job.old, drops_path(workspace, job.name))
+        return replace(report, num_current=report.num_current + 1)
+    if not rewrites:
+        if not report.is_dry_run:
+            _recaption(job, policy=config.pack.policy, made_from=made_from)
+            events.write("chunk_recaptioned", chunk=job.name, policy=config.pack.policy)
+            logger.info("%s has new captions", job.name)
+        return replace(report, recaptioned=(*report.recaptioned, job.name))
+    num_samples, num_dropped = job.records.num_rows, 0
+    if not report.is_dry_run:
+        info = _pack_chunk(job, config, workspace, pool=pool, made_from=made_from).info
+        num_samples, num_dropped = info.num_samples, info.num_dropped
+        events.write("chunk_packed", chunk=job.name, samples=num_samples, dropped=num_dropped)
+        logger.info("%s packed: %s samples, %s dropped", job.name, f"{num_samples:,}", f"{num_dropped:,}")
+    return replace(
+        report,
+        packed=(*report.packed, job.name),
+        num_samples=report.num_samples + num_samples,
+        num_dropped=report.num_dropped + num_dropped,
     )
+
+
+def shard_tasks(job: Job, config: DatasetConfig) -> list[ShardTask]:
+    """Return the shards of a job with records, in order."""
+    roots = {name: source.root for name, source in config.sources.items()}
+    masks = {name: source.masks for name, source in config.sources.items() if source.masks is not None}
+    size = config.pack.shard_size
+    return [
+        ShardTask(
+            job.folder, number, job.records.slice(start, size).combine_chunks(), roots, image_policy(config), masks,
+            config.pack.bad_masks,
+        )
+        for number, start in enumerate(range(0, job.records.num_rows, size))
+    ]  # fmt: skip
 
 
 def _pack_chunk(
@@ -178,16 +211,10 @@ def _pack_chunk(
     config: DatasetConfig,
     workspace: Workspace,
     *,
-    roots: Mapping[str, Path],
     pool: ProcessPoolExecutor | None,
     made_from: str,
 ) -> Chunk:
-    images = ImagePolicy(config.pack.jpeg_quality, config.pack.lossless_as_png, config.filters.max_pixels)
-    size = config.pack.shard_size
-    tasks = [
-        ShardTask(job.folder, number, job.records.slice(start, size).combine_chunks(), roots, images)
-        for number, start in enumerate(range(0, job.records.num_rows, size))
-    ]
+    tasks = shard_tasks(job, config)
     finished = list(pool.map(pack_shard, tasks) if pool is not None else map(pack_shard, tasks))
     shards = [one.shard for one in finished if one.shard is not None]
     drops = pa.concat_tables([DROPS.empty_table(), *(one.drops for one in finished)])
@@ -202,9 +229,9 @@ def _pack_chunk(
     rows = pa.concat_tables([one.rows for one in finished]) if finished else None
     if rows is None or not rows.num_rows:
         raise BrokenFractionError(f"chunk {job.name}: none of its {job.plan.num_rows:,} planned samples is left")
-    drops_path = _drops_path(workspace, job.name)
+    path = drops_path(workspace, job.name)
     if drops.num_rows:
-        write_part(drops_path, drops, made_from=made_from)
+        write_part(path, drops, made_from=made_from)
     chunk = commit_chunk(
         job.folder,
         rows,
@@ -214,15 +241,17 @@ def _pack_chunk(
         shard_policy=config.pack.policy,
         made_from=made_from,
         seed=config.plan.seed,
+        is_held_out=job.is_held_out,
         num_dropped=drops.num_rows,
         shards_from=job.shards_from,
         shard_captions=captions_digest(rows.column("key").to_pylist(), rows.column("caption").to_pylist()),
     )
-    _clean_up(chunk, drops_path)
+    _clean_up(chunk, path)
     return chunk
 
 
-def _drops_path(workspace: Workspace, name: str) -> Path:
+def drops_path(workspace: Workspace, name: str) -> Path:
+    """Return where the drops of a chunk are written."""
     return workspace.pack_drops / f"{name.replace('/', '-')}.parquet"
 
 
@@ -279,6 +308,7 @@ def _recaption(job: Job, *, policy: str, made_from: str) -> Chunk:
         shard_policy=info.shard_policy,
         made_from=made_from,
         seed=info.seed,
+        is_held_out=info.is_held_out,
         num_dropped=info.num_dropped,
         shards_from=info.shards_from,
         shard_captions=info.shard_captions,

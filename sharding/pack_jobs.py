@@ -1,13 +1,17 @@
-"""What there is to pack: the chunks that are planned but not known to be current, and the rows they are made of.
+"""What there is to pack: the chunks that are planned but not known to be current, and what they are made of.
 
-Reads tables and chunk.json files; writes nothing. `pack` decides what to do about each job and does it.
+Reads tables, masks and chunk.json files; writes nothing but the note that a chunk was found current. `pack` decides
+what to do about each job and does it; `pack_rows` joins the rows of the jobs.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -17,6 +21,7 @@ from sharding.chunk import (
     captions_digest,
     chunk_folders,
     chunk_name,
+    chunk_number,
     damaged_files,
     is_sealed,
     name_of,
@@ -24,18 +29,18 @@ from sharding.chunk import (
 )
 from sharding.config import DatasetConfig
 from sharding.files import digest_of, write_bytes
-from sharding.schema import CAPTIONS, MANIFEST, PLAN, SCHEMA_VERSION, Workspace
+from sharding.keys import key_numbers
+from sharding.plan_order import KeyRows
+from sharding.schema import HELD_OUT, PLAN, SCHEMA_VERSION, Workspace
+from sharding.stored_image import ImagePolicy, mask_path
 from sharding.tables import list_parts, owned_parts, part_metadata, read_part, read_parts
 
-_ROWS_PER_PASS = 120_000
-"""Samples whose records and captions are in memory at once, about 5 kB each."""
 _BYTES_PER_MEMBERS = 6_000
 """Tar headers, padding, KEY.json and KEY.txt of a sample, for the forecast."""
 _JPEG_BYTES_PER_PIXEL = 0.8
 """Quality 95, 4:4:4, of drawn pictures; for the forecast of what has to be encoded anew."""
 _CHECKED = ".checked"
 """Hidden file of a chunk: digest of the tables at the time it was last found current."""
-_RECORD_COLUMNS = [name for name in MANIFEST.names if name not in ("dataset", "phash", "status", "detail", "mode")]
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,20 @@ class Job:
     name: str
     folder: Path
     plan: pa.Table
+    is_kept: np.ndarray[Any, Any]
+    """Of each row of plan: dedupe still keeps it."""
+    masks: list[str]
+    """Of each row: SHA-256 of its mask file, or ""; empty when no source has a folder of masks."""
     shards_from: str
     num_bytes: int
     old: Chunk | None
     needs_tars: bool
     records: pa.Table = field(default_factory=lambda: pa.table({}))
     """Kept record + plan + caption of each key that is still kept, in training order."""
+
+    @property
+    def is_held_out(self) -> bool:
+        return chunk_number(self.folder) == HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,20 @@ class Work:
     not_planned: tuple[str, ...]
 
 
+def image_policy(config: DatasetConfig) -> ImagePolicy:
+    """Return how pixels are written."""
+    pack, filters = config.pack, config.filters
+    return ImagePolicy(
+        jpeg_quality=pack.jpeg_quality,
+        lossless_as_png=pack.lossless_as_png,
+        reencode=pack.reencode,
+        max_pixels=pack.max_pixels,
+        pass_through_formats=pack.pass_through_formats,
+        min_source_pixels=filters.min_pixels,
+        max_source_pixels=filters.max_pixels,
+    )
+
+
 def tables_digest(config: DatasetConfig, workspace: Workspace) -> str:
     """Digest of all tables that chunks are made from: while it stands, a checked chunk needs no second look."""
     folders = [workspace.plan, workspace.kept, workspace.captions(config.pack.policy)]
@@ -71,12 +98,15 @@ def tables_digest(config: DatasetConfig, workspace: Workspace) -> str:
 
 
 def _pixel_settings(config: DatasetConfig) -> dict[str, Any]:
-    return {
-        "shard_size": config.pack.shard_size,
-        "jpeg_quality": config.pack.jpeg_quality,
-        "lossless_as_png": config.pack.lossless_as_png,
-        "schema_version": SCHEMA_VERSION,
-    }
+    settings = config.pack.model_dump(exclude={"policy"})
+    settings["min_pixels"] = config.filters.min_pixels if config.pack.max_pixels else 0
+    settings["masks"] = {name: str(source.masks) for name, source in config.sources.items() if source.masks}
+    return settings | {"schema_version": SCHEMA_VERSION}
+
+
+def mask_folders(config: DatasetConfig) -> dict[str, Path]:
+    """Return source → its folder of masks."""
+    return {name: source.masks for name, source in config.sources.items() if isinstance(source.masks, Path)}
 
 
 def find_work(
@@ -85,42 +115,45 @@ def find_work(
     """Look at every planned chunk that the task owns. digest: `tables_digest` of today.
 
     A chunk whose tars are gone or cut is packed again, also when a run has trained it: the same keys give the same
-    tars. A trained chunk whose keys changed in the plan is left as it is.
+    tars. A trained chunk whose keys changed in the plan is left as it is. Where a source has a folder of masks, every
+    chunk is looked at and every mask hashed: no table says whether they have changed.
     """
     if not list_parts(workspace.plan):
         raise FileNotFoundError(f"{workspace.plan}: no plan; run `python -m sharding plan` first")
     plan = read_parts(workspace.plan, schema=PLAN)
-    spans = _spans(plan)
-    folders = {workspace.chunks / name: span for name, span in spans.items()}
+    folders = {workspace.chunks / name: span for name, span in _spans(plan).items()}
     owned = owned_parts(sorted(folders), part_index, num_parts)
     not_planned = [
         name_of(folder)
         for folder in chunk_folders(workspace.chunks)
         if folder not in folders and folder.parent.name != config.combine.name
     ]
+    may_skip = not rewrite_shards and not mask_folders(config)
     num_current = 0
     waiting: list[tuple[Path, Chunk | None, bool]] = []
     for folder in owned:
         old = open_chunk(folder) if (folder / CHUNK_JSON).exists() else None
         is_whole = old is not None and not damaged_files(old)
-        if is_whole and not rewrite_shards and _read_checked(folder) == digest:
+        if is_whole and may_skip and _read_checked(folder) == digest:
             num_current += 1
         else:
             waiting.append((folder, old, is_whole))
-    sizes = _kept_sizes(workspace, [plan.slice(*folders[folder]) for folder, _, _ in waiting])
+    plans = [plan.slice(*folders[folder]) for folder, _, _ in waiting]
+    facts = _kept_facts(config, workspace, plans)
     jobs, sealed = [], []
-    for folder, old, is_whole in waiting:
-        name = name_of(folder)
-        rows = plan.slice(*folders[folder])
-        at = pc.index_in(rows.column("key"), value_set=sizes.column("key").combine_chunks())
-        is_kept = pc.is_valid(at)
-        num_bytes = int(pc.sum(sizes.column("num_bytes").take(at.drop_null())).as_py() or 0)
-        shards_from = digest_of([rows.column("key").to_pylist(), is_kept.to_pylist(), _pixel_settings(config)])
+    for (folder, old, is_whole), rows, (is_kept, num_bytes, masks) in zip(waiting, plans, facts, strict=True):
+        made_from = [rows.column("key").to_pylist(), is_kept.tolist(), _pixel_settings(config), masks]
+        shards_from = digest_of(made_from)
         has_changed = old is not None and old.info.shards_from != shards_from
         if has_changed and is_sealed(folder):
-            sealed.append(name)
+            sealed.append(name_of(folder))
             continue
-        jobs.append(Job(name, folder, rows, shards_from, num_bytes, old, needs_tars=has_changed or not is_whole))
+        jobs.append(
+            Job(
+                name_of(folder), folder, rows, is_kept, masks, shards_from, int(num_bytes[is_kept].sum()), old,
+                needs_tars=has_changed or not is_whole,
+            )
+        )  # fmt: skip
     return Work(tuple(jobs), num_current, tuple(sealed), tuple(not_planned))
 
 
@@ -147,80 +180,70 @@ def _spans(plan: pa.Table) -> dict[str, tuple[int, int]]:
     return spans
 
 
-def _kept_sizes(workspace: Workspace, plans: Sequence[pa.Table]) -> pa.Table:
-    """Return key and forecast bytes of every planned key that is kept; only narrow columns are read."""
-    schema = pa.schema([("key", pa.string()), ("num_bytes", pa.int64())])
-    if not plans:
-        return schema.empty_table()
-    wanted = pa.concat_tables(plans).column("key").combine_chunks()
-    tables = [schema.empty_table()]
-    for part in list_parts(workspace.kept):
-        kept = read_part(part, ["key", "num_bytes", "width", "height", "is_pass_through"])
-        kept = kept.filter(pc.is_in(kept.column("key"), value_set=wanted))
-        pixels = pc.multiply(kept.column("width").cast(pa.int64()), kept.column("height").cast(pa.int64()))
-        encoded = pc.cast(pc.multiply(pixels, _JPEG_BYTES_PER_PIXEL), pa.int64(), safe=False)
-        image = pc.if_else(kept.column("is_pass_through"), kept.column("num_bytes"), encoded)
-        tables.append(pa.table([kept.column("key"), pc.add(image, _BYTES_PER_MEMBERS)], schema=schema))
-    return pa.concat_tables(tables)
+def _kept_facts(
+    config: DatasetConfig, workspace: Workspace, plans: Sequence[pa.Table]
+) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]]:
+    """Return for each plan, row by row: is kept, forecast bytes, digest of the mask. One pass over narrow columns."""
+    keys = np.concatenate([np.empty(0, np.uint64), *(key_numbers(plan.column("key")) for plan in plans)])
+    finder = KeyRows(keys)
+    is_kept, num_bytes = np.zeros(len(keys), dtype=bool), np.zeros(len(keys), dtype=np.int64)
+    folders = mask_folders(config)
+    masks = [""] * len(keys) if folders else []
+    columns = ["key", "num_bytes", "width", "height", "is_pass_through", *(["source", "path"] if folders else [])]
+    for part in list_parts(workspace.kept) if len(keys) else ():
+        kept = read_part(part, columns)
+        rows = finder.of(key_numbers(kept.column("key")))
+        kept, rows = kept.filter(pa.array(rows >= 0)), rows[rows >= 0]
+        is_kept[rows] = True
+        num_bytes[rows] = _forecast(config, kept)
+        for row, source, path in zip(rows.tolist(), *_lists(kept, ["source", "path"]), strict=True) if folders else ():
+            if source in folders and (mask := _read_mask(folders[source], path)):
+                masks[row] = hashlib.sha256(mask).hexdigest()
+                num_bytes[row] += len(mask) + 1_024
+    bounds = np.cumsum([0, *(plan.num_rows for plan in plans)]).tolist()
+    return [(is_kept[a:b], num_bytes[a:b], masks[a:b]) for a, b in pairwise(bounds)]
+
+
+def _forecast(config: DatasetConfig, kept: pa.Table) -> np.ndarray[Any, Any]:
+    """Return an upper estimate of the bytes that each sample takes in a tar."""
+    widths, heights, sizes = (kept.column(name).to_numpy() for name in ("width", "height", "num_bytes"))
+    pixels = widths.astype(np.int64) * heights
+    encoded = (pixels * _JPEG_BYTES_PER_PIXEL).astype(np.int64)
+    passes = kept.column("is_pass_through").to_numpy() & (config.pack.reencode == "needed")
+    if cap := config.pack.max_pixels:
+        encoded = (np.minimum(pixels, cap) * _JPEG_BYTES_PER_PIXEL).astype(np.int64)
+        passes &= pixels <= cap
+    estimate: np.ndarray[Any, Any] = np.where(passes, sizes, encoded) + _BYTES_PER_MEMBERS
+    return estimate
+
+
+def _lists(table: pa.Table, names: Sequence[str]) -> list[list[str]]:
+    return [table.column(name).to_pylist() for name in names]
+
+
+def _read_mask(folder: Path, path: str) -> bytes:
+    try:
+        return mask_path(folder, path).read_bytes()
+    except OSError:
+        return b""  # none, or one that `pack_shard` will name
 
 
 def require_captions(workspace: Workspace, policy: str, jobs: Sequence[Job]) -> None:
     """Refuse before the first byte when a planned key that is kept has no caption."""
     if not jobs:
         return
-    wanted = pa.concat_tables([job.plan for job in jobs]).column("key").combine_chunks()
-    has_caption = [read_part(part, ["key"]).column("key") for part in list_parts(workspace.captions(policy))]
-    kept = [read_part(part, ["key"]).column("key") for part in list_parts(workspace.kept)]
-    strings = pa.chunked_array([chunk for column in kept for chunk in column.chunks], pa.string())
-    wanted = wanted.filter(pc.is_in(wanted, value_set=strings.combine_chunks()))
-    captioned = pa.chunked_array([chunk for column in has_caption for chunk in column.chunks], pa.string())
-    missing = wanted.filter(pc.invert(pc.is_in(wanted, value_set=captioned.combine_chunks())))
+    keys = np.concatenate([key_numbers(job.plan.column("key"))[job.is_kept] for job in jobs])
+    finder = KeyRows(keys)
+    has_caption = np.zeros(len(keys), dtype=bool)
+    for part in list_parts(workspace.captions(policy)):
+        rows = finder.of(key_numbers(read_part(part, ["key"]).column("key")))
+        has_caption[rows[rows >= 0]] = True
+    missing = keys[~has_caption]
     if len(missing):
         raise ValueError(
-            f"captions/{policy}: {len(missing):,} of {len(wanted):,} keys have no caption, first {missing[0].as_py()}; "
+            f"captions/{policy}: {len(missing):,} of {len(keys):,} keys have no caption, first {int(missing[0]):016x}; "
             "run `python -m captioning compose` first"
         )
-
-
-def groups_of_jobs(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Yield the jobs in groups whose records fit into memory together."""
-    group: list[Job] = []
-    num_rows = 0
-    for job in jobs:
-        if group and num_rows + job.plan.num_rows > _ROWS_PER_PASS:
-            yield group
-            group, num_rows = [], 0
-        group.append(job)
-        num_rows += job.plan.num_rows
-    if group:
-        yield group
-
-
-def with_records(workspace: Workspace, policy: str, jobs: Sequence[Job]) -> list[Job]:
-    """Join plan, kept records and captions of some chunks in one pass over the parts."""
-    wanted = pa.concat_tables([job.plan for job in jobs]).column("key").combine_chunks()
-    kept = _select(workspace.kept, wanted, pa.schema([MANIFEST.field(name) for name in _RECORD_COLUMNS]))
-    captions = _select(workspace.captions(policy), wanted, CAPTIONS)
-    joined = []
-    for job in jobs:
-        at = pc.index_in(job.plan.column("key"), value_set=kept.column("key").combine_chunks())
-        plan = job.plan.filter(pc.is_valid(at))
-        records = kept.take(at.drop_null())
-        texts = captions.take(pc.index_in(plan.column("key"), value_set=captions.column("key").combine_chunks()))
-        for name in ("dataset", "period", "repeats", "loss_weight"):
-            records = records.append_column(name, plan.column(name))
-        for name in ("text", "groups"):
-            records = records.append_column(name, texts.column(name))
-        joined.append(replace(job, records=records))
-    return joined
-
-
-def _select(folder: Path, keys: pa.Array, schema: pa.Schema) -> pa.Table:
-    tables = [schema.empty_table()]
-    for part in list_parts(folder):
-        table = read_part(part, schema.names)
-        tables.append(table.filter(pc.is_in(table.column("key"), value_set=keys)).cast(schema))
-    return pa.concat_tables(tables)
 
 
 def job_digest(job: Job, config: DatasetConfig) -> str:

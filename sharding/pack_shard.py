@@ -1,39 +1,38 @@
 """Write one shard of a chunk from raw files: the work of one worker of `pack`.
 
-Reads each source file once, checks that it is still the file that was scanned, passes JPEG and PNG through unchanged
-where it can, and leaves a hidden record of the finished shard, so that a killed pack goes on where it was.
+Reads each source file once, checks that it is still the file that was scanned, stores it (`stored_image`), and leaves
+a hidden record of the finished shard, so that a killed pack goes on where it was.
 Which samples belong to the shard is decided elsewhere (`plan`, `pack`).
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
 from sharding.chunk import Sample, ShardFile, write_shard
 from sharding.files import read_file, sha256_file
-from sharding.images import ImageError, decode_rgb, encode_jpeg, encode_png, probe
+from sharding.images import BrokenFractionError, ImageError
 from sharding.schema import DROPS, INDEX, SCHEMA_VERSION, TAG_CATEGORIES, drop_row
+from sharding.stored_image import (
+    ImagePolicy,
+    StoredImage,
+    mask_of_alpha,
+    mask_of_file,
+    mask_path,
+    stored_image,
+)
 from sharding.tables import is_current, part_metadata, read_part, write_part
 
 BUILDING = ".building"
 """Hidden folder of a chunk: records of the finished shards of a pack that is under way."""
 _CUSTOM_FACTS = ("artist_name", "vn_name", "vn_short")
 _TAG_ORDER = ("character", "copyright", "artist", "general", "meta")
-
-
-@dataclass(frozen=True)
-class ImagePolicy:
-    """How pixels are written."""
-
-    jpeg_quality: int
-    lossless_as_png: bool
-    max_pixels: int
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,9 @@ class ShardTask:
     roots: Mapping[str, Path]
     """Folder of each source."""
     images: ImagePolicy
+    masks: Mapping[str, Path | Literal["alpha"]] = field(default_factory=dict)
+    """Of each source that has them: a folder, or the pictures' own alpha."""
+    bad_masks: str = "drop"
 
     @property
     def record_path(self) -> Path:
@@ -101,7 +103,8 @@ def _read_record(task: ShardTask, made_from: str) -> FinishedShard | None:
 
 def _digest(task: ShardTask) -> str:
     roots = {name: str(root) for name, root in task.roots.items()}
-    facts = [SCHEMA_VERSION, task.number, roots, asdict(task.images), task.rows.to_pylist()]
+    masks = [{name: str(masks) for name, masks in task.masks.items()}, task.bad_masks]
+    facts = [SCHEMA_VERSION, task.number, roots, masks, asdict(task.images), task.rows.to_pylist()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=_jsonable).encode()).hexdigest()
 
 
@@ -124,21 +127,14 @@ def _samples(task: ShardTask, drops: list[dict[str, Any]]) -> Iterator[Sample]:
 def _sample(row: Mapping[str, Any], task: ShardTask) -> Sample:
     """Read and, where needed, encode one picture. Raises ImageError when it cannot be used."""
     data = _read_source(task.roots[row["source"]], row)
-    if row["is_pass_through"]:
-        image, extension, sha256 = data, "jpg" if row["format"] == "jpeg" else "png", row["sha256"]
-        width, height = row["width"], row["height"]
-    else:
-        pixels = decode_rgb(data, max_pixels=task.images.max_pixels)
-        width, height = pixels.size
-        if task.images.lossless_as_png and probe(data, max_pixels=task.images.max_pixels).is_lossless:
-            image, extension = encode_png(pixels), "png"
-        else:
-            image, extension = encode_jpeg(pixels, quality=task.images.jpeg_quality), "jpg"
-        sha256 = hashlib.sha256(image).hexdigest()
+    stored = stored_image(data, row, task.images)
+    mask = _mask(data, row, stored, task)
+    sha256 = row["sha256"] if stored.is_unchanged else hashlib.sha256(stored.data).hexdigest()
+    width, height = stored.width, stored.height
     return Sample(
         key=row["key"],
-        image_name=f"{row['key']}.{extension}",
-        image=image,
+        image_name=f"{row['key']}.{stored.extension}",
+        image=stored.data,
         facts=_facts(row, width=width, height=height, image_sha256=sha256),
         caption=row["text"],
         row={
@@ -151,7 +147,29 @@ def _sample(row: Mapping[str, Any], task: ShardTask) -> Sample:
             "loss_weight": row["loss_weight"],
             "sha256": sha256,
         },
+        mask=mask,
     )
+
+
+def _mask(data: bytes, row: Mapping[str, Any], stored: StoredImage, task: ShardTask) -> bytes:
+    """Return the sample's mask, or b"" when it has none.
+
+    Raises ImageError (`bad_mask`), or BrokenFractionError when the settings say that bad masks stop.
+    """
+    masks = task.masks.get(row["source"])
+    if masks is None:
+        return b""
+    if masks == "alpha":
+        return mask_of_alpha(data, stored) if row["has_alpha"] else b""
+    path = mask_path(Path(masks), row["path"])
+    try:
+        return mask_of_file(path.read_bytes(), row, stored)
+    except FileNotFoundError:
+        return b""
+    except (OSError, ImageError) as error:
+        if task.bad_masks == "error":
+            raise BrokenFractionError(f'{path}: {error}; replace it, or set pack.bad_masks = "drop"') from error
+        raise error if isinstance(error, ImageError) else ImageError("bad_mask", f"{path}: {error}") from error
 
 
 def _read_source(root: Path, row: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""Arrays that planning works with: names as numbers, keys' rows, and the seeded order of a dataset's keys."""
+"""Arrays that plan and pack work with: names as numbers, keys' rows, and the seeded order of a dataset's keys."""
 
 import hashlib
 from collections.abc import Collection
@@ -25,6 +25,22 @@ def places(among: np.ndarray[Any, Any], keys: np.ndarray[Any, Any]) -> np.ndarra
         is_found = sorted_among[at] == sorted_keys
         found[key_order[is_found]] = among_order[at[is_found]]
     return found
+
+
+class KeyRows:
+    """Finds the rows of many keys, some at a time."""
+
+    def __init__(self, keys: np.ndarray[Any, Any]) -> None:
+        """keys: as `key_numbers` gives them, each once."""
+        self._order = np.argsort(keys)
+        self._sorted = keys[self._order]
+
+    def of(self, keys: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return for each key its row, or -1."""
+        if not len(self._sorted):
+            return np.full(len(keys), -1)
+        at = np.minimum(np.searchsorted(self._sorted, keys), len(self._sorted) - 1)
+        return np.where(self._sorted[at] == keys, self._order[at], -1)
 
 
 def are_sealed(plan: pa.Table, sealed: Collection[tuple[str, int]]) -> np.ndarray[Any, Any]:
