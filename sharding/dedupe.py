@@ -1,31 +1,36 @@
 """dedupe: of files that show the same picture one stays, and the tables say why.
 
-Reads the manifest, writes `dedupe/groups`, `dedupe/drops` and, for each part of the manifest, the part of the same name
-in `dedupe/kept`. Which hashes are near is found by `neighbours`; which picture stays is decided by `keepers`; what the
-keeper inherits by `inherit`. This file reads, writes and knows when all is current.
+Reads the manifest and people's decisions, keeps `dedupe/pairs` up to date, and writes `dedupe/groups`,
+`dedupe/relatives`, `dedupe/drops` and, for each part of the manifest, the part of the same name in `dedupe/kept`. Which
+pictures are alike is found by `pairs`; which one stays is decided by `keepers`; what the keeper inherits by `inherit`;
+the tables are made by `verdicts`. This file reads, writes and knows when all is current.
 
     python -m sharding dedupe configs/datasets/X.toml --workspace W
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from sharding.candidates import Places, content_digests, read_candidates
 from sharding.config import DatasetConfig
+from sharding.cut import Candidates
+from sharding.decisions import Decisions, read_decisions
 from sharding.files import digest_of, remove_temporaries
-from sharding.images import LOSSLESS_FORMATS
-from sharding.inherit import Inheritance, collect_inheritances, with_inheritances
-from sharding.keepers import RULES, Candidates, Decision, decide
-from sharding.keys import is_in, key_array
+from sharding.inherit import Inheritances, with_inheritances
+from sharding.keepers import REASONS, Decision, decide
+from sharding.keys import is_in, key_numbers
+from sharding.pairs import PairRules, Pairs, Pictures, update_pairs
 from sharding.runlog import EventLog
-from sharding.schema import DROPS, GROUPS, MANIFEST, PLAN, Workspace, drop_row
+from sharding.schema import MANIFEST, PLAN, Workspace
 from sharding.tables import (
     DamagedPartError,
     is_current,
@@ -37,18 +42,14 @@ from sharding.tables import (
     schema_mismatch,
     write_part,
 )
+from sharding.verdicts import make_drops, make_groups, make_relatives
 
 logger = logging.getLogger(__name__)
 
-DEDUPE_VERSION = 1
+DEDUPE_VERSION = 2
 """Raised when the code would decide otherwise on the same manifest."""
 
-_COLUMNS = ("key", "sha256", "source", "path", "num_bytes", "format", "width", "height", "created_at", "phash")
-_NO_DATE = np.iinfo(np.int64).max
-
-
-class DuplicateKeyError(ValueError):
-    """Two different SHA-256 begin with the same 16 hex digits, so they would be one sample."""
+TABLES = ("pairs", "groups", "relatives", "drops")
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,19 @@ class DedupeReport:
     num_files: int
     """Kept by scan."""
     num_kept: int
-    num_identical: int
-    """Dropped: byte for byte the same as a kept file."""
-    num_near: int
-    """Dropped: near-duplicates of a kept picture."""
-    num_planned_over_better: int
-    """Of these, better copies of a picture that is in the plan already and stays."""
+    dropped: Mapping[str, int]
+    """Files by drop reason."""
     num_groups: int
+    num_relatives: int
+    """Kept pictures that are like another kept one: beyond the diameter, variants, or so decided."""
     num_degenerate: int
-    """Pictures whose hash says nothing (flat), never compared."""
+    """Pictures whose hash says nothing (flat), never compared by it."""
+    num_cut_off: int
+    """Pictures of a component that are too far from its best member to be dropped for it (chains)."""
+    largest_component: int
+    """Pictures that pairs connect, at most."""
+    num_searched: int
+    """Pictures whose pairs were searched anew; those of the others were in the table."""
     parts_made: int
     """Parts of `kept` that were written; in a dry run: all, unless everything is current."""
     is_current: bool
@@ -75,16 +80,18 @@ class DedupeReport:
 
     def summary(self) -> str:
         """Return the sum, the drops by reason and what was written."""
-        num_dropped = self.num_identical + self.num_near
+        num_dropped = sum(self.dropped.values())
         lines = [
             f"{self.num_files:,} files: {self.num_kept:,} kept, {num_dropped:,} dropped in {self.num_groups:,} groups"
         ]
-        reasons = {
-            "identical_bytes": self.num_identical,
-            "near_duplicate": self.num_near - self.num_planned_over_better,
-            "better_copy_of_planned": self.num_planned_over_better,
-        }
-        lines += [f"  {count:,} {reason}" for reason, count in reasons.items() if count]
+        lines += [f"  {count:,} {reason}" for reason, count in self.dropped.items()]
+        if self.num_cut_off:
+            lines.append(
+                f"{self.num_cut_off:,} pictures are connected with a keeper, but too far from it to be dropped for it; "
+                f"the largest chain has {self.largest_component:,} pictures"
+            )
+        if self.num_relatives:
+            lines.append(f"{self.num_relatives:,} kept pictures are like another kept one (dedupe/relatives)")
         if self.num_degenerate:
             lines.append(f"{self.num_degenerate:,} pictures are nearly flat and were not compared")
         if self.is_current:
@@ -92,6 +99,7 @@ class DedupeReport:
         elif self.is_dry_run:
             lines.append("nothing was written (--dry-run)")
         else:
+            lines.append(f"{self.num_searched:,} pictures were searched for, the pairs of the others are known")
             lines.append(f"{self.parts_made:,} parts of dedupe/kept written, the others are current")
         return "\n".join(lines)
 
@@ -100,47 +108,67 @@ def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False
     """Decide which pictures stay, across all sources, and write it down.
 
     Groups are connected by pairs within config.dedupe.radius; a member farther than max_diameter from its keeper forms
-    a group of its own with others left over. Planned keys (workspace.plan) always stay.
+    a group of its own with others left over. Planned keys (workspace.plan) stay, unless a reference or people say no.
 
     Raises FileNotFoundError without a manifest, ValueError when a part of it is missing or was made with another hash,
     DuplicateKeyError.
     """
     parts = _manifest_parts(workspace)
     planned = _planned_keys(workspace)
-    made_from = _made_from(config, parts)
+    decisions = read_decisions(workspace)
+    made_from = _made_from(config, parts, decisions)
     if report := _current_report(workspace, parts, made_from, planned, dry_run=dry_run):
         return report
-    table, part_of_row, row_in_part = _read_candidates(config, parts)
-    candidates = _candidates(config, table, planned)
+    candidates, places = read_candidates(config, parts, planned, decisions)
+    if not dry_run:
+        for name in (*TABLES, "kept"):
+            remove_temporaries(workspace.dedupe / name)
+    pairs, num_searched = _find_pairs(config, workspace, candidates, places, dry_run=dry_run)
     decision = decide(
         candidates,
-        radius=config.dedupe.radius,
+        pairs,
         max_diameter=config.dedupe.max_diameter,
         order=config.dedupe.keeper,
     )
-    report = _report(candidates, decision, parts_made=len(parts), dry_run=dry_run)
+    relatives = make_relatives(candidates, decision)
+    report = _report(decision, num_relatives=len(relatives), num_searched=num_searched, dry_run=dry_run)
     if dry_run:
-        return report
-    for folder in (workspace.kept, workspace.dedupe / "groups", workspace.dedupe / "drops"):
-        remove_temporaries(folder)
-    inheritances: dict[int, Inheritance] = {}
-    if config.dedupe.merge_tags:
-        inheritances = collect_inheritances(parts, part_of_row, row_in_part, decision.keeper)
-    parts_made, kept_digest = _write_kept(workspace, parts, part_of_row, row_in_part, decision, inheritances)
-    drops = _drops_table(table, candidates, decision)
-    groups = _groups_table(table, decision)
-    write_part(workspace.dedupe / "drops" / part_name(0), drops, made_from=made_from)
-    counts = {name: str(value) for name, value in vars(report).items() if name.startswith("num_")}
+        return replace(report, parts_made=len(parts))
+    parts_made, kept_digest = _write_kept(workspace, places, decision, merge_tags=config.dedupe.merge_tags)
+    for name, table in (
+        ("relatives", relatives),
+        ("drops", make_drops(candidates, places, decision, decisions, config.dedupe.turns)),
+    ):
+        write_part(workspace.dedupe / name / part_name(0), table, made_from=made_from)
     # The groups come last: their digest says that everything else is in place.
+    facts = {"kept_digest": kept_digest, "planned_elsewhere": _planned_elsewhere(workspace, planned)}
+    counts = {name: value for name, value in vars(report).items() if name not in ("parts_made", "num_searched")}
     write_part(
         workspace.dedupe / "groups" / part_name(0),
-        groups,
+        make_groups(candidates, decision),
         made_from=made_from,
-        metadata={"kept_digest": kept_digest, "planned_elsewhere": _planned_elsewhere(workspace, planned), **counts},
+        metadata={**facts, "report": json.dumps(counts)},
     )
     _remove_stale(workspace, parts)
-    EventLog(workspace.events, stage="dedupe").write("done", **{name: int(value) for name, value in counts.items()})
-    return DedupeReport(**{**vars(report), "parts_made": parts_made})
+    events = {name: value for name, value in vars(report).items() if name.startswith("num_")}
+    EventLog(workspace.events, stage="dedupe").write("done", **events, dropped=dict(report.dropped))
+    return replace(report, parts_made=parts_made)
+
+
+def _find_pairs(
+    config: DatasetConfig, workspace: Workspace, candidates: Candidates, places: Places, *, dry_run: bool
+) -> tuple[Pairs, int]:
+    key, first = np.unique(candidates.key, return_index=True)
+    pictures = Pictures(key, candidates.phash[first], candidates.turned[first], candidates.is_comparable[first])
+    digests = content_digests(candidates, places, with_parts=False)
+    keys = [candidates.key[places.of_part(number)] for number in range(len(places.parts))]
+    return update_pairs(
+        workspace.dedupe / "pairs" / part_name(0),
+        pictures,
+        PairRules(radius=config.dedupe.radius),
+        parts=list(zip(digests, keys, strict=True)),
+        dry_run=dry_run,
+    )
 
 
 # --- what there is ---
@@ -159,28 +187,32 @@ def _manifest_parts(workspace: Workspace) -> list[Path]:
     return parts
 
 
-def _planned_keys(workspace: Workspace) -> Any:
-    """Return the keys of the plan, sorted, as `key_array` does."""
-    return np.unique(key_array(read_parts(workspace.plan, ["key"], schema=PLAN).column("key")))
+def _planned_keys(workspace: Workspace) -> npt.NDArray[np.uint64]:
+    """Return the keys of the plan, sorted."""
+    keys: npt.NDArray[np.uint64] = np.unique(
+        key_numbers(read_parts(workspace.plan, ["key"], schema=PLAN).column("key"))
+    )
+    return keys
 
 
-def _made_from(config: DatasetConfig, parts: list[Path]) -> str:
+def _made_from(config: DatasetConfig, parts: list[Path], decisions: Decisions) -> str:
     return digest_of(
         {
             "version": DEDUPE_VERSION,
             "parts": [[part.name, part_metadata(part).get("made_from")] for part in parts],
             "dedupe": config.dedupe.model_dump(mode="json"),
-            "priorities": {name: source.priority for name, source in config.sources.items()},
+            "sources": {name: [source.priority, source.is_reference] for name, source in config.sources.items()},
+            "decisions": decisions.digest(),
         }
     )
 
 
-def _planned_elsewhere(workspace: Workspace, planned: Any) -> str:
+def _planned_elsewhere(workspace: Workspace, planned: npt.NDArray[np.uint64]) -> str:
     """Return a digest of the planned keys that are not kept.
 
     Those that are kept change nothing when they are asked first: who was kept stays kept.
     """
-    kept = key_array(read_parts(workspace.kept, ["key"], schema=MANIFEST).column("key"))
+    kept = key_numbers(read_parts(workspace.kept, ["key"], schema=MANIFEST).column("key"))
     return hashlib.sha256(planned[~is_in(planned, kept)].tobytes()).hexdigest()
 
 
@@ -191,14 +223,13 @@ def _kept_digest(workspace: Workspace, parts: list[Path]) -> str:
 
 
 def _current_report(
-    workspace: Workspace, parts: list[Path], made_from: str, planned: Any, *, dry_run: bool
+    workspace: Workspace, parts: list[Path], made_from: str, planned: npt.NDArray[np.uint64], *, dry_run: bool
 ) -> DedupeReport | None:  # fmt: skip
     """Return the report on disk if what it was made from, and all that was written with it, is still the same."""
     groups = workspace.dedupe / "groups" / part_name(0)
-    if not is_current(groups, made_from) or not is_current(workspace.dedupe / "drops" / part_name(0), made_from):
+    if not all(is_current(workspace.dedupe / name / part_name(0), made_from) for name in TABLES if name != "pairs"):
         return None
-    names = [part.name for part in parts]
-    if [part.name for part in list_parts(workspace.kept)] != names:
+    if [part.name for part in list_parts(workspace.kept)] != [part.name for part in parts]:
         return None
     facts = part_metadata(groups)
     try:
@@ -208,103 +239,46 @@ def _current_report(
         return None
     if facts.get("planned_elsewhere") != _planned_elsewhere(workspace, planned):
         return None
-    counts = {name: int(value) for name, value in facts.items() if name.startswith("num_")}
-    return DedupeReport(**counts, parts_made=0, is_current=True, is_dry_run=dry_run)
-
-
-def _read_candidates(config: DatasetConfig, parts: list[Path]) -> tuple[pa.Table, Any, Any]:
-    """Return the kept rows of all parts, and for each its part's number and its row there."""
-    tables, part_numbers, rows = [], [], []
-    hash_bytes = config.dedupe.hash_size**2 // 8
-    for number, part in enumerate(parts):
-        table = read_part(part, [*_COLUMNS, "status"])
-        is_kept = pc.equal(table.column("status"), "kept").to_numpy()
-        table = table.filter(pa.array(is_kept)).drop_columns(["status"])
-        lengths = pc.unique(pc.binary_length(table.column("phash"))).to_pylist()
-        if wrong := [length for length in lengths if length != hash_bytes]:
-            raise ValueError(
-                f"{part}: hashes of {8 * wrong[0]} bits, dedupe.hash_size = {config.dedupe.hash_size} means "
-                f"{8 * hash_bytes}; run `python -m sharding scan` again"
-            )
-        tables.append(table)
-        part_numbers.append(np.full(len(table), number, dtype=np.int32))
-        rows.append(np.nonzero(is_kept)[0].astype(np.int32))
-    return pa.concat_tables(tables).combine_chunks(), np.concatenate(part_numbers), np.concatenate(rows)
-
-
-def _candidates(config: DatasetConfig, table: pa.Table, planned: Any) -> Candidates:
-    keys = table.column("key")
-    priorities = {name: source.priority for name, source in config.sources.items()}
-    sources = table.column("source").combine_chunks().dictionary_encode()
-    by_code = np.array([priorities.get(name, 0) for name in sources.dictionary.to_pylist()], dtype=np.int64)
-    dates = pc.fill_null(table.column("created_at").cast(pa.int64()), int(_NO_DATE)).to_numpy()
-    order = ("key", "sha256")
-    unequal = table.select(order).group_by("key").aggregate([("sha256", "count_distinct")])
-    clash = unequal.filter(pc.greater(unequal.column("sha256_count_distinct"), 1))
-    if len(clash):
-        key = clash.column("key")[0].as_py()
-        paths = table.filter(pc.equal(keys, key)).select(["source", "path"]).to_pylist()
-        where = ", ".join(f"{row['source']}/{row['path']}" for row in paths[:4])
-        raise DuplicateKeyError(f"key {key}: different files have it: {where}; remove or re-encode all but one")
-    return Candidates(
-        key=_hex_numbers(keys),
-        phash=_hash_words(table.column("phash"), config.dedupe.hash_size),
-        is_planned=is_in(key_array(keys), planned),
-        priority=by_code[sources.indices.to_numpy()] if len(table) else np.empty(0, np.int64),
-        pixels=table.column("width").to_numpy().astype(np.int64) * table.column("height").to_numpy(),
-        lossless=pc.is_in(table.column("format"), value_set=pa.array(LOSSLESS_FORMATS)).to_numpy(),
-        bytes=table.column("num_bytes").to_numpy(),
-        date=dates,
-    )
-
-
-def _hex_numbers(keys: pa.ChunkedArray) -> Any:
-    """Keys as numbers, which sort as their text does."""
-    return np.frombuffer(bytes.fromhex("".join(keys.to_pylist())), dtype=">u8").astype(np.uint64)
-
-
-def _hash_words(hashes: pa.ChunkedArray, hash_size: int) -> Any:
-    words = np.frombuffer(b"".join(hashes.to_pylist()), dtype=">u8").astype(np.uint64)
-    return words.reshape(-1, hash_size**2 // 64)
+    counts: dict[str, Any] = json.loads(facts["report"])
+    return DedupeReport(**counts | {"num_searched": 0, "parts_made": 0, "is_current": True, "is_dry_run": dry_run})
 
 
 # --- what is written ---
 
 
-def _report(candidates: Candidates, decision: Decision, *, parts_made: int, dry_run: bool) -> DedupeReport:
-    dropped = decision.keeper != np.arange(len(decision.keeper))
-    identical = dropped & (candidates.key == candidates.key[decision.keeper])
-    near = dropped & ~identical
+def _report(decision: Decision, *, num_relatives: int, num_searched: int, dry_run: bool) -> DedupeReport:
+    counts = np.bincount(decision.reason, minlength=len(REASONS)).tolist()
+    is_gone = decision.keeper != np.arange(len(decision.keeper))
+    is_gone &= decision.reason != REASONS.index("dropped_by_decision")
     return DedupeReport(
-        num_files=len(dropped),
-        num_kept=int((~dropped).sum()),
-        num_identical=int(identical.sum()),
-        num_near=int(near.sum()),
-        num_planned_over_better=int((near & (decision.rule == RULES.index("planned"))).sum()),
-        num_groups=len(np.unique(decision.keeper[dropped])),
+        num_files=len(decision.keeper),
+        num_kept=counts[0],
+        dropped={reason: count for reason, count in zip(REASONS[1:], counts[1:], strict=True) if count},
+        num_groups=len(np.unique(decision.keeper[is_gone])),
+        num_relatives=num_relatives,
         num_degenerate=decision.num_degenerate,
-        parts_made=parts_made,
+        num_cut_off=decision.num_cut_off,
+        largest_component=decision.largest_component,
+        num_searched=num_searched,
+        parts_made=0,
         is_current=False,
         is_dry_run=dry_run,
     )
 
 
-def _write_kept(
-    workspace: Workspace,
-    parts: list[Path],
-    part_of_row: Any,
-    row_in_part: Any,
-    decision: Decision,
-    inheritances: Mapping[int, Inheritance],
-) -> tuple[int, str]:
-    is_kept = decision.keeper == np.arange(len(decision.keeper))
-    starts = np.searchsorted(part_of_row, np.arange(len(parts) + 1))
+def _write_kept(workspace: Workspace, places: Places, decision: Decision, *, merge_tags: bool) -> tuple[int, str]:
+    """Write the parts of `kept` that are not current; return their number and a digest of all."""
+    gone = np.flatnonzero((decision.keeper != np.arange(len(decision.keeper))) & decision.is_kept[decision.keeper])
+    if not merge_tags:
+        gone = gone[:0]
+    inheritances = Inheritances(places, decision.keeper[gone], gone)
     num_made = 0
-    for number, part in enumerate(parts):
-        candidates = np.arange(starts[number], starts[number + 1])
-        kept = candidates[is_kept[candidates]]
-        rows = row_in_part[kept]
-        changes = {place: inheritances[row] for place, row in enumerate(kept.tolist()) if row in inheritances}
+    for number, part in enumerate(places.parts):
+        candidates = np.arange(len(decision.keeper))[places.of_part(number)]
+        kept = candidates[decision.is_kept[candidates]]
+        rows = places.row[kept]
+        inherited = inheritances.of_part(number)
+        changes = {place: inherited[row] for place, row in enumerate(kept.tolist()) if row in inherited}
         made_from = digest_of(
             {
                 "version": DEDUPE_VERSION,
@@ -319,69 +293,16 @@ def _write_kept(
         manifest = read_part(part)
         if difference := schema_mismatch(manifest, MANIFEST):
             raise ValueError(f"{part}: {difference}; run `python -m sharding scan` again")
-        write_part(target, with_inheritances(manifest.take(rows), changes), made_from=made_from)
+        write_part(target, with_inheritances(manifest.take(pa.array(rows)), changes), made_from=made_from)
         num_made += 1
-    return num_made, _kept_digest(workspace, parts)
-
-
-def _drops_table(table: pa.Table, candidates: Candidates, decision: Decision) -> pa.Table:
-    dropped = np.nonzero(decision.keeper != np.arange(len(decision.keeper)))[0]
-    keepers = decision.keeper[dropped]
-    described = table.select(["key", "source", "path", "width", "height", "format", "num_bytes"])
-    rows, kept = described.take(dropped).to_pylist(), described.take(keepers).to_pylist()
-    return pa.Table.from_pylist(
-        [
-            drop_row(
-                row,
-                stage="dedupe",
-                reason=_reason(RULES[rule], row["key"] == keeper["key"]),
-                kept_key=keeper["key"],
-                distance=int(distance),
-                detail=f"{RULES[rule]}: {_describe(row)}; kept {keeper['source']}/{keeper['path']} {_describe(keeper)}",
-            )
-            for row, keeper, rule, distance in zip(
-                rows, kept, decision.rule[dropped], decision.distance[dropped], strict=True
-            )
-        ],
-        schema=DROPS,
-    )
-
-
-def _reason(rule: str, is_identical: bool) -> str:
-    if is_identical:
-        return "identical_bytes"
-    return "better_copy_of_planned" if rule == "planned" else "near_duplicate"
-
-
-def _describe(row: Mapping[str, Any]) -> str:
-    return f"{row['width']}x{row['height']} {row['format']} {row['num_bytes']:,} bytes"
-
-
-def _groups_table(table: pa.Table, decision: Decision) -> pa.Table:
-    """One row per member, keepers first; groups are numbered in the order of their keepers in the manifest."""
-    own = np.arange(len(decision.keeper))
-    dropped = own[decision.keeper != own]
-    keepers = np.unique(decision.keeper[dropped])
-    members = np.concatenate([keepers, dropped])
-    numbers = np.searchsorted(keepers, decision.keeper[members])
-    order = np.lexsort((members, decision.keeper[members] != members, numbers))
-    members, numbers = members[order], numbers[order]
-    return pa.table(
-        [
-            pa.array(numbers, pa.int64()),
-            table.column("key").take(members).combine_chunks().cast(pa.string()),
-            pa.array(decision.keeper[members] == members),
-            pa.array(decision.distance[members], pa.int32()),
-            pa.array([RULES[rule] for rule in decision.rule[members]], pa.string()),
-        ],
-        schema=GROUPS,
-    )
+    return num_made, _kept_digest(workspace, list(places.parts))
 
 
 def _remove_stale(workspace: Workspace, parts: list[Path]) -> None:
     """Remove kept parts that the manifest no longer has: later stages read whatever lies there."""
     names = {part.name for part in parts}
-    for folder, allowed in ((workspace.kept, names), (workspace.dedupe / "groups", {part_name(0)})):
+    tables = [(workspace.dedupe / name, {part_name(0)}) for name in TABLES]
+    for folder, allowed in [(workspace.kept, names), *tables]:
         for part in list_parts(folder):
             if part.name not in allowed:
                 logger.warning("%s: no such part in the manifest any more, removed", part)

@@ -1,23 +1,27 @@
 """What a keeper inherits from the files dropped for it: their tags, and a date and a rating if it has none.
 
-Pure but for reading parts of the manifest. Only the rows of dropped files and their keepers are read.
+Pure but for reading parts of the manifest. Only the rows of dropped files and their keepers are read, and only those
+of some hundred thousand of them are held at a time.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sharding.candidates import Places
 from sharding.schema import MANIFEST, TAG_CATEGORIES
-from sharding.tables import iterate_rows, read_part
+from sharding.tables import iterate_rows
 
 _TAG_COLUMNS = tuple(f"tags_{category}" for category in TAG_CATEGORIES)
 _COLUMNS = (*_TAG_COLUMNS, "created_at", "date_source", "rating")
+_ROWS_HELD = 300_000
+
+Rows = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -43,25 +47,32 @@ class Inheritance:
         return [tags, str(self.created_at), self.date_source, self.rating]
 
 
-def collect_inheritances(
-    parts: list[Path],
-    part_of_row: npt.NDArray[np.int32],
-    row_in_part: npt.NDArray[np.int32],
-    keeper: npt.NDArray[np.int64],
-) -> dict[int, Inheritance]:
-    """Return, by row of the keeper, what those dropped for it have. Rows with nothing to give make no entry."""
-    inheritances: dict[int, Inheritance] = {}
-    dropped = np.nonzero(keeper != np.arange(len(keeper)))[0]
-    starts = np.searchsorted(part_of_row[dropped], np.arange(len(parts) + 1))
-    for number, part in enumerate(parts):
-        rows = dropped[starts[number] : starts[number + 1]]
-        if not len(rows):
-            continue
-        table = read_part(part, _COLUMNS).take(row_in_part[rows])
-        for row, values in zip(rows.tolist(), iterate_rows(table), strict=True):
+class Inheritances:
+    """What the keepers of one part after the other inherit. Ask for the parts in ascending order."""
+
+    def __init__(self, places: Places, heir: Rows, dropped: Rows) -> None:
+        """dropped: rows of the candidates that are dropped; heir: for each its keeper's row."""
+        order = np.lexsort((dropped, heir))
+        self.places = places
+        self.heir, self.dropped = heir[order], dropped[order]
+        self._first = self._last = 0
+        self._table: pa.Table | None = None
+
+    def of_part(self, number: int) -> dict[int, Inheritance]:
+        """Return what there is for the keepers of a part, by the keeper's row. Who gets nothing makes no entry."""
+        rows = self.places.of_part(number)
+        first, last = (int(place) for place in np.searchsorted(self.heir, [rows.start, rows.stop]))
+        if first == last:
+            return {}
+        if self._table is None or last > self._last:
+            self._first, self._last = first, max(last, first + _ROWS_HELD)
+            self._table = self.places.read(self.dropped[first : self._last], _COLUMNS)
+        found: dict[int, Inheritance] = {}
+        table = self._table.slice(first - self._first, last - first)
+        for row, values in zip(self.heir[first:last].tolist(), iterate_rows(table), strict=True):
             if any(values[column] for column in _COLUMNS):
-                inheritances.setdefault(int(keeper[row]), Inheritance()).add(values)
-    return inheritances
+                found.setdefault(row, Inheritance()).add(values)
+        return found
 
 
 def with_inheritances(table: pa.Table, inheritances: Mapping[int, Inheritance]) -> pa.Table:

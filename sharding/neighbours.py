@@ -147,7 +147,7 @@ def _join(left: Hashes, right: Hashes, radius: int, *, is_same: bool) -> NearPai
                 first: int, number: int = number, masks: Rows = masks, sides: Any = (left_side, right_side)
             ) -> Any:
                 bands_so_far = (bands, bounds, number)
-                return _join_values(*sides, masks, bands_so_far, radius, is_same, (first, first + step))
+                return _join_values(sides[0], sides[1], masks, bands_so_far, radius, is_same, (first, first + step))
 
             for pairs in pool.map(join_values, range(0, _NUM_VALUES, step)):
                 lefts.append(left_side[2][pairs[0]])
