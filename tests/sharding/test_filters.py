@@ -1,12 +1,14 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from sharding.config import ConfigError, FilterConfig, load_config
+from sharding.config import ConfigError, DatasetConfig, FilterConfig, load_config
 from sharding.filters import RULES, objection_to_file, objection_to_picture, objection_to_post
 from sharding.images import FORMATS, ImageFacts
 from sharding.metadata import Metadata
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "datasets"
 FACTS = ImageFacts("jpeg", 1280, 600, "RGB", False, False, True, None)
 
 
@@ -124,10 +126,23 @@ def test_every_rule_can_be_overruled():
     ],
 )
 def test_wrong_filters_are_named(tmp_path, text, message):
-    from sharding.config import DatasetConfig
-
     path = tmp_path / "x.toml"
     path.write_text(f'name = "x"\n[sources.a]\nroot = "a"\n{text}\n')
 
     with pytest.raises(ConfigError, match=message):
         load_config(path, DatasetConfig)
+
+
+def test_the_strict_preset_has_the_references_filters():
+    config = load_config(CONFIGS / "boards_strict.toml", DatasetConfig)
+    filters = config.filters
+    four_megapixels = replace(FACTS, width=2048, height=2049)
+    pixel_art = Metadata(tags={"general": ("pixel_art",)})
+
+    assert len(filters.tag_blacklist) == len(set(filters.tag_blacklist)) == 52
+    assert len(filters.meta_blacklist_substrings) == len(set(filters.meta_blacklist_substrings)) == 18
+    assert reason(objection_to_file("a.jpg", 102_400, Metadata(), filters)) == "too_few_bytes"
+    assert reason(objection_to_file("a.jpg", 102_400, pixel_art, filters)) == ""
+    assert reason(objection_to_picture(FACTS, 200_000, Metadata(), filters)) == "too_small"
+    assert reason(objection_to_picture(four_megapixels, 10_240_001, Metadata(), filters)) == "oversize"
+    assert reason(objection_to_post(Metadata(custom={"score": "0"}), filters)) == "low_score"
