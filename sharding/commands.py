@@ -157,13 +157,19 @@ def _combine(options: argparse.Namespace) -> Answer:
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     _add_workers(parser)
     parser.add_argument("--chunk", metavar="C", help="only this one, e.g. newest/0004")
+    parser.add_argument("--repair", action="store_true", help="make damaged files again from the sources")
 
 
 def _verify(options: argparse.Namespace) -> Answer:
     from sharding.verify import verify
 
-    _, workspace = _open(options)
+    config, workspace = _open(options)
     problems = verify(workspace, chunk=options.chunk, workers=options.workers)
+    if options.repair and problems:
+        from sharding.repair import repair
+
+        report = repair(config, workspace, problems, workers=options.workers)
+        return _answer(report, exit_code=BAD_DATA if report.left else DONE)
     return Answer(
         "\n".join(str(problem) for problem in problems) or "no problems",
         {"problems": [asdict(problem) for problem in problems]},
@@ -214,8 +220,7 @@ def _card(options: argparse.Namespace) -> Answer:
 def _show(options: argparse.Namespace) -> Answer:
     from sharding.show import render_keys, show
 
-    _, workspace = _open(options)
-    found = show(workspace, options.key)
+    found = show(*_open(options), options.key)
     return Answer(render_keys(found), [asdict(facts) | {"fate": facts.fate} for facts in found])
 
 
@@ -266,8 +271,17 @@ COMMANDS = {
     "report": Command("account for every file; --html writes a page", _report, _report_options),
     "card": Command("write a Hugging Face dataset card", _card, _card_options),
     "export-kohya": Command("chunks as folders and in_json for kohya", _export_kohya, _export_kohya_options),
-    "import-kohya": Command("write a dataset.toml for a kohya folder", _import_kohya, _import_kohya_options,
-                            positionals=(("folder", "pictures, or folders REPEATS_class tokens"),), takes_config=False),
-    "show": Command("everything known about a key", _show, positionals=(("key", "a key or its first digits"),)),
+    "import-kohya": Command(
+        "write a dataset.toml for a kohya folder",
+        _import_kohya,
+        _import_kohya_options,
+        positionals=(("folder", "pictures, or folders REPEATS_class tokens"),),
+        takes_config=False,
+    ),
+    "show": Command(
+        "everything known about a picture",
+        _show,
+        positionals=(("key", "a key, its first digits, or the path of a file"),),
+    ),
 }
 """By what the user types: one word, or two (`dedupe explain`)."""

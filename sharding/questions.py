@@ -60,7 +60,7 @@ def rows_of(parts: Sequence[Path], schema: pa.Schema, *, extra: str = "") -> str
     extra: further arguments of read_parquet, for example `filename = true`.
     """
     if parts:
-        options = ", ".join(filter(None, ("hive_partitioning = false", "union_by_name = true", extra)))
+        options = ", ".join(filter(None, ("hive_partitioning = false", extra)))
         return f"read_parquet([{', '.join(quoted(part) for part in parts)}], {options})"
     columns = ", ".join(f'null::{_sql_type(field.type)} as "{field.name}"' for field in schema)
     return f"(select {columns} where false)"
