@@ -9,21 +9,17 @@ of slurm/*.sbatch and one command.
 """
 
 import argparse
-import hashlib
 import json
-import os
-import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scripts.build_chunks import STAGES
+from scripts.slurm_queue import ROOT, Queued, SlurmError, job_name, read_queue, run_slurm
 
-ROOT = Path(__file__).parents[1]
 ARRAYS = ("scan", "annotate", "pack")
 PACKAGES = {"list": "sharding"} | {stage: package for package, stage in STAGES}
 CHAIN = ("list", *(stage for _, stage in STAGES))
@@ -31,10 +27,6 @@ CHAIN = ("list", *(stage for _, stage in STAGES))
 the array would otherwise start on different listings."""
 _BEYOND_ALL_PARTS = 1_000_000
 DONE, FAILED, BAD_USAGE = 0, 1, 2
-
-
-class SlurmError(RuntimeError):
-    """sbatch or squeue is missing or has refused; the message holds what it said."""
 
 
 @dataclass(frozen=True)
@@ -49,46 +41,6 @@ class Job:
     """Ids of jobs or array tasks that must end well first."""
     command: tuple[str, ...]
     """The sbatch command; empty when nothing is submitted."""
-
-
-@dataclass(frozen=True)
-class Queued:
-    """What the queue holds of one stage. tasks: numbers of its array's tasks; empty when it is no array."""
-
-    job_ids: tuple[str, ...]
-    tasks: Mapping[int, str]
-    """Task number → id such as 12_3."""
-
-
-def job_name(workspace: Path, stage: str, num_parts: int) -> str:
-    """Return the name by which the queue knows a stage of a workspace: `scan-4.0f3a9c21`."""
-    digest = hashlib.sha256(str(workspace.resolve()).encode()).hexdigest()[:8]
-    return f"{stage}-{num_parts}.{digest}"
-
-
-def read_queue(workspace: Path, num_parts: int) -> dict[str, Queued]:
-    """Return what the queue holds of this workspace, by stage, whoever submitted it.
-
-    Raises ValueError when arrays of another number of parts are there, SlurmError when squeue fails.
-    """
-    name = re.compile(rf"([a-z]+)-(\d+)\.{job_name(workspace, '', 0).rpartition('.')[2]}")
-    found: dict[str, tuple[list[str], dict[int, str]]] = {}
-    for line in _slurm(["squeue", "--noheader", "--array", "--format=%F|%K|%j"]).splitlines():
-        job_id, task, shown = (word.strip() for word in line.split("|", 2))
-        if not (match := name.fullmatch(shown)):
-            continue
-        stage, parts = match[1], int(match[2])
-        if parts != num_parts:
-            raise ValueError(
-                f"job {job_id} ({shown}) of this workspace is in the queue with --num-parts {parts}, not {num_parts}; "
-                f"use --num-parts {parts}, or `scancel {job_id}` first"
-            )
-        job_ids, tasks = found.setdefault(stage, ([], {}))
-        if job_id not in job_ids:
-            job_ids.append(job_id)
-        if task.isdigit() and stage in ARRAYS:
-            tasks[int(task)] = f"{job_id}_{task}"
-    return {stage: Queued(tuple(job_ids), tasks) for stage, (job_ids, tasks) in found.items()}
 
 
 def submit(
@@ -171,28 +123,9 @@ def _stage_words(dataset: Path, workspace: Path, stage: str, num_parts: int, ove
     return [PACKAGES[stage], stage, *words]
 
 
-# --- Slurm ---
-
-
-def _slurm(command: Sequence[str]) -> str:
-    """Run a Slurm command from the checkout's root, in the environment of this Python; return what it printed."""
-    if shutil.which(command[0]) is None:
-        raise SlurmError(
-            f"{command[0]}: not found; run this on a login node of a Slurm cluster, or build on this machine with "
-            "`python -m scripts.build_chunks`"
-        )
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    if sys.prefix != sys.base_prefix:
-        environment["VIRTUAL_ENV"] = sys.prefix
-    done = subprocess.run(list(command), cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SlurmError(f"`{shlex.join(command)}` ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
-
-
 def _submit(command: Sequence[str], before: Sequence[Job]) -> str:
     try:
-        return _slurm(command).strip().partition(";")[0]
+        return run_slurm(command).strip().partition(";")[0]
     except SlurmError as error:
         done = ", ".join(f"{job.stage} {job.job_id}" for job in before if job.state == "submitted")
         raise SlurmError(

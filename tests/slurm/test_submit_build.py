@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import submit_build
+from scripts import slurm_queue, submit_build
 from sharding.chunk import list_chunks
 from sharding.schema import Workspace
 from sharding.tables import list_parts
@@ -119,7 +119,7 @@ def test_one_task_can_be_submitted_alone(submit, dataset, wait_for_queue, tmp_pa
 
     command = ["sbatch", "--parsable", "--array=1", "--cpus-per-task=1", "--mem=500M", f"--output={tmp_path}/%A_%a.log"]
     command += ["slurm/scan_array.sbatch", str(dataset), "--workspace", str(workspace), "--num-parts", "2"]
-    submit_build._slurm(command)
+    slurm_queue.run_slurm(command)
     wait_for_queue()
 
     assert lost.read_bytes() == content
