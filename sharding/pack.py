@@ -180,7 +180,7 @@ def _bring_up_to_date(
         return replace(report, recaptioned=(*report.recaptioned, job.name))
     num_samples, num_dropped = job.records.num_rows, 0
     if not report.is_dry_run:
-        info = _pack_chunk(job, config, workspace, pool=pool, made_from=made_from).info
+        info = pack_chunk(job, config, workspace, pool=pool, made_from=made_from).info
         num_samples, num_dropped = info.num_samples, info.num_dropped
         events.write("chunk_packed", chunk=job.name, samples=num_samples, dropped=num_dropped)
         logger.info("%s packed: %s samples, %s dropped", job.name, f"{num_samples:,}", f"{num_dropped:,}")
@@ -206,7 +206,7 @@ def shard_tasks(job: Job, config: DatasetConfig) -> list[ShardTask]:
     ]  # fmt: skip
 
 
-def _pack_chunk(
+def pack_chunk(
     job: Job,
     config: DatasetConfig,
     workspace: Workspace,
@@ -214,6 +214,7 @@ def _pack_chunk(
     pool: ProcessPoolExecutor | None,
     made_from: str,
 ) -> Chunk:
+    """Write the tars of a job with records, then commit the chunk."""
     tasks = shard_tasks(job, config)
     finished = list(pool.map(pack_shard, tasks) if pool is not None else map(pack_shard, tasks))
     shards = [one.shard for one in finished if one.shard is not None]

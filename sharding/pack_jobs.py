@@ -5,8 +5,8 @@ what to do about each job and does it; `pack_rows` joins the rows of the jobs.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def find_work(
     if not list_parts(workspace.plan):
         raise FileNotFoundError(f"{workspace.plan}: no plan; run `python -m sharding plan` first")
     plan = read_parts(workspace.plan, schema=PLAN)
-    folders = {workspace.chunks / name: span for name, span in _spans(plan).items()}
+    folders = planned_chunks(plan, workspace.chunks)
     owned = owned_parts(sorted(folders), part_index, num_parts)
     not_planned = [
         name_of(folder)
@@ -138,23 +138,35 @@ def find_work(
             num_current += 1
         else:
             waiting.append((folder, old, is_whole))
-    plans = [plan.slice(*folders[folder]) for folder, _, _ in waiting]
-    facts = _kept_facts(config, workspace, plans)
     jobs, sealed = [], []
-    for (folder, old, is_whole), rows, (is_kept, num_bytes, masks) in zip(waiting, plans, facts, strict=True):
+    plans = {folder: folders[folder] for folder, _, _ in waiting}
+    for job, (_, old, is_whole) in zip(make_jobs(config, workspace, plans), waiting, strict=True):
+        has_changed = old is not None and old.info.shards_from != job.shards_from
+        if has_changed and is_sealed(job.folder):
+            sealed.append(job.name)
+        else:
+            jobs.append(replace(job, old=old, needs_tars=has_changed or not is_whole))
+    return Work(tuple(jobs), num_current, tuple(sealed), tuple(not_planned))
+
+
+def make_jobs(config: DatasetConfig, workspace: Workspace, plans: Mapping[Path, pa.Table]) -> list[Job]:
+    """Return the jobs of packing some chunks, given folder → its rows of the plan, as if none had been packed."""
+    facts = _kept_facts(config, workspace, list(plans.values()))
+    jobs = []
+    for (folder, rows), (is_kept, num_bytes, masks) in zip(plans.items(), facts, strict=True):
         made_from = [rows.column("key").to_pylist(), is_kept.tolist(), _pixel_settings(config), masks]
-        shards_from = digest_of(made_from)
-        has_changed = old is not None and old.info.shards_from != shards_from
-        if has_changed and is_sealed(folder):
-            sealed.append(name_of(folder))
-            continue
         jobs.append(
             Job(
-                name_of(folder), folder, rows, is_kept, masks, shards_from, int(num_bytes[is_kept].sum()), old,
-                needs_tars=has_changed or not is_whole,
+                name_of(folder), folder, rows, is_kept, masks, digest_of(made_from), int(num_bytes[is_kept].sum()),
+                old=None, needs_tars=True,
             )
         )  # fmt: skip
-    return Work(tuple(jobs), num_current, tuple(sealed), tuple(not_planned))
+    return jobs
+
+
+def planned_chunks(plan: pa.Table, chunks: Path) -> dict[Path, pa.Table]:
+    """Return the folder of each planned chunk and its rows of the plan."""
+    return {chunks / name: plan.slice(*span) for name, span in _spans(plan).items()}
 
 
 def mark_checked(folder: Path, digest: str) -> None:

@@ -1,18 +1,24 @@
 """Reopen chunks, recompute everything, compare: `python -m sharding verify DATASET.toml`.
 
-Trusts nothing that chunk.json or the index says. Repairs nothing; the problems it returns say what to do.
+Trusts nothing that chunk.json or the index says. Repairs nothing: its problems say what to do, and name the files that
+`repair` can make again.
 """
 
 import hashlib
+import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from sharding.chunk import (
+    CHUNK_JSON,
     Chunk,
     ChunkError,
     ShardFile,
@@ -22,10 +28,14 @@ from sharding.chunk import (
     chunk_folders,
     load_chunk,
     name_of,
-)  # fmt: skip
+)
 from sharding.files import sha256_file
 from sharding.images import ImageError, decode_rgb
-from sharding.schema import Workspace
+from sharding.keys import key_numbers
+from sharding.plan_order import KeyRows
+from sharding.schema import RELATIVES, Workspace
+from sharding.shards import member_names
+from sharding.tables import read_parts
 from sharding.workers import open_pool
 
 logger = logging.getLogger(__name__)
@@ -40,83 +50,161 @@ class Problem:
     chunk: str
     what: str
     key: str = ""
+    file: str = ""
+    """What `repair` makes again: chunk.json, the index, or a shard as chunk.json names it; "" when it cannot help."""
 
     def __str__(self) -> str:
         return f"chunk {self.chunk}: {f'key {self.key}: ' if self.key else ''}{self.what}"
 
 
-def verify(workspace: Workspace, *, chunk: str | None = None, workers: int = 0) -> list[Problem]:
-    """Return every problem of the chunks in `workspace`, or of one; an empty list means all is well.
+@dataclass(frozen=True)
+class _Checked:
+    """A chunk after its check. keys: as numbers; empty when the index cannot be read."""
+
+    name: str
+    problems: list[Problem]
+    keys: np.ndarray[Any, Any]
+    is_combined: bool = False
+    is_held_out: bool = False
+
+
+def verify(
+    workspace: Workspace, *, chunk: str | None = None, workers: int = 0, names: Sequence[str] | None = None
+) -> list[Problem]:
+    """Return every problem of the chunks in `workspace`, of one, or of some; an empty list means all is well.
 
     Checks shard and index digests, each tar's members against the index, each picture's digest, size and pixels,
-    KEY.json and KEY.txt, that a key stands once in a chunk and once in all plain chunks, and that combined chunks
-    point at samples that are there. workers: processes, one chunk each at a time; 0 works in this process.
-    Raises FileNotFoundError when `chunk` is not there.
+    masks, KEY.json and KEY.txt, that a key stands once in a chunk and once in all plain chunks, that combined chunks
+    point at samples that are there, and that no chunk holds a key, or a relative of one, that is held out.
+    workers: processes, one chunk each at a time; 0 works in this process. Memory: 16 bytes per sample, and the index
+    of one chunk per worker. Raises FileNotFoundError when `chunk` is not there.
     """
-    names = [name_of(folder) for folder in chunk_folders(workspace.chunks)]
-    if chunk is not None:
-        if chunk not in names:
-            raise FileNotFoundError(
-                f"--chunk {chunk}: no such chunk in {workspace.chunks}; "
-                f"there are {', '.join(names[:5]) or 'none'}{' …' if len(names) > 5 else ''}"
-            )
-        names = [chunk]
-    tasks = [(workspace.chunks, name) for name in names]
-    problems: list[Problem] = []
-    owners: dict[bytes, str] = {}
+    there = [name_of(folder) for folder in chunk_folders(workspace.chunks)]
+    if chunk is not None and chunk not in there:
+        raise FileNotFoundError(
+            f"--chunk {chunk}: no such chunk in {workspace.chunks}; "
+            f"there are {', '.join(there[:5]) or 'none'}{' …' if len(there) > 5 else ''}"
+        )
+    wanted = [chunk] if chunk is not None else [name for name in there if names is None or name in names]
+    tasks = [(workspace.chunks, name) for name in wanted]
     with open_pool(workers) as pool:
-        results = list(pool.map(_verify_chunk, tasks) if pool is not None else map(_verify_chunk, tasks))
-    for (_, name), (found, keys) in zip(tasks, results, strict=True):
-        problems += found
-        for key in keys:
-            if (other := owners.setdefault(key, name)) != name:
-                problems.append(Problem(name, f"stands in {other}, too; pack both again after `plan`", key.decode()))
+        checked = list(pool.map(_verify_chunk, tasks) if pool is not None else map(_verify_chunk, tasks))
+    problems = [problem for one in checked for problem in one.problems]
+    problems += _problems_between(workspace, checked)
     logger.info("%s chunks verified, %s problems", f"{len(tasks):,}", f"{len(problems):,}")
     return problems
 
 
-def _verify_chunk(task: tuple[Path, str]) -> tuple[list[Problem], list[bytes]]:
-    """Return the problems of one chunk, and its keys if it is plain (combined ones repeat those of others)."""
+def _verify_chunk(task: tuple[Path, str]) -> _Checked:
     root, name = task
+    nothing = np.empty(0, dtype=np.uint64)
+    file = CHUNK_JSON
     try:
         chunk = load_chunk(root / name)
+        file = chunk.info.index
         check_not_stale(chunk)
-        rows = chunk.read_index().to_pylist()
+        index = chunk.read_index()
     except ChunkError as error:
-        return [Problem(name, str(error))], []
-    problems = [Problem(name, what, key) for what, key in _chunk_problems(chunk, rows)]
-    keys = [] if chunk.info.is_combined else [row["key"].encode() for row in rows]
-    return problems, keys
+        return _Checked(name, [Problem(name, str(error), file=file)], nothing)
+    problems = list(_chunk_problems(chunk, index.to_pylist()))
+    keys = key_numbers(index.column("key"))
+    return _Checked(name, problems, keys, chunk.info.is_combined, chunk.info.is_held_out)
 
 
-def _chunk_problems(chunk: Chunk, rows: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    info = chunk.info
-    if info.name != name_of(chunk.folder):
-        yield f"chunk.json calls it {info.name}; it was moved by hand", ""
+# --- between chunks ---
+
+
+def _problems_between(workspace: Workspace, checked: Sequence[_Checked]) -> Iterator[Problem]:
+    plain = [one for one in checked if not one.is_combined]
+    yield from _shared_keys(plain)
+    held_out = [one for one in plain if one.is_held_out]
+    if not held_out:
+        return
+    trained = [one for one in checked if not one.is_held_out]
+    out, mixed = _side(held_out), _side([one for one in trained if one.is_combined])
+    for name, key, other in _meetings(out, mixed, out[0], mixed[0]):
+        yield Problem(name, f"is held out in {other}; run `python -m sharding combine` again", f"{key:016x}")
+    relatives = read_parts(workspace.dedupe / "relatives", schema=RELATIVES)
+    if not relatives.num_rows:
+        return
+    finder = KeyRows(key_numbers(relatives.column("key")))
+    components = relatives.column("component").to_numpy()
+    sides = []
+    for keys, chunks, names in (out, _side(trained)):
+        rows = finder.of(keys)
+        is_related = rows >= 0
+        sides.append(((keys[is_related], chunks[is_related], names), components[rows[is_related]]))
+    (out, out_groups), (others, groups) = sides
+    for name, key, other in _meetings(out, others, out_groups, groups):
+        yield Problem(name, f"has a relative that is held out in {other}; run `plan` and `pack` again", f"{key:016x}")
+
+
+def _shared_keys(plain: Sequence[_Checked]) -> Iterator[Problem]:
+    keys, chunks, names = _side(plain)
+    order = np.lexsort((chunks, keys))
+    keys, chunks = keys[order], chunks[order]
+    for row in np.flatnonzero((keys[1:] == keys[:-1]) & (chunks[1:] != chunks[:-1])).tolist():
+        name, other = names[chunks[row + 1]], names[chunks[row]]
+        yield Problem(name, f"stands in {other}, too; pack both again after `plan`", f"{int(keys[row]):016x}")
+
+
+_Side = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]
+"""Keys of some chunks, each key's chunk as a number, and the chunks' names."""
+
+
+def _side(checked: Sequence[_Checked]) -> _Side:
+    keys = np.concatenate([np.empty(0, np.uint64), *(one.keys for one in checked)])
+    chunks = np.repeat(np.arange(len(checked)), [len(one.keys) for one in checked])
+    return keys, chunks, [one.name for one in checked]
+
+
+def _meetings(
+    held_out: _Side, trained: _Side, held_out_marks: np.ndarray[Any, Any], trained_marks: np.ndarray[Any, Any]
+) -> Iterator[tuple[str, int, str]]:
+    """Yield (chunk, key, held-out chunk) of each trained row whose mark, a key or a component, is held out, too."""
+    marks, first = np.unique(held_out_marks, return_index=True)
+    at = KeyRows(marks).of(trained_marks)
+    for row in np.flatnonzero(at >= 0).tolist():
+        other = held_out[2][held_out[1][first[at[row]]]]
+        yield trained[2][trained[1][row]], int(trained[0][row]), other
+
+
+# --- one chunk ---
+
+
+def _chunk_problems(chunk: Chunk, rows: list[dict[str, Any]]) -> Iterator[Problem]:
+    info, name = chunk.info, name_of(chunk.folder)
+    if info.name != name:
+        yield Problem(name, f"chunk.json calls it {info.name}; it was moved by hand")
     if len(rows) != info.num_samples:
-        yield f"the index has {len(rows):,} rows, chunk.json says {info.num_samples:,}", ""
+        yield Problem(name, f"the index has {len(rows):,} rows, chunk.json says {info.num_samples:,}")
     seen: set[str] = set()
     for row in rows:
         if row["key"] in seen:
-            yield "stands twice in the index", row["key"]
+            yield Problem(name, "stands twice in the index", row["key"])
+        if row["repeats"] < 1 or not row["loss_weight"] > 0:
+            yield Problem(name, f"repeats {row['repeats']}, loss_weight {row['loss_weight']}: it would not be trained",
+                          row["key"])  # fmt: skip
         seen.add(row["key"])
     shards = {shard.path: shard for shard in info.shards}
     members: dict[str, dict[str, tuple[int, int]]] = {}
     for shard in info.shards:
         if what := _shard_problem(chunk, shard):
-            yield f"shard {shard.path}: {what}", ""
+            yield Problem(name, f"shard {shard.path}: {what}", file="" if "/" in shard.path else shard.path)
         else:
-            members[shard.path] = _members(chunk.shard_path(shard.path))
+            members[shard.path] = shard_members(chunk.shard_path(shard.path))
     for row in rows:
         if row["shard"] not in shards or shards[row["shard"]].sha256 != row["shard_sha256"]:
-            yield f"its shard {row['shard']} is not the one that chunk.json names", row["key"]
+            yield Problem(name, f"its shard {row['shard']} is not the one that chunk.json names", row["key"])
     if info.is_combined and any("/" in shard.path for shard in info.shards):
-        yield from _target_problems(chunk, rows)
-        return
-    num_members = sum(len(names) for names in members.values())
-    if len(members) == len(shards) and num_members != 3 * len(rows):
-        yield f"the tars hold {num_members:,} files, the index needs {3 * len(rows):,}", ""
-    yield from _sample_problems(chunk, rows, members)
+        found = _target_problems(chunk, rows)
+    else:
+        num_members, num_needed = sum(map(len, members.values())), sum(len(member_names(row)) for row in rows)
+        if len(members) == len(shards) and num_members != num_needed:
+            yield Problem(name, f"the tars hold {num_members:,} files, the index needs {num_needed:,}")
+        found = _sample_problems(chunk, rows, members)
+    for what, key in found:
+        yield Problem(name, what, key)
 
 
 def _shard_problem(chunk: Chunk, shard: ShardFile) -> str:
@@ -132,7 +220,8 @@ def _shard_problem(chunk: Chunk, shard: ShardFile) -> str:
     return ""
 
 
-def _members(path: Path) -> dict[str, tuple[int, int]]:
+def shard_members(path: Path) -> dict[str, tuple[int, int]]:
+    """Return name → (offset, bytes) of the members of a tar, in their order."""
     with tarfile.open(path, "r:") as tar:
         return {member.name: (member.offset_data, member.size) for member in tar}
 
@@ -147,20 +236,22 @@ def _sample_problems(
     reader = ShardReader()
     try:
         for row in rows:
-            key, path = row["key"], chunk.shard_path(row["shard"])
+            key = row["key"]
             if row["shard"] in members:
-                for member, prefix in ((row["image_name"], "image"), (f"{key}.json", "json"), (f"{key}.txt", "txt")):
-                    place = (row[f"{prefix}_offset"], row[f"{prefix}_bytes"])
-                    if members[row["shard"]].get(member) != place:
+                for prefix, member in member_names(row).items():
+                    if members[row["shard"]].get(member) != (row[f"{prefix}_offset"], row[f"{prefix}_bytes"]):
                         yield f"{member} is not where the index says it is in {row['shard']}", key
             try:
-                image = reader.read(path, row["image_offset"], row["image_bytes"])
-                facts = reader.read(path, row["json_offset"], row["json_bytes"])
-                text = reader.read(path, row["txt_offset"], row["txt_bytes"]).decode(errors="replace")
+                image, facts, raw_text, mask = (
+                    reader.read_member(chunk.folder, row, place) for place in ("image", "json", "txt", "mask")
+                )
             except ChunkError as error:
                 yield str(error), key
                 continue
+            text = raw_text.decode(errors="replace")
             texts.append(text)
+            if mask and (what := _mask_problem(mask, row)):
+                yield what, key
             if what := _image_problem(image, row):
                 yield what, key
             if what := _facts_problem(facts, row):
@@ -184,6 +275,18 @@ def _image_problem(image: bytes, row: Mapping[str, Any]) -> str:
         return f"the picture does not decode: {error}"
     if (width, height) != (row["width"], row["height"]):
         return f"the picture is {width}x{height}, the index says {row['width']}x{row['height']}"
+    return ""
+
+
+def _mask_problem(mask: bytes, row: Mapping[str, Any]) -> str:
+    try:
+        size = decode_rgb(mask, max_pixels=_MANY_PIXELS).size
+    except ImageError as error:
+        return f"the mask does not decode: {error}"
+    with Image.open(io.BytesIO(mask)) as image:
+        kind = (image.format, image.mode)
+    if kind != ("PNG", "L") or size != (row["width"], row["height"]):
+        return f"the mask is {kind[0]} {kind[1]} of {size[0]}x{size[1]}, not grey PNG of the picture's size"
     return ""
 
 
