@@ -6,6 +6,7 @@ chunk when a picture is packed, else from its file; one that can be read from ne
 
 import io
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -57,8 +58,9 @@ def pick_keys(workspace: Workspace, *, num_per_dataset: int, seed: int) -> dict[
 def make_thumbnails(
     config: DatasetConfig, workspace: Workspace, keys: Iterable[str], *, max_bytes: int
 ) -> dict[str, Thumbnail]:
-    """Return thumbnails by key, in the order given, until their bytes reach `max_bytes`."""
-    wanted = list(dict.fromkeys(keys))
+    """Return thumbnails by key, in the order given, until their bytes reach `max_bytes`; a key counts each time."""
+    uses = Counter(keys)
+    wanted = list(uses)
     packed = _packed_places(workspace, wanted)
     files = _source_files(config, workspace, wanted)
     thumbnails: dict[str, Thumbnail] = {}
@@ -69,7 +71,7 @@ def make_thumbnails(
             thumbnail = _thumbnail(key, packed.get(key), files.get(key, ()), reader)
             if thumbnail is None:
                 continue
-            num_bytes += len(thumbnail.webp)
+            num_bytes += len(thumbnail.webp) * uses[key]
             if num_bytes > max_bytes:
                 break
             thumbnails[key] = thumbnail
