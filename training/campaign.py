@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from sharding.chunk import Chunk, ChunkError, list_chunks
+from sharding.chunk import HELD_OUT_NAME, Chunk, ChunkError, list_chunks
+from sharding.config import ConfigError
 from sharding.schema import Workspace
 from training.ledger import ChunkRecord, Line, chunk_records
 from training.run_dir import RunDir
@@ -50,8 +51,9 @@ def read_campaign(workspace: Path, patterns: Sequence[str], run_dir: RunDir | No
     """Return the chunks that match, pattern by pattern, each pattern's sorted by name, none twice.
 
     run_dir: None for a run that does not exist yet. A chunk may be deleted from the workspace once it is done: the
-    ledger remembers it.
-    Raises ChunkError when a pattern matches nothing, LedgerError for a damaged ledger.
+    ledger remembers it. What is held out for validation matches no pattern.
+    Raises ConfigError for a pattern that asks for held-out chunks, ChunkError when one matches nothing, LedgerError
+    for a damaged ledger.
     """
     lines = tuple(run_dir.read_ledger()) if run_dir is not None else ()
     records = chunk_records(lines)
@@ -59,6 +61,7 @@ def read_campaign(workspace: Path, patterns: Sequence[str], run_dir: RunDir | No
     known = {*there, *(name for name, record in records.items() if record.status != "superseded")}
     names: dict[str, None] = {}
     for pattern in patterns:
+        require_not_held_out(pattern)
         matching = sorted(fnmatch.filter(known, pattern))
         if not matching:
             shown = ", ".join(sorted(there)[:5]) or "no chunks at all"
@@ -77,8 +80,18 @@ def is_done(name: str, records: Mapping[str, ChunkRecord]) -> bool:
     return name in records and records[name].status == "done"
 
 
+def require_not_held_out(name: str) -> None:
+    """Raise ConfigError if a chunk's name, or a pattern, is that of a dataset's held-out chunk."""
+    if name.rpartition("/")[2] == HELD_OUT_NAME:
+        raise ConfigError(
+            f"chunk {name}: it is held out for validation and no run trains it; name a numbered chunk, "
+            "or set plan.held_out = 0, plan and pack again to release it for training"
+        )
+
+
 def require_in_campaign(name: str, names: Sequence[str]) -> None:
-    """Raise ChunkError if the run has no such chunk."""
+    """Raise ChunkError if the run has no such chunk, ConfigError if it is held out."""
+    require_not_held_out(name)
     if name not in names:
         raise ChunkError(f"chunk {name}: not in this run's data.chunks; there are {', '.join(names[:5])} …")
 

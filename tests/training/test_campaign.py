@@ -1,8 +1,10 @@
+import json
 import shutil
 
 import pytest
 
 from sharding.chunk import ChunkError
+from sharding.config import ConfigError
 from training.campaign import (
     StatusRow,
     chunk_rows,
@@ -129,3 +131,14 @@ def test_a_half_trained_chunk_that_is_gone_is_not_passed_over(run_with_first_chu
     assert campaign.next == "made/0000"
     with pytest.raises(ChunkError, match="made/0000: this run has started it, but it is gone from the workspace"):
         campaign.chunk("made/0000")
+
+
+def test_what_is_held_out_is_never_offered_whatever_its_folder_is_called(run_toml):
+    workspace = run_toml.parent / "workspace"
+    folder = workspace / "chunks" / "made" / "0001"
+    facts = json.loads((folder / "chunk.json").read_text())
+    (folder / "chunk.json").write_text(json.dumps(facts | {"is_held_out": True}))
+
+    assert read_campaign(workspace, ["made/*"], None).names == ("made/0000",)
+    with pytest.raises(ConfigError, match=r"made/held-out: it is held out for validation and no run trains it"):
+        read_campaign(workspace, ["made/*", "made/held-out"], None)

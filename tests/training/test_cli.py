@@ -61,6 +61,13 @@ def test_a_chunk_that_does_not_exist_is_bad_data(capsys, run_toml, tmp_path):
     assert "chunk made/0007: not in this run's data.chunks; there are made/0000, made/0001" in line
 
 
+def test_a_held_out_chunk_is_refused_as_bad_usage(capsys, run_toml, tmp_path):
+    code, line = refusal(capsys, "run", run_toml, "--run-dir", tmp_path / "run", "--chunk", "made/held-out")
+
+    assert code == 2
+    assert "chunk made/held-out: it is held out for validation" in line
+
+
 def test_a_pattern_without_chunks_is_bad_data(capsys, run_toml, tmp_path):
     code, line = refusal(capsys, "run", run_toml, "--run-dir", tmp_path / "run", "--set", "data.chunks=['cats/*']")
 
