@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from sharding.config import DatasetConfig
@@ -115,6 +115,118 @@ def _dedupe(options: argparse.Namespace) -> Answer:
     from sharding.dedupe import dedupe
 
     return _answer(dedupe(*_open(options), dry_run=options.dry_run))
+
+
+def _explain(options: argparse.Namespace) -> Answer:
+    from sharding.explain import explain
+
+    found = explain(*_open(options), options.key)
+    return Answer("\n".join(explanation.summary() for explanation in found), [asdict(each) for each in found])
+
+
+def _apply_options(parser: argparse.ArgumentParser) -> None:
+    ways = parser.add_mutually_exclusive_group(required=True)
+    ways.add_argument("--move", type=Path, metavar="DIR", help="move dropped files to DIR/SOURCE/PATH")
+    ways.add_argument("--hardlink", action="store_true", help="make identical files hard links to their keepers")
+    ways.add_argument("--trash", action="store_true", help="move dropped files to the desktop's trash")
+    ways.add_argument("--undo", type=Path, metavar="JOURNAL", help="take back what a journal says")
+    parser.add_argument("--reason", action="append", default=[], metavar="R", dest="reasons",
+                        help="only files dropped for this reason; repeatable")  # fmt: skip
+    parser.add_argument("--journal", type=Path, metavar="FILE", help="default: journals/ in the workspace")
+    parser.add_argument("--yes", action="store_true", help="do it; without it nothing is touched")
+
+
+def _apply(options: argparse.Namespace) -> Answer:
+    import time
+
+    from sharding.disposal import REASONS, dispose
+    from sharding.journal import undo
+
+    config, workspace = _open(options)
+    if options.undo is not None:
+        return _answer(undo(options.undo, dry_run=not options.yes))
+    action: Literal["move", "hardlink", "trash"] = (
+        "move" if options.move is not None else "hardlink" if options.hardlink else "trash"
+    )
+    name = time.strftime(f"{action}-%Y%m%d-%H%M%S.csv")
+    return _answer(dispose(config, workspace, action=action, folder=options.move,
+                           journal=options.journal or workspace.root / "journals" / name,
+                           reasons=options.reasons or REASONS, dry_run=not options.yes))  # fmt: skip
+
+
+def _contact_sheet_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.png")
+    parser.add_argument("--num-groups", type=_count, default=20, metavar="N", help="default: %(default)s")
+
+
+def _contact_sheet(options: argparse.Namespace) -> Answer:
+    from sharding.contact_sheet import draw_contact_sheet
+
+    return _answer(draw_contact_sheet(*_open(options), options.output, num_groups=options.num_groups))
+
+
+def _add_file(help_text: str) -> Callable[[argparse.ArgumentParser], None]:
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("file", type=Path, metavar="FILE", help=help_text)
+
+    return add
+
+
+def _export_czkawka(options: argparse.Namespace) -> Answer:
+    from sharding.czkawka import export_czkawka
+
+    groups, files = export_czkawka(*_open(options), options.file)
+    return Answer(f"{options.file}: {files:,} files in {groups:,} groups", {"groups": groups, "files": files})
+
+
+# --- decisions ---
+
+
+def _decide_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("keys", nargs="*", metavar="KEY")
+    parser.add_argument("--where", metavar="SQL", help="every kept picture for which this is true, for example "
+                        "\"score_quality < 0.2 and list_contains(tags_general, 'comic')\"")  # fmt: skip
+    parser.add_argument("--who", default="", help="default: the user's name")
+    parser.add_argument("--why", default="", metavar="TEXT")
+    _add_dry_run(parser)
+
+
+def _decide(options: argparse.Namespace) -> Answer:
+    import getpass
+
+    import pyarrow as pa
+
+    from sharding.decisions import add_decisions, make_decisions
+    from sharding.selection import select_keys
+
+    _, workspace = _open(options)
+    if bool(options.keys) == (options.where is not None):
+        raise ValueError("give either keys or --where")
+    keys = pa.array(options.keys, pa.string()) if options.keys else select_keys(workspace, options.where)
+    rows = make_decisions(keys, decision=options.decision, who=options.who or getpass.getuser(),
+                          why=options.why or options.where or "")  # fmt: skip
+    return _answer(add_decisions(workspace, rows, dry_run=options.dry_run))
+
+
+def _import_decisions_options(parser: argparse.ArgumentParser) -> None:
+    _add_file("CSV with the columns key, decision, who, why")(parser)
+    _add_dry_run(parser)
+
+
+def _import_decisions(options: argparse.Namespace) -> Answer:
+    from sharding.decisions import add_decisions, parse_decisions
+
+    _, workspace = _open(options)
+    rows = parse_decisions(options.file.read_text(encoding="utf-8"), name=str(options.file))
+    return _answer(add_decisions(workspace, rows, dry_run=options.dry_run))
+
+
+def _export_decisions(options: argparse.Namespace) -> Answer:
+    from sharding.decisions import export_decisions
+
+    _, workspace = _open(options)
+    count = export_decisions(workspace, options.file)
+    return Answer(f"{options.file}: {count:,} decisions", {"decisions": count})
 
 
 # --- plan, pack, combine, verify ---
@@ -264,6 +376,26 @@ def _import_kohya(options: argparse.Namespace) -> Answer:
 COMMANDS = {
     "scan": Command("one row per file: key, size, date, tags, perceptual hash", _scan, _scan_options),
     "dedupe": Command("groups of near-duplicates, which one stays and why", _dedupe, _add_dry_run),
+    "dedupe explain": Command(
+        "why a picture stayed or went",
+        _explain,
+        positionals=(("key", "a key, its first digits, or the path of a file"),),
+    ),
+    "dedupe apply": Command("move, link or trash the source files that dedupe dropped", _apply, _apply_options),
+    "dedupe contact-sheet": Command(
+        "draw groups, nearest to the threshold first", _contact_sheet, _contact_sheet_options
+    ),
+    "export-czkawka": Command(
+        "duplicate groups in the form of czkawka's results", _export_czkawka, _add_file("OUT.json or OUT.csv")
+    ),
+    "decide": Command(
+        "say keep, drop, not_a_duplicate, preferred_keeper or forget of pictures",
+        _decide,
+        _decide_options,
+        positionals=(("decision", "one of these words"),),
+    ),
+    "decisions import": Command("add decisions from a CSV", _import_decisions, _import_decisions_options),
+    "decisions export": Command("write all decisions as CSV", _export_decisions, _add_file("the CSV to write")),
     "plan": Command("which sample goes into which chunk", _plan, _add_dry_run),
     "pack": Command("write planned chunks as webdataset shards", _pack, _pack_options),
     "combine": Command("mix chunk k of every dataset into combined chunks", _combine, _combine_options),

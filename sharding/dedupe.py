@@ -155,6 +155,16 @@ def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False
     return replace(report, parts_made=parts_made)
 
 
+def is_dedupe_current(config: DatasetConfig, workspace: Workspace) -> bool:
+    """Tell whether the tables are those of today's manifest, settings, plan and decisions.
+
+    Raises as `dedupe` does.
+    """
+    parts = _manifest_parts(workspace)
+    made_from = _made_from(config, parts, read_decisions(workspace))
+    return _current_report(workspace, parts, made_from, _planned_keys(workspace), dry_run=True) is not None
+
+
 def _find_pairs(
     config: DatasetConfig, workspace: Workspace, candidates: Candidates, places: Places, *, dry_run: bool
 ) -> tuple[Pairs, int]:
