@@ -52,7 +52,7 @@ class RepairReport:
 def repair(
     config: DatasetConfig, workspace: Workspace, problems: Sequence[Problem], *, workers: int = 0
 ) -> RepairReport:
-    """Make again what `problems` of `verify` name as damaged, then verify the chunks that were touched.
+    """Make again what `problems` of `verify` name as damaged, then verify those chunks again.
 
     Raises what `pack` raises: missing sources or captions, a full disk, too many unusable files.
     """
@@ -63,9 +63,9 @@ def repair(
     combined = {name: damage.pop(name) for name in sorted(damage) if name.split("/")[0] == config.combine.name}
     restored, packed_anew = _repair_plain(config, workspace, damage, workers=workers)
     restored += _repair_combined(config, workspace, combined)
-    touched = {*damage, *combined}
-    left = [problem for problem in problems if problem.chunk not in touched]
-    left += verify(workspace, workers=workers, names=sorted(touched)) if touched else []
+    left = [problem for problem in problems if problem.other]
+    names = {problem.chunk for problem in problems if not problem.other}
+    left += [problem for problem in verify(workspace, workers=workers, names=sorted(names)) if problem not in left]
     return RepairReport(tuple(restored), tuple(packed_anew), tuple(left))
 
 

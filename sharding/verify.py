@@ -52,6 +52,8 @@ class Problem:
     key: str = ""
     file: str = ""
     """What `repair` makes again: chunk.json, the index, or a shard as chunk.json names it; "" when it cannot help."""
+    other: str = ""
+    """The other chunk, when it is a problem between two."""
 
     def __str__(self) -> str:
         return f"chunk {self.chunk}: {f'key {self.key}: ' if self.key else ''}{self.what}"
@@ -123,7 +125,7 @@ def _problems_between(workspace: Workspace, checked: Sequence[_Checked]) -> Iter
     trained = [one for one in checked if not one.is_held_out]
     out, mixed = _side(held_out), _side([one for one in trained if one.is_combined])
     for name, key, other in _meetings(out, mixed, out[0], mixed[0]):
-        yield Problem(name, f"is held out in {other}; run `python -m sharding combine` again", f"{key:016x}")
+        yield Problem(name, f"is held out in {other}; run `python -m sharding combine` again", f"{key:016x}", other=other)
     relatives = read_parts(workspace.dedupe / "relatives", schema=RELATIVES)
     if not relatives.num_rows:
         return
@@ -136,7 +138,8 @@ def _problems_between(workspace: Workspace, checked: Sequence[_Checked]) -> Iter
         sides.append(((keys[is_related], chunks[is_related], names), components[rows[is_related]]))
     (out, out_groups), (others, groups) = sides
     for name, key, other in _meetings(out, others, out_groups, groups):
-        yield Problem(name, f"has a relative that is held out in {other}; run `plan` and `pack` again", f"{key:016x}")
+        what = f"has a relative that is held out in {other}; run `plan` and `pack` again"
+        yield Problem(name, what, f"{key:016x}", other=other)
 
 
 def _shared_keys(plain: Sequence[_Checked]) -> Iterator[Problem]:
@@ -145,7 +148,8 @@ def _shared_keys(plain: Sequence[_Checked]) -> Iterator[Problem]:
     keys, chunks = keys[order], chunks[order]
     for row in np.flatnonzero((keys[1:] == keys[:-1]) & (chunks[1:] != chunks[:-1])).tolist():
         name, other = names[chunks[row + 1]], names[chunks[row]]
-        yield Problem(name, f"stands in {other}, too; pack both again after `plan`", f"{int(keys[row]):016x}")
+        what = f"stands in {other}, too; pack both again after `plan`"
+        yield Problem(name, what, f"{int(keys[row]):016x}", other=other)
 
 
 _Side = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[str]]
