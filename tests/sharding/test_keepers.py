@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding.cut import RULES, Candidates
-from sharding.keepers import decide
+from sharding.keepers import REASONS, decide
 from sharding.pairs import PairRules, Pictures, find_pairs
 
 ORDER = ("priority", "pixels", "lossless", "bytes", "date")
@@ -85,3 +85,118 @@ def test_planning_any_of_the_kept_keeps_the_same_ones(seed, max_diameter):
     after = decide_all(planned, 6, max_diameter=max_diameter, order=("pixels",))
 
     assert ((after.keeper == np.arange(num_files)) == kept).all()
+
+
+# --- turns, crops, variants, references, decisions ---
+
+BASE = 0x5A5A_C3C3_F00F_1234
+
+
+def hashes(*flipped):
+    """One hash per argument: BASE with these bits flipped."""
+    values = [BASE ^ sum(1 << bit for bit in bits) for bits in flipped]
+    return np.array(values, dtype=np.uint64).reshape(-1, 1)
+
+
+def fates(decision):
+    return [REASONS[reason] for reason in decision.reason]
+
+
+def flags(count, *chosen):
+    result = np.zeros(count, dtype=bool)
+    result[list(chosen)] = True
+    return result
+
+
+def no_crops(is_new):
+    return np.empty((0, 2), np.int64)
+
+
+def test_a_turned_copy_is_found_from_either_side_and_dropped_as_such():
+    phash = np.array([[BASE], [0x0123456789ABCDEF], [0x0F1E2D3C4B5A6978]], dtype=np.uint64)
+    turned = np.array([[[7]], [[BASE ^ 1]], [[9]]], dtype=np.uint64)
+    candidates = candidates_of(np.arange(3), phash, turned=turned, pixels=np.array([5, 9, 9]))
+
+    decision = decide_all(candidates, 4, max_diameter=8)
+
+    assert fates(decision) == ["turned_copy", "kept", "kept"]
+    assert (decision.keeper[0], decision.distance[0]) == (1, 1)
+
+
+def test_a_crop_goes_only_for_a_keeper_that_it_has_a_pair_with():
+    """whole (0) ~ crop (1) by a crop pair; crop (1) ~ its copy (2) by hash; the copy has no pair with the whole."""
+    phash = np.array([[BASE], [0x0123456789ABCDEF], [0x0123456789ABCDEE]], dtype=np.uint64)
+    candidates = candidates_of(np.arange(3), phash, pixels=np.array([9, 5, 4]))
+
+    decision = decide_all(candidates, 4, max_diameter=8, find_crops=lambda is_new: np.array([[0, 1]]))
+
+    assert fates(decision) == ["kept", "cropped_copy", "kept"]
+    assert (decision.keeper.tolist(), decision.distance[1], decision.num_cut_off) == ([0, 0, 2], -1, 1)
+    assert len(set(decision.component)) == 1 and decision.largest_component == 3
+
+
+def test_a_variant_is_no_duplicate_of_its_keeper_even_through_a_third():
+    """0 ~ 1 and 1 ~ 2 are near; 2 is a variant of 0, the keeper: it stays, as a relative."""
+    candidates = candidates_of(np.arange(3), hashes((), (1,), (1, 2)), pixels=np.array([9, 5, 4]))
+
+    def are_variants(left, right):
+        return np.abs(left - right) == 2
+
+    decision = decide_all(candidates, 1, max_diameter=8, are_variants=are_variants)
+
+    assert fates(decision) == ["kept", "near_duplicate", "kept"]
+    assert decision.component[0] == decision.component[2] >= 0
+
+
+def test_a_reference_wins_over_everything_and_is_not_kept():
+    candidates = candidates_of(
+        np.array([1, 2, 3, 3]), hashes((), (1,), (2,), (2,)), pixels=np.array([1, 9, 9, 9]),
+        is_reference=flags(4, 0), is_planned=flags(4, 1), is_protected=flags(4, 2, 3),
+    )  # fmt: skip
+
+    decision = decide_all(candidates, 4, max_diameter=8)
+
+    assert fates(decision) == ["reference", "duplicate_of_reference", "kept", "identical_bytes"]
+    assert RULES[decision.rule[1]] == "reference"
+
+
+def test_a_reference_takes_identical_files_of_any_priority():
+    candidates = candidates_of(
+        np.array([7, 7]), hashes((), ()), priority=np.array([9, 0], np.int32), is_reference=flags(2, 1)
+    )
+
+    assert fates(decide_all(candidates, 4, max_diameter=8)) == ["duplicate_of_reference", "reference"]
+
+
+def test_people_decide_last():
+    count = 6
+    phash = hashes((), (1,), (2,), (3,), (4,), (5,))
+    pixels = np.array([9, 8, 7, 6, 5, 4])
+    plain = candidates_of(np.arange(count), phash, pixels=pixels)
+    assert fates(decide_all(plain, 4, max_diameter=8)) == ["kept"] + ["near_duplicate"] * 5
+
+    decided = replace(
+        plain, is_dropped=flags(count, 0), is_apart=flags(count, 1), is_protected=flags(count, 2),
+        is_preferred=flags(count, 4),
+    )  # fmt: skip
+    decision = decide_all(decided, 4, max_diameter=8)
+
+    assert fates(decision) == [
+        "dropped_by_decision", "kept", "kept", "near_duplicate", "kept", "near_duplicate",
+    ]  # fmt: skip
+    assert decision.keeper[3] == decision.keeper[5] == 4 and RULES[decision.rule[3]] == "preferred"
+
+
+def test_a_planned_picture_stays_over_a_preferred_one():
+    candidates = candidates_of(np.arange(2), hashes((), (1,)), is_planned=flags(2, 0), is_preferred=flags(2, 1))
+
+    assert fates(decide_all(candidates, 4, max_diameter=8)) == ["kept", "better_copy_of_planned"]
+
+
+def test_a_chain_is_told():
+    chain = [tuple(range(4 * n)) for n in range(6)]
+    candidates = candidates_of(np.arange(6), hashes(*chain))
+
+    decision = decide_all(candidates, 4, max_diameter=8)
+
+    assert (decision.largest_component, decision.num_cut_off) == (6, 3)
