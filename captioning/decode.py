@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy.typing as npt
+from PIL import Image
 
 from captioning.plugin import OK, FilePreparer, Preparer
 from sharding import files, images
@@ -70,14 +71,18 @@ def prepare_image(task: ImageTask) -> PreparedImage:
         image = images.decode_rgb(data, min_side=task.min_side)
     except images.ImageError as error:
         return PreparedImage(error.reason, 1, detail=error.detail)
-    made: dict[Preparer, npt.NDArray[Any]] = {}
-    for preparer in task.preparers.values():
-        if preparer not in made:
-            if isinstance(preparer, FilePreparer):
-                made[preparer] = preparer.prepare_file(data, image)
-            else:
-                made[preparer] = preparer.prepare(image)
+    try:
+        made = {it: _prepare(it, data, image) for it in set(task.preparers.values())}
+    except Exception as error:  # a mistake of the preparer's, but one must know which picture shows it
+        error.add_note(f"while preparing {task.key} {task.path}")
+        raise
     return PreparedImage(OK, 1, pixels={name: made[it] for name, it in task.preparers.items()})
+
+
+def _prepare(preparer: Preparer, data: bytes, image: Image.Image) -> npt.NDArray[Any]:
+    if isinstance(preparer, FilePreparer):
+        return preparer.prepare_file(data, image)
+    return preparer.prepare(image)
 
 
 class Decoders:

@@ -5,6 +5,7 @@ dark or too soft is a policy's to say.
 """
 
 import io
+import warnings
 
 import numpy as np
 import numpy.typing as npt
@@ -44,13 +45,13 @@ def sharpness(image: Image.Image) -> float:
 
 
 def borders(image: Image.Image) -> float:
-    """Return the share of the picture that is a plain frame or bars, 0 … 1; 1 for a picture of one colour.
+    """Return the share of the picture that is a plain frame or bars, 0 … 1; 1 for one colour or two halves.
 
     A line belongs to it while all its pixels are within 8 levels of the corner where the border starts.
     """
     pixels = np.asarray(image)
     top, bottom = _plain_lines(pixels), _plain_lines(pixels[::-1, ::-1])
-    if top == len(pixels):
+    if top + bottom >= len(pixels):
         return 1.0
     inner = pixels[top : len(pixels) - bottom].swapaxes(0, 1)
     left, right = _plain_lines(inner), _plain_lines(inner[::-1, ::-1])
@@ -80,7 +81,10 @@ def jpeg_quality(data: bytes) -> float | None:
 
     Exact for files by libjpeg and everything that scales its tables; an estimate for those with tables of their own.
     """
-    with Image.open(io.BytesIO(data)) as file:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what the decoder has passed already
+        file = Image.open(io.BytesIO(data))
+    with file:
         if not isinstance(file, JpegImagePlugin.JpegImageFile) or not file.quantization:
             return None
         table = np.array(file.quantization[min(file.quantization)])

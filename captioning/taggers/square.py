@@ -17,6 +17,8 @@ from captioning.taggers.resampling import area_mean, lanczos4, to_uint8
 
 Geometry = Literal["demo", "kohya", "kohya_087", "tag_editor"]
 WHITE = (255, 255, 255)
+_ORIENTATION = 0x0112
+"""EXIF tag."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,13 @@ class OpaquePreparer:
 
     def prepare_file(self, data: bytes, image: Image.Image) -> Pixels:
         """Return (side, side, 3) uint8 BGR."""
-        with Image.open(io.BytesIO(data)) as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of just what is asked for
-            is_plain = file.mode == "RGB" and not {"transparency", "icc_profile"} & set(file.info)
-            if is_plain and file.getexif().get(0x0112, 1) == 1:
-                return self.square.prepare(image)
-            return self.square.prepare(file.convert("RGB"))
+            with Image.open(io.BytesIO(data)) as file:
+                is_plain = file.mode == "RGB" and not {"transparency", "icc_profile"} & set(file.info)
+                if is_plain and file.getexif().get(_ORIENTATION, 1) == 1:
+                    return self.square.prepare(image)
+                return self.square.prepare(file.convert("RGB"))
 
     @property
     def min_side(self) -> int:

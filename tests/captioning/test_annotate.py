@@ -377,6 +377,25 @@ def test_a_missing_runtime_says_which_extra_to_install(lab, model_tables, monkey
         annotate(lab.annotate_config(model_tables), lab.workspace)
 
 
+class Stumble:
+    """A preparer with a mistake in it."""
+
+    min_side = 1
+
+    def prepare(self, image):
+        raise IndexError("out of bounds")
+
+
+def test_a_mistake_in_a_preparer_names_the_picture_that_shows_it(lab):
+    (record,) = lab.save(lab.png(64, 64))
+    task = ImageTask(record["key"], lab.pictures / record["path"], record["num_bytes"], {"x": Stumble()})
+
+    with Decoders(1, batch_size=1) as decoders, pytest.raises(IndexError) as caught:
+        list(decoders.in_order([(0, task)]))
+
+    assert caught.value.__notes__ == [f"while preparing {task.key} {task.path}"]
+
+
 class KillTheWorker:
     """A preparer that takes its process down, as the kernel does when memory runs out."""
 

@@ -64,6 +64,8 @@ def test_borders_are_the_share_of_the_frame(picture, top, bottom, left, right):
 def test_a_picture_of_one_colour_is_all_border():
     assert measures.borders(Image.new("RGB", (1, 1))) == 1
     assert measures.borders(Image.new("RGB", (50, 20), (9, 200, 7))) == 1
+    assert measures.borders(grey([[0] * 30] * 5 + [[255] * 30] * 6)) == 1
+    assert measures.borders(grey([[0] * 5 + [255] * 6] * 30)) == 1
 
 
 def test_blockiness_by_hand():

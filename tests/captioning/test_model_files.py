@@ -43,6 +43,23 @@ def test_what_the_hub_does_not_have_is_an_error_that_names_it(hub):
         locate("no/such/folder", revision="main", patterns=["*"])
 
 
+def test_a_subfolder_of_a_repository_is_another_model_than_its_neighbour(hub, monkeypatch):
+    asked = []
+    import huggingface_hub
+
+    original = huggingface_hub.snapshot_download
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, **options: (asked.append(options["allow_patterns"]), original(name, **options))[1],
+    )
+
+    found = [locate("owner/model", revision="main", patterns=["*.onnx"], subfolder=name) for name in ("a", "b")]
+
+    assert found == [(hub / "a", "abc123/a"), (hub / "b", "abc123/b")]
+    assert asked == [["a/*.onnx"], ["b/*.onnx"]]
+
+
 def test_a_local_folder_comes_before_the_hub_and_changes_with_its_bytes(tmp_path, monkeypatch):
     folder = tmp_path / "owner" / "model"
     folder.mkdir(parents=True)
