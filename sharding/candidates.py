@@ -21,7 +21,7 @@ from sharding.decisions import Decisions
 from sharding.images import LOSSLESS_FORMATS
 from sharding.keys import is_in, key_numbers, key_texts
 from sharding.phash import are_degenerate, hash_bits, hash_words
-from sharding.tables import part_metadata, read_part
+from sharding.tables import read_part
 
 _COLUMNS = (
     "key", "sha256", "source", "num_bytes", "format", "width", "height", "created_at", "phash", "turned_phashes",
@@ -95,19 +95,17 @@ def read_candidates(
     )
 
 
-def content_digests(candidates: Candidates, places: Places, *, with_parts: bool) -> list[str]:
+def content_digests(candidates: Candidates, places: Places) -> list[str]:
     """Return for each part a digest of what pairs are made from: its kept keys and hashes, in order.
 
-    with_parts: pairs are also made from sketches or local features, so any new scan of a part counts.
+    Sketches and local features follow from the key and their version, which is among the settings.
     """
     digests = []
-    for number, part in enumerate(places.parts):
+    for number in range(len(places.parts)):
         rows = places.of_part(number)
         digest = hashlib.sha256()
         for values in (candidates.key, candidates.phash, candidates.turned):
             digest.update(np.ascontiguousarray(values[rows]).data)
-        if with_parts:
-            digest.update(part_metadata(part).get("made_from", "").encode())
         digests.append(digest.hexdigest())
     return digests
 

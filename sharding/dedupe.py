@@ -99,7 +99,7 @@ class DedupeReport:
         elif self.is_dry_run:
             lines.append("nothing was written (--dry-run)")
         else:
-            lines.append(f"{self.num_searched:,} pictures were searched for, the pairs of the others are known")
+            lines.append(f"{self.num_searched:,} pictures were searched for; the pairs of the others were known")
             lines.append(f"{self.parts_made:,} parts of dedupe/kept written, the others are current")
         return "\n".join(lines)
 
@@ -170,7 +170,7 @@ def _find_pairs(
 ) -> tuple[Pairs, int]:
     key, first = np.unique(candidates.key, return_index=True)
     pictures = Pictures(key, candidates.phash[first], candidates.turned[first], candidates.is_comparable[first])
-    digests = content_digests(candidates, places, with_parts=False)
+    digests = content_digests(candidates, places)
     keys = [candidates.key[places.of_part(number)] for number in range(len(places.parts))]
     return update_pairs(
         workspace.dedupe / "pairs" / part_name(0),

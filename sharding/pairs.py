@@ -1,8 +1,9 @@
 """The table `dedupe/pairs`: which pictures are like which, kept from run to run so that only what is new is searched.
 
-A pair depends on its two pictures and the settings alone, so the pairs of a set are those among its old pictures, which
-are in the table, and those with a new one. Old is what stands in a part of the manifest whose keys and hashes are those
-of the last run. The result equals a full search, row for row.
+A near, turned or variant pair depends on its two pictures and the settings alone, so the pairs of a set are those
+among its old pictures, which are in the table, and those with a new one. Old is what stands in a part of the manifest
+whose keys and hashes are those of the last run. Crops depend on how common their features are in the whole set, so they
+are always searched in full. The result equals a full search, row for row.
 
 Knows nothing of who stays; people's decisions and plans change no pair.
 """
@@ -85,14 +86,14 @@ class PairRules:
     """What makes a pair. radius: bits, for `near` and `turned`.
 
     are_variants(left, right): tells of rows of Pictures whether each near pair is a picture and its variant; None asks
-    nothing. find_crops(is_new): all pairs (P, 2) of rows of Pictures of which one is a part of the other and one at
-    least is new; None looks for none. name: says which of these there are, for the digest.
+    nothing. find_crops(): all pairs (P, 2) of rows of Pictures of which one is a part of the other; None looks for
+    none. name: says which of these there are, and their versions, for the digest.
     """
 
     radius: int
     name: str = ""
     are_variants: Callable[[Rows, Rows], Flags] | None = None
-    find_crops: Callable[[Flags], Rows] | None = None
+    find_crops: Callable[[], Rows] | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def update_pairs(
         return known, 0
     is_new = _are_new(pictures, [keys for digest, keys in parts if digest in known_digests], known)
     old = pictures.key[~is_new]
-    among_old = _contains(old, known.left) & _contains(old, known.right)
+    among_old = _contains(old, known.left) & _contains(old, known.right) & ~known.is_crop
     pairs = Pairs.join([known.take(among_old), find_pairs(pictures, rules, is_new)])
     if not dry_run:
         facts = {"settings": settings, "parts": json.dumps(digests)}
@@ -138,7 +139,10 @@ def update_pairs(
 
 
 def find_pairs(pictures: Pictures, rules: PairRules, is_new: Flags) -> Pairs:
-    """Return all pairs of which one picture at least is new. is_new must be the same for pictures of equal hash."""
+    """Return all crops, and all other pairs of which one picture at least is new.
+
+    is_new must be the same for pictures of equal hash.
+    """
     is_crowded, first_of_crowd = _crowds(pictures)
     listed = np.flatnonzero(pictures.is_comparable & ~is_crowded)
     crowded = np.flatnonzero(is_crowded & is_new)
@@ -146,7 +150,7 @@ def find_pairs(pictures: Pictures, rules: PairRules, is_new: Flags) -> Pairs:
     for turn in range(pictures.turned.shape[1]):
         pieces.append(_turned(pictures, turn, rules.radius, is_new, listed))
     if rules.find_crops is not None:
-        found = rules.find_crops(is_new)
+        found = rules.find_crops()
         pieces.append(
             _pairs(pictures.key, found[:, 0], found[:, 1], np.full(len(found), _NO_DISTANCE, np.int32), _CROP)
         )

@@ -108,10 +108,6 @@ def flags(count, *chosen):
     return result
 
 
-def no_crops(is_new):
-    return np.empty((0, 2), np.int64)
-
-
 def test_a_turned_copy_is_found_from_either_side_and_dropped_as_such():
     phash = np.array([[BASE], [0x0123456789ABCDEF], [0x0F1E2D3C4B5A6978]], dtype=np.uint64)
     turned = np.array([[[7]], [[BASE ^ 1]], [[9]]], dtype=np.uint64)
@@ -128,7 +124,7 @@ def test_a_crop_goes_only_for_a_keeper_that_it_has_a_pair_with():
     phash = np.array([[BASE], [0x0123456789ABCDEF], [0x0123456789ABCDEE]], dtype=np.uint64)
     candidates = candidates_of(np.arange(3), phash, pixels=np.array([9, 5, 4]))
 
-    decision = decide_all(candidates, 4, max_diameter=8, find_crops=lambda is_new: np.array([[0, 1]]))
+    decision = decide_all(candidates, 4, max_diameter=8, find_crops=lambda: np.array([[0, 1]]))
 
     assert fates(decision) == ["kept", "cropped_copy", "kept"]
     assert (decision.keeper.tolist(), decision.distance[1], decision.num_cut_off) == ([0, 0, 2], -1, 1)
