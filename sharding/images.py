@@ -108,14 +108,32 @@ def decode_rgb(data: bytes, *, min_side: int | None = None, max_pixels: int = MA
 
     Raises ImageError; a truncated file is `undecodable`, never a half grey picture.
     """
+    return _decode(data, min_side, max_pixels, is_grey=False)
+
+
+def decode_grey(data: bytes, *, min_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode to upright grey pixels in mode L, otherwise as `decode_rgb`.
+
+    The luma that a JPEG stores is taken as it is: its colours are not decoded unless a profile has to be applied. It
+    differs from `decode_rgb(data).convert("L")` by a level, by more where the colours are outside of RGB.
+    """
+    return _decode(data, min_side, max_pixels, is_grey=True)
+
+
+def _decode(data: bytes, min_side: int | None, max_pixels: int, *, is_grey: bool) -> Image.Image:
     with _quiet(max_pixels), _open(data, max_pixels) as image:
         try:
-            if min_side is not None and image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-                image.draft(image.mode, (min_side, min_side))
-            if image.format == "JPEG":
+            is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
+            takes_luma = is_grey and is_jpeg and _is_srgb(image.info.get("icc_profile"))
+            if is_jpeg:
+                image.draft("L" if takes_luma else image.mode, (min_side, min_side) if min_side else None)
                 image.decodermaxblock = len(data)  # in pieces, the Huffman decoder runs slowly at the end of each
             image.load()
-            return _to_upright_rgb(image)
+            if takes_luma:
+                ImageOps.exif_transpose(image, in_place=True)
+                return image
+            rgb = _to_upright_rgb(image)
+            return rgb.convert("L") if is_grey else rgb
         except _DECODE_ERRORS as error:
             raise ImageError("undecodable", _evidence(error)) from error
 

@@ -16,7 +16,7 @@ from PIL import Image
 Algorithm = Literal["phash", "dhash", "average_hash", "whash", "colorhash"]
 Turn = Literal["mirror", "flip", "rotate_90", "rotate_180", "rotate_270"]
 
-HASH_VERSION = 2
+HASH_VERSION = 3
 """Raised when the same picture would get other bits."""
 HASH_SIZES = range(4, 33)
 BIN_BITS = range(2, 9)

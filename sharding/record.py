@@ -14,7 +14,7 @@ from typing import Any
 
 from sharding.config import DedupeConfig, FilterConfig
 from sharding.filters import Objection, objection_to_file, objection_to_picture, objection_to_post
-from sharding.images import ImageError, decode_rgb, probe
+from sharding.images import ImageError, decode_grey, decode_rgb, probe
 from sharding.metadata import IMPORTERS, NO_TABLES, Metadata, Tables, date_in_path
 from sharding.phash import HASH_VERSION, enough_pixels, hash_picture, hash_turned
 from sharding.schema import MANIFEST, TAG_CATEGORIES
@@ -149,8 +149,9 @@ def pixel_settings(dedupe: DedupeConfig) -> list[Any]:
 def _decoded_columns(data: bytes, rules: Rules) -> dict[str, bytes]:
     """Decode once and return the columns DECODED."""
     dedupe = rules.dedupe
-    image = decode_rgb(data, min_side=enough_pixels(dedupe.hash_size), max_pixels=rules.filters.max_pixels)
     algorithm, hash_size = dedupe.algorithm, dedupe.hash_size
+    decode = decode_rgb if algorithm == "colorhash" else decode_grey
+    image = decode(data, min_side=enough_pixels(hash_size), max_pixels=rules.filters.max_pixels)
     return {
         "phash": hash_picture(image, algorithm=algorithm, hash_size=hash_size),
         "turned_phashes": hash_turned(image, dedupe.turns, algorithm=algorithm, hash_size=hash_size),

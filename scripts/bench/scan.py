@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 
 from scripts.bench.result import Bar, Result
 from sharding.config import DedupeConfig, FilterConfig
-from sharding.images import EXTENSIONS, ImageError, decode_rgb, probe
+from sharding.images import EXTENSIONS, ImageError, decode_grey, decode_rgb, probe
 from sharding.phash import enough_pixels, hash_picture, is_flat, perceptual_hash
 from sharding.record import FileTask, Rules, make_record
 from sharding.workers import make_pool
@@ -102,7 +102,7 @@ def deviations(paths: Iterable[Path]) -> dict[str, float]:
         if is_flat(full):
             continue
         for hash_size, bits in differences.items():
-            image = decode_rgb(data, min_side=enough_pixels(hash_size))
+            image = decode_grey(data, min_side=enough_pixels(hash_size))
             ours = hash_picture(image, algorithm="phash", hash_size=hash_size)
             expected = perceptual_hash(full, algorithm="phash", hash_size=hash_size)
             bits.append((int.from_bytes(ours) ^ int.from_bytes(expected)).bit_count())
@@ -156,7 +156,7 @@ def _add_grain(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def _ours(data: bytes) -> None:
     hashlib.sha256(data).hexdigest()
     probe(data)
-    hash_picture(decode_rgb(data, min_side=enough_pixels(16)), algorithm="phash", hash_size=16)
+    hash_picture(decode_grey(data, min_side=enough_pixels(16)), algorithm="phash", hash_size=16)
 
 
 def _naive(data: bytes) -> None:

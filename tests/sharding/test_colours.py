@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sharding.images import decode_rgb, probe
+from sharding.images import decode_grey, decode_rgb, probe
 
 XYZ_OF_SRGB = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])  # D50
 XYZ_OF_DISPLAY_P3 = np.array([[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
@@ -68,6 +68,8 @@ def test_a_picture_of_another_gamut_gets_its_srgb_colours(encode, image_format, 
         step = decoded.shape[1] // len(COLOURS)
         found = decoded[decoded.shape[0] // 2, step // 2 :: step]
         assert np.abs(found - expected_srgb(COLOURS, to_xyz, gamma)).max() <= (4 if gamma == 1 else 2)
+        grey = decode_rgb(data, min_side=min_side).convert("L")
+        assert decode_grey(data, min_side=min_side).tobytes() == grey.tobytes()
 
 
 def test_a_profile_that_is_srgb_in_all_but_name_passes_through(encode):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sharding.images import FORMATS, ImageError, decode_rgb, encode_jpeg, encode_png, is_too_broken, probe
+from sharding.images import FORMATS, ImageError, decode_grey, decode_rgb, encode_jpeg, encode_png, is_too_broken, probe
 from sharding.jxl_header import jxl_size
 
 PILLOW_NAMES = {name: name.upper() for name in FORMATS}
@@ -97,6 +97,27 @@ def test_exif_dates_are_read_and_nonsense_is_none(paint, encode):
         exif[0x0132] = text
 
         assert probe(encode(paint(1), exif=exif)).exif_date == date
+
+
+@pytest.mark.parametrize("min_side", [None, 100])
+def test_grey_is_the_luma_of_a_jpeg_and_the_grey_of_all_else(paint, encode, min_side):
+    image = paint(1, 800, 600)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, options in (
+        ("JPEG", {}), ("JPEG", {"progressive": True}), ("JPEG", {"exif": exif}), ("JPEG", {"subsampling": 0}),
+        ("PNG", {}), ("WEBP", {"lossless": True}),
+    ):  # fmt: skip
+        data = encode(image, name, **options)
+
+        grey, rgb = decode_grey(data, min_side=min_side), decode_rgb(data, min_side=min_side)
+
+        assert (grey.mode, grey.size) == ("L", rgb.size)
+        difference = np.abs(np.asarray(grey).astype(int) - np.asarray(rgb.convert("L")))
+        assert difference.max() <= (20 if name == "JPEG" else 0) and difference.mean() < 0.5
+    for mode in ("L", "CMYK"):
+        data = encode(image.convert(mode))
+        assert decode_grey(data).tobytes() == decode_rgb(data).convert("L").tobytes()
 
 
 @pytest.mark.parametrize("min_side", [16, 100, 300, 5000])

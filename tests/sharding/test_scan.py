@@ -22,11 +22,12 @@ import pytest
 from PIL import Image
 
 import sharding.files
-import sharding.listing
+import sharding.manifest_part
 import sharding.record
 import sharding.record_pool
 import sharding.scan
 import sharding.sources
+import sharding.walk
 from captioning.decode import ImageTask, prepare_image
 from sharding.images import BrokenFractionError, ImageError
 from sharding.listing import read_listing
@@ -350,8 +351,8 @@ def test_a_damaged_part_is_made_again(ten_pictures, make_config, workspace):
 def work(monkeypatch):
     """Count the files that are read and the pictures that are decoded."""
     calls = Counter()
-    decode, read = sharding.record.decode_rgb, sharding.record.read_file
-    monkeypatch.setattr(sharding.record, "decode_rgb", lambda *a, **k: calls.update(["decoded"]) or decode(*a, **k))
+    decode, read = sharding.record.decode_grey, sharding.record.read_file
+    monkeypatch.setattr(sharding.record, "decode_grey", lambda *a, **k: calls.update(["decoded"]) or decode(*a, **k))
     monkeypatch.setattr(sharding.record, "read_file", lambda *a, **k: calls.update(["read"]) or read(*a, **k))
     return calls
 
@@ -444,14 +445,14 @@ def test_moved_vanished_changed_and_returned_are_told_apart_by_content(
 def test_a_file_that_changes_after_it_was_looked_at_is_read_again_by_the_next_scan(
     ten_pictures, save, paint, make_config, workspace, monkeypatch
 ):  # fmt: skip
-    real = sharding.scan.stamp_rows
+    real = sharding.manifest_part.stamp_rows
 
     def stamp_rows_then_change(config, rows):
         stamps = real(config, rows)
         save("5.jpg", paint(99))
         return stamps
 
-    monkeypatch.setattr(sharding.scan, "stamp_rows", stamp_rows_then_change)
+    monkeypatch.setattr(sharding.manifest_part, "stamp_rows", stamp_rows_then_change)
     scan(make_config(part_size=100), workspace, workers=0)
     monkeypatch.undo()
 
@@ -665,13 +666,13 @@ def test_names_that_are_not_utf8_and_unreadable_folders_are_reported(
             raise PermissionError(13, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr(sharding.listing.os, "scandir", scandir)
+    monkeypatch.setattr(sharding.walk.os, "scandir", scandir)
 
     report = scan(make_config(), workspace, workers=0)
 
     assert report.status_counts == {"kept": 1}
     assert report.problems == (
-        r"photos/caf\xe9.jpg: not_utf8_name: the name is not UTF-8: rename it",
+        r"photos/caf\xe9.jpg: not_utf8_name: not UTF-8: rename it",
         "photos/locked: unreadable_folder: Permission denied",
     )
     events = [json.loads(line) for line in workspace.events.read_text().splitlines()]
@@ -688,8 +689,8 @@ def test_a_source_that_left_the_config_is_an_error_that_names_it(ten_pictures, m
 
 def test_a_file_is_read_and_decoded_once(ten_pictures, make_config, workspace, monkeypatch):
     calls = Counter()
-    decode, read = sharding.record.decode_rgb, sharding.record._read
-    monkeypatch.setattr(sharding.record, "decode_rgb", lambda *a, **k: calls.update(["decode"]) or decode(*a, **k))
+    decode, read = sharding.record.decode_grey, sharding.record._read
+    monkeypatch.setattr(sharding.record, "decode_grey", lambda *a, **k: calls.update(["decode"]) or decode(*a, **k))
     monkeypatch.setattr(sharding.record, "_read", lambda task: calls.update(["read"]) or read(task))
 
     scan(make_config(), workspace, workers=0)
