@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.listing import extend_listing, find_images, listing_table, read_listing, unlisted
+from sharding.listing import extend_listing, listing_table, read_listing, unlisted
 from sharding.schema import LISTING
 from sharding.tables import list_parts, read_parts
+from sharding.walk import find_images
 
 
 def listed(found):
