@@ -1,13 +1,30 @@
 """Waves: chunk k of every dataset, mixed."""
 
 import shutil
+from dataclasses import asdict
 
 import pytest
 
-from sharding.chunk import ChunkError, Sample, commit_chunk, iterate_samples, list_chunks, open_chunk, seal, write_shard
+from sharding.chunk import (
+    ChunkError,
+    ChunkInfo,
+    Sample,
+    commit_chunk,
+    iterate_samples,
+    list_chunks,
+    open_chunk,
+    seal,
+    write_shard,
+)
 from sharding.combine import combine
+from sharding.files import write_json
 from sharding.schema import Workspace
 from sharding.verify import verify
+
+SEED_CARD = {
+    "newest": (1_848_331, 232), "recent": (1_380_630, 173), "mid": (993_227, 125), "early": (566_152, 71),
+    "oldest": (160_397, 21), "pixiv": (343_614, 43), "visual novel cg": (231_358, 29), "anime wallpaper": (104_790, 14),
+}  # fmt: skip
 
 
 def add_chunk(workspace: Workspace, name: str, count: int, *, caption: str = "a", policy: str = "default") -> None:
@@ -158,3 +175,30 @@ def test_a_dry_run_writes_nothing(config, workspace):
     assert report.waves[0].chunks == ("combined/0000-0000",)
     assert combined(workspace) == []
     assert "--dry-run" in report.summary()
+
+
+def test_the_waves_of_the_seed_cards_708_chunks(make_config, workspace):
+    """After wave 13 the wallpapers are used up, after wave 20 the oldest; only the newest reach wave 231."""
+    for name, (count, num_chunks) in SEED_CARD.items():
+        for number in range(num_chunks):
+            info = ChunkInfo(
+                name=f"{name}/{number:04d}", num_samples=min(8_000, count - 8_000 * number), shards=(), index="i",
+                index_sha256="", policy="p", shard_policy="p", made_from="x", seed=0,
+            )  # fmt: skip
+            write_json(workspace.chunks / name / f"{number:04d}" / "chunk.json", asdict(info))
+
+    report = combine(make_config(combine={"chunk_size": 4_000}), workspace, dry_run=True)
+
+    waves = report.waves
+    assert len(waves) == 232
+    assert sum(sum(wave.num_samples.values()) for wave in waves) == 5_628_499
+    assert waves[0].num_samples == dict.fromkeys(SEED_CARD, 8_000)
+    assert len(waves[0].chunks) == 16 and waves[4].chunks[5] == "combined/0004-0005"
+    assert waves[13].num_samples["anime wallpaper"] == 790 and "anime wallpaper" not in waves[14].num_samples
+    assert waves[20].num_samples["oldest"] == 397 and "oldest" not in waves[21].num_samples
+    assert waves[231].num_samples == {"newest": 331}
+    drifts = [wave.drift for wave in waves]
+    assert drifts[:13] == [0.0] * 13
+    assert drifts[14] == pytest.approx(1 / 8) and drifts[22] == pytest.approx(2 / 8) and drifts[231] == 7 / 8
+    assert drifts == sorted(drifts)
+    assert "0014   56,000" in report.summary()

@@ -21,6 +21,8 @@ from sharding.config import DatasetConfig
 from sharding.files import DiskFullError
 from sharding.images import BrokenFractionError, decode_rgb, probe
 from sharding.pack import pack
+from sharding.pack_jobs import make_jobs, planned_chunks
+from sharding.pack_rows import jobs_with_rows
 from sharding.plan import make_plan
 from sharding.schema import CAPTIONS, MANIFEST, Workspace
 from sharding.tables import part_name, read_part, write_part
@@ -191,6 +193,19 @@ def test_added_pictures_change_only_the_short_last_chunk(config, workspace, keys
     assert open_chunk(workspace.chunks / "photos" / "0002").info.num_samples == 4
 
 
+def test_rows_that_do_not_fit_into_memory_are_sorted_on_disk(config, workspace, keys):
+    plan = planned_chunks(read_part(workspace.plan / part_name(0)), workspace.chunks)
+    jobs = make_jobs(config, workspace, plan)
+
+    at_once = list(jobs_with_rows(workspace, "default", jobs))
+    in_groups = list(jobs_with_rows(workspace, "default", jobs, rows_per_group=12))
+
+    assert [job.records.num_rows for job in at_once] == [10, 10, 2]
+    assert all(one.records.equals(other.records) for one, other in zip(at_once, in_groups, strict=True))
+    assert at_once[0].records.column("key").to_pylist() == plan[at_once[0].folder].column("key").to_pylist()
+    assert not list(workspace.root.glob("pack-rows*"))
+
+
 # --- captions ---
 
 
@@ -341,6 +356,8 @@ from pathlib import Path
 from sharding import pack_shard
 from sharding.config import DatasetConfig
 from sharding.pack import pack
+from sharding.pack_jobs import make_jobs, planned_chunks
+from sharding.pack_rows import jobs_with_rows
 from sharding.schema import Workspace
 read = pack_shard._read_source
 def slowly(root, row):

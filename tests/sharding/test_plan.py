@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sharding.plan import make_plan, sealed_chunks
 from sharding.plan_rows import CURRENT, plan_rows
-from sharding.schema import MANIFEST, PLAN
+from sharding.schema import HELD_OUT, MANIFEST, PLAN, RELATIVES
 from sharding.tables import read_parts, write_part
 
 SEED_CARD = {
@@ -221,3 +221,38 @@ def test_a_source_that_left_the_config_is_named(make_config, workspace):
 
     with pytest.raises(ValueError, match="'gone' is not in the config"):
         make_plan(make_config(), workspace)
+
+
+def test_changed_rules_touch_only_what_no_run_has_trained(make_config, workspace):
+    write_kept(workspace, dict.fromkeys(range(10), 2022))
+    make_plan(make_config(plan={"chunk_size": 4}), workspace)
+    seal = workspace.chunks / "photos" / "0001" / "trained-by-r1"
+    seal.parent.mkdir(parents=True)
+    seal.touch()
+
+    report = make_plan(make_config(plan={"chunk_size": 4, "weights": [{"repeats": 3, "loss_weight": 0.5}]}), workspace)
+
+    rows = read_parts(workspace.plan).to_pylist()
+    weights = {
+        chunk: {(row["repeats"], row["loss_weight"]) for row in rows if row["chunk"] == chunk} for chunk in range(3)
+    }
+    assert weights == {0: {(3, 0.5)}, 1: {(1, 1.0)}, 2: {(3, 0.5)}}
+    assert report.num_exposures == 22
+    assert "22 exposures per epoch" in report.summary()
+
+
+def test_relatives_of_what_is_held_out_are_dropped_with_the_reason(make_config, workspace):
+    config = make_config(plan={"chunk_size": 4, "held_out": 2})
+    write_kept(workspace, dict.fromkeys(range(20), 2022))
+    make_plan(config, workspace)
+    [first, _] = [row["key"] for row in read_parts(workspace.plan).to_pylist() if row["chunk"] == HELD_OUT]
+    write_kept(workspace, dict.fromkeys(range(21), 2022), made_from="later")
+    relatives = pa.Table.from_pylist([{"component": 7, "key": key} for key in (first, key_of(20))], schema=RELATIVES)
+    write_part(workspace.dedupe / "relatives" / "part-00000.parquet", relatives, made_from="x")
+
+    report = make_plan(config, workspace)
+
+    [drop] = read_parts(workspace.plan / "drops").to_pylist()
+    assert (drop["path"], drop["reason"], drop["kept_key"]) == ("20.jpg", "related_to_held_out", first)
+    assert (report.num_held_out, report.num_images, report.num_new) == (2, 18, 0)
+    assert "1 dropped: related_to_held_out" in report.summary()

@@ -1,11 +1,13 @@
 """Damage of every kind is found and named; a sound workspace has no problems."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from sharding.chunk import Sample, captions_digest, commit_chunk, open_chunk, write_shard
 from sharding.combine import combine
-from sharding.schema import Workspace
+from sharding.schema import RELATIVES, Workspace
+from sharding.tables import part_name, write_part
 from sharding.verify import verify
 
 
@@ -140,3 +142,37 @@ def test_a_chunk_that_is_not_there_is_refused(add, workspace):
 
     with pytest.raises(FileNotFoundError, match="there are a/0000"):
         verify(workspace, chunk="a/0001")
+
+
+def test_a_held_out_picture_or_a_relative_of_one_in_another_chunk_is_found(add, workspace):
+    held = add("a/held-out")
+    rows = held.read_index()
+    commit_chunk(held.folder, rows, name="a/held-out", shards=held.info.shards, policy="default",
+                 shard_policy="default", made_from="x", seed=0, is_held_out=True,
+                 shard_captions=held.info.shard_captions)  # fmt: skip
+    add("a/0000", first=2)
+    add("b/0000", first=10)
+    write_part(
+        workspace.dedupe / "relatives" / part_name(0),
+        pa.table([pa.array([5, 5], pa.int64()), pa.array([f"{1:016x}", f"{11:016x}"])], schema=RELATIVES),
+        made_from="x",
+    )
+
+    found = problems(workspace).splitlines()
+
+    assert found == [
+        "chunk a/held-out: key 0000000000000002: stands in a/0000, too; pack both again after `plan`",
+        "chunk b/0000: key 000000000000000b: has a relative that is held out in a/held-out; run `plan` and `pack` again",
+    ]
+    assert verify(workspace)[1].other == "a/held-out"
+
+
+def test_a_combined_chunk_that_mixes_what_is_held_out_is_found(add, workspace, make_config):
+    chunk = add()
+    combine(make_config(), workspace)
+    info = chunk.info
+    commit_chunk(chunk.folder, chunk.read_index(), name=info.name, shards=info.shards, policy="default",
+                 shard_policy="default", made_from="x", seed=0, is_held_out=True,
+                 shard_captions=info.shard_captions)  # fmt: skip
+
+    assert "chunk combined/0000-0000: key 0000000000000000: is held out in a/0000" in problems(workspace)
