@@ -12,7 +12,7 @@ MAX_MEMBERS = 8
 
 @dataclass(frozen=True)
 class GroupMember:
-    """A picture of a duplicate group. distance: bits to the keeper."""
+    """A picture of a duplicate group. distance: bits to the keeper; None for a crop of it."""
 
     key: str
     source: str
@@ -23,6 +23,8 @@ class GroupMember:
     is_keeper: bool
     distance: int | None
     rule: str
+    kind: str
+    """How it is like its keeper; "" for a keeper."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,14 @@ class GroupSample:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """All duplicate groups in numbers. `by_size`: (members, groups); `by_distance`: (bits, dropped pictures)."""
+    """All duplicate groups in numbers. by_size: (members, groups); the others: (value, dropped pictures)."""
 
     num_groups: int
     num_members: int
     largest: int
     by_size: tuple[tuple[int, int], ...]
     by_rule: tuple[tuple[str, int], ...]
+    by_kind: tuple[tuple[str, int], ...]
     by_distance: tuple[tuple[int, int], ...]
     sample: tuple[GroupSample, ...]
 
@@ -52,9 +55,13 @@ def count_duplicates(questions: Questions, workspace: Workspace, *, num_groups: 
     groups = f"(select * from {rows_of(list_parts(workspace.dedupe / 'groups'), GROUPS)})"
     sizes = f'(select "group", count(*) as size from {groups} group by "group")'
     by_size = questions.ask(f"select size, count(*) as n from {sizes} group by size order by size")
-    rules = questions.ask(
-        f"select rule, count(*) as n from {groups} where not is_keeper group by rule order by n desc, rule"
-    )
+    reasons = {
+        column: questions.ask(
+            f"select coalesce({column}, '') as value, count(*) as n from {groups} where not is_keeper "
+            "group by value order by n desc, value"
+        )
+        for column in ("rule", "kind")
+    }
     drops = rows_of(list_parts(workspace.dedupe / "drops"), DROPS)
     distances = questions.ask(
         f"select distance, count(*) as n from {drops} where distance is not null group by distance order by distance"
@@ -64,7 +71,8 @@ def count_duplicates(questions: Questions, workspace: Workspace, *, num_groups: 
         num_members=sum(row["size"] * row["n"] for row in by_size),
         largest=max((row["size"] for row in by_size), default=0),
         by_size=tuple((row["size"], row["n"]) for row in by_size),
-        by_rule=tuple((row["rule"] or "", row["n"]) for row in rules),
+        by_rule=tuple((row["value"], row["n"]) for row in reasons["rule"]),
+        by_kind=tuple((row["value"], row["n"]) for row in reasons["kind"]),
         by_distance=tuple((row["distance"], row["n"]) for row in distances),
         sample=_sample(questions, workspace, groups, num_groups=num_groups, seed=seed) if by_size else (),
     )
@@ -97,7 +105,7 @@ def _sample(
 
 def _group(number: int, rows: list[dict[str, object]]) -> GroupSample:
     names = GroupMember.__dataclass_fields__
-    defaults = {"source": "", "path": "", "width": 0, "height": 0, "num_bytes": 0, "rule": ""}
+    defaults = {"source": "", "path": "", "width": 0, "height": 0, "num_bytes": 0, "rule": "", "kind": ""}
     members = [
         GroupMember(**{name: defaults.get(name) if row[name] is None else row[name] for name in names})  # type: ignore[arg-type]
         for row in rows[:MAX_MEMBERS]

@@ -42,9 +42,26 @@ class Found:
     left_out: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a subset by path. is_plain: our importers read the same ones from where they stand."""
+
+    by_path: Mapping[str, str]
+    is_plain: bool
+
+    @property
+    def words(self) -> set[str]:
+        """All that stands between commas."""
+        return {word.strip() for text in self.by_path.values() for word in text.split(",")}
+
+
 def pictures_in(folder: Path) -> list[Path]:
     """Return the pictures right in a folder, by name: kohya does not look further down."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file())
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
 
 
 def subsets_of_folder(folder: Path) -> Found:
@@ -75,8 +92,11 @@ def subset_with_metadata(folder: Path, metadata: Path, *, repeats: int = 1) -> F
     if not metadata.is_file():
         raise FileNotFoundError(f"{metadata}: no such in_json")
     entries = read_entries(metadata)
-    without = [path for path in pictures_in(folder) if entries.find(folder, PurePosixPath(path.name)) is None]
+    pictures = [(path, PurePosixPath(path.relative_to(folder).as_posix())) for path in _pictures_below(folder)]
+    without = [path for path, name in pictures if entries.find(folder, name) is None]
     left_out = []
+    if len(without) == len(pictures):
+        raise ValueError(f"{folder}: none of its {len(pictures):,} pictures has an entry in {metadata}")
     if without:
         left_out.append(
             f"{len(without):,} pictures of {folder} have no entry in {metadata.name}, first {without[0].name}: kohya "
@@ -151,21 +171,38 @@ def _subset(values: Mapping[str, Any], path: Path, folder: Path) -> Found:
     return Found((subset,))
 
 
-def captions_of(subset: Subset) -> dict[str, str] | None:
-    """Return the caption of every picture by file name, or None when each is simply its whole `.txt`.
+def texts_of(subset: Subset) -> Texts:
+    """Return what kohya would train on, by path below the folder.
 
-    kohya takes the first line of the sidecar; without one the class tokens. Raises ValueError for what is not UTF-8.
+    With an in_json its caption and tags, joined; else the first line of the sidecar; without one the class tokens.
+    Raises ValueError for a sidecar that is not UTF-8, TableError for an in_json that is not understood.
     """
-    captions, is_plain = {}, True
+    if subset.metadata is not None:
+        return _texts_of_metadata(subset.folder, subset.metadata)
+    texts, is_plain = {}, True
     for picture in pictures_in(subset.folder):
         endings = (subset.caption_ending,) if subset.caption_ending else CAPTION_ENDINGS
         sidecar = next((path for ending in endings if (path := picture.with_suffix(ending)).is_file()), None)
         text = _read_text(sidecar) if sidecar is not None else subset.class_tokens
         lines = text.strip().splitlines()
-        captions[picture.name] = lines[0].strip() if lines else ""
+        texts[picture.name] = lines[0].strip() if lines else ""
         is_plain &= len(lines) <= 1 and (sidecar is None or sidecar.suffix == ".txt")
         is_plain &= sidecar is not None or (not subset.class_tokens and not picture.with_suffix(".txt").is_file())
-    return None if is_plain else captions
+    return Texts(texts, is_plain)
+
+
+def _texts_of_metadata(folder: Path, metadata: Path) -> Texts:
+    entries = read_entries(metadata)
+    texts, is_plain = {}, True
+    for picture in _pictures_below(folder):
+        path = picture.relative_to(folder).as_posix()
+        entry = entries.find(folder, PurePosixPath(path))
+        if isinstance(entry, dict):
+            caption, tags = entry.get("caption") or "", entry.get("tags") or ""
+            tags = ", ".join(map(str, tags)) if isinstance(tags, list) else str(tags)
+            texts[path] = ", ".join(" ".join(part.split()) for part in (str(caption), tags) if part)
+            is_plain &= not caption
+    return Texts(texts, is_plain)
 
 
 def _read_text(path: Path) -> str:

@@ -6,6 +6,7 @@ training are named, not carried over. How kohya reads a folder: `kohya_folders`.
 """
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from sharding.files import write_bytes, write_json
 from sharding.kohya_folders import (
     Found,
     Subset,
-    captions_of,
     subset_with_metadata,
     subsets_of_config,
     subsets_of_folder,
+    texts_of,
 )
-from sharding.metadata.tables import read_entries
+
+_UNDERSCORED = re.compile(r"\w\w_|_\w\w")
+"""A word in underscore form, not a face such as o_o or ^_^."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,22 @@ def import_kohya(
         raise ValueError(f"{output}: is there already; delete it or choose another --output")
     found = _find(folder.absolute(), metadata, dataset_config)
     named = _named(found)
-    captions = {source: captions_of(subset) for source, subset in named.items() if subset.metadata is None}
-    written = {source: _own_metadata(output, source) for source, texts in captions.items() if texts is not None}
-    text = _toml(name, named, written)
+    texts = {source: texts_of(subset) for source, subset in named.items()}
+    own = {source: _own_metadata(output, source) for source in named if not texts[source].is_plain}
+    words = {word for one in texts.values() for word in one.words}
+    with_underscore = {word for word in words if _UNDERSCORED.search(word)}
+    keeps_underscores = bool(with_underscore) and not any(" " in word for word in words)
+    left_out = list(found.left_out)
+    if with_underscore and not keeps_underscores:
+        some = ", ".join(sorted(with_underscore)[:3])
+        left_out.append(f"underscores of {len(with_underscore):,} words, which become spaces: {some}")
+    text = _toml(name, named, own, keeps_underscores=keeps_underscores)
     parse_config(tomllib.loads(text), DatasetConfig, name=str(output))
-    for source, path in written.items():
-        write_json(path, {picture: {"tags": caption} for picture, caption in (captions[source] or {}).items()})
+    for source, path in own.items():
+        write_json(path, {picture: {"tags": line} for picture, line in texts[source].by_path.items()})
     write_bytes(output, text.encode())
     sources = tuple((source, subset.folder, subset.repeats) for source, subset in named.items())
-    return KohyaImport(output, sources, tuple(written.values()), found.left_out)
+    return KohyaImport(output, sources, tuple(own.values()), tuple(left_out))
 
 
 def _find(folder: Path, metadata: Path | None, dataset_config: Path | None) -> Found:
@@ -113,7 +123,7 @@ def _own_metadata(output: Path, source: str) -> Path:
     return output.absolute().with_name(f"{output.stem}.{source}.json")
 
 
-def _toml(name: str, named: Mapping[str, Subset], written: Mapping[str, Path]) -> str:
+def _toml(name: str, named: Mapping[str, Subset], own: Mapping[str, Path], *, keeps_underscores: bool) -> str:
     lines = [
         "# From a folder for kohya's sd-scripts: the same pictures, captions and repeats.",
         "#",
@@ -122,9 +132,8 @@ def _toml(name: str, named: Mapping[str, Subset], written: Mapping[str, Path]) -
         f"name = {_text(name)}",
         "",
     ]
-    with_captions = []
     for source, subset in named.items():
-        metadata = subset.metadata or written.get(source)
+        metadata = own.get(source, subset.metadata)
         lines += [f"[sources.{_text(source)}]", f"root = {_text(str(subset.folder))}", f"dataset = {_text(name)}"]
         lines += (
             ['importer = "folder"']
@@ -132,8 +141,6 @@ def _toml(name: str, named: Mapping[str, Subset], written: Mapping[str, Path]) -
             else ['importer = "kohya"', f"metadata = {_text(str(metadata))}"]
         )
         lines.append("")
-        if subset.metadata is not None and _has_captions(subset.metadata):
-            with_captions.append(source)
     lines += [
         "[filters] # kohya has none",
         "min_pixels = 1",
@@ -149,15 +156,10 @@ def _toml(name: str, named: Mapping[str, Subset], written: Mapping[str, Path]) -
     for source, subset in named.items():
         if subset.repeats != 1:
             lines += ["[[plan.weights]]", f"source = {_text(source)}", f"repeats = {subset.repeats}", ""]
-    lines += ["[policies.default]", f'groups = ["custom", "rest"]{" # caption, tags" if with_captions else ""}']
-    if with_captions:
-        lines += ["", "[policies.default.custom]", *(f'{_text(source)} = "{{caption}}"' for source in with_captions)]
+    lines += ["[policies.default]", 'groups = ["rest"]']
+    if keeps_underscores:
+        lines += ["", "[policies.default.tags]", "remove_underscores = false"]
     return "\n".join(lines) + "\n"
-
-
-def _has_captions(metadata: Path) -> bool:
-    entries = read_entries(metadata).by_key.values()
-    return any(isinstance(entry, dict) and entry.get("caption") for entry in entries)
 
 
 def _text(value: str) -> str:

@@ -162,7 +162,8 @@ def _groups(groups: Sequence[GroupSample], thumbnails: Mapping[str, Thumbnail]) 
     for group in groups:
         figures = []
         for member in group.members:
-            role = "keeper" if member.is_keeper else f"{member.distance} bits, {member.rule}"
+            distance = member.kind if member.distance is None else f"{member.distance} bits"
+            role = "keeper" if member.is_keeper else f"{distance}, {member.rule}"
             facts = (
                 role,
                 f"{member.width}×{member.height}",

@@ -189,6 +189,7 @@ def _duplicates(report: Report) -> list[ReportTable]:
     tables = (
         ("duplicate groups", "Duplicate groups by size", ("pictures in group", "groups"), found.by_size),
         ("duplicate distances", "Dropped duplicates by distance", ("bits to the keeper", "files"), found.by_distance),
+        ("duplicate kinds", "Dropped duplicates by kind", ("kind", "pictures"), found.by_kind),
         ("duplicate rules", "Why the keeper stayed", ("rule", "dropped pictures"), found.by_rule),
     )
     return [

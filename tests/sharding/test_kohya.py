@@ -210,7 +210,7 @@ def test_what_was_exported_comes_in_with_the_same_pictures_and_captions(packed, 
         assert captions_in(config) == expected
         [source] = config.sources.values()
         assert source.root == tmp_path / "out/photos/0000" and source.importer == "kohya"
-    assert ('"{caption}"' in (tmp_path / "one.toml").read_text()) == (text_key == "caption")
+        assert (source.metadata.parent == tmp_path) == (text_key == "caption")  # ours, where theirs needs joining
 
 
 def test_repeat_folders_become_weights_and_class_tokens_captions(save, paint, tmp_path):
@@ -230,6 +230,33 @@ def test_repeat_folders_become_weights_and_class_tokens_captions(save, paint, tm
     assert captions_in(config) == {"a.jpg": "solo, smile", "b.jpg": "shinobu 1girl", "c.jpg": "sky"}
     assert len(report.left_out) == 2 and "0 repeats" in report.summary()
     assert report.metadata == (tmp_path / "mine.10_shinobu 1girl.json",)
+
+
+def test_caption_and_tags_of_an_entry_are_joined_as_kohya_does(save, paint, tmp_path):
+    for name in ("a.jpg", "sub/b.jpg"):
+        save(name, paint(1))
+    entries = {
+        "a": {"caption": "a girl, sitting", "tags": "1girl, blue_hair"},
+        "sub/b.jpg": {"tags": ["x_y", "a_tag", "o_o"]},
+    }
+
+    report = import_kohya(tmp_path / "raw", output=tmp_path / "o.toml", metadata=save("in.json", entries))
+
+    assert json.loads(report.metadata[0].read_text()) == {
+        "a.jpg": {"tags": "a girl, sitting, 1girl, blue_hair"}, "sub/b.jpg": {"tags": "x_y, a_tag, o_o"},
+    }  # fmt: skip
+    assert report.left_out == ("underscores of 2 words, which become spaces: a_tag, blue_hair",)
+
+
+def test_tags_that_are_all_in_underscore_form_stay_so(save, paint, tmp_path):
+    save("a.jpg", paint(1))
+    save("a.txt", "1girl, blue_hair")
+
+    report = import_kohya(tmp_path / "raw", output=tmp_path / "o.toml")
+
+    assert report.left_out == ()
+    policy = load_config(tmp_path / "o.toml", DatasetConfig).policies["default"]
+    assert policy == {"groups": ["rest"], "tags": {"remove_underscores": False}}
 
 
 def test_a_dataset_config_hands_down_its_settings(save, paint, tmp_path):
@@ -285,6 +312,7 @@ def test_what_cannot_be_imported_is_refused(save, paint, tmp_path):
     save("bad/b.txt", b"\xff\xfe\x00")
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "other.json").write_text("{}")
     twice = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "raw"\n[[datasets.subsets]]\nimage_dir = "raw"\n'
     (tmp_path / "twice.toml").write_text(twice)
     raw, output = tmp_path / "raw", tmp_path / "o.toml"
@@ -293,6 +321,7 @@ def test_what_cannot_be_imported_is_refused(save, paint, tmp_path):
         (NotADirectoryError, tmp_path / "gone", {}, "no such folder"),
         (FileNotFoundError, raw, {"metadata": tmp_path / "gone.json"}, "no such in_json"),
         (ValueError, raw, {"metadata": tmp_path / "broken.json"}, "not valid JSON"),
+        (ValueError, raw, {"metadata": tmp_path / "other.json"}, "none of its 2 pictures"),
         (ValueError, tmp_path / "empty", {}, "no pictures"),
         (ValueError, raw / "bad", {}, "not UTF-8"),
         (ValueError, tmp_path, {"dataset_config": tmp_path / "twice.toml"}, "two subsets"),

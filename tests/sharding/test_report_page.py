@@ -36,8 +36,8 @@ def filled(workspace, save, paint):
                         "num_bytes": 3_000, "width": 120, "height": 60, "format": "jpeg"})  # fmt: skip
     write(workspace.manifest, records, MANIFEST)
     write(workspace.kept, records[:4], MANIFEST)
-    members = [{"group": 0, "key": f"{number:016x}", "is_keeper": number == 0, "distance": 5 * (number > 0),
-                "rule": "bytes", "kind": "near" if number else ""} for number in (0, 4)]  # fmt: skip
+    members = [{"group": 0, "key": f"{n:016x}", "is_keeper": n == 0, "distance": distance, "rule": "bytes",
+                "kind": kind} for n, distance, kind in ((0, 0, ""), (3, None, "crop"), (4, 5, "near"))]  # fmt: skip
     write(workspace.dedupe / "groups", members, GROUPS)
     plan = [{"key": f"{number:016x}", "dataset": "photos", "period": "", "chunk": chunk, "position": 0, "repeats": 2}
             for number, chunk in enumerate((0, 0, 1, HELD_OUT))]  # fmt: skip
@@ -104,7 +104,8 @@ def test_text_json_and_page_hold_the_same_numbers(config, filled):
                 assert cell in text
                 assert escape(cell) in page or table.name == "chunks"
     values = json.loads(json.dumps(asdict(report)))
-    assert values["words"][0]["num_without"] == 2 and values["duplicates"]["by_size"] == [[2, 1]]
+    assert values["words"][0]["num_without"] == 2 and values["duplicates"]["by_size"] == [[3, 1]]
+    assert values["duplicates"]["by_kind"] == [["crop", 1], ["near", 1]]
 
 
 _VOID = ("meta", "img")
@@ -139,12 +140,12 @@ def test_the_page_is_one_file_with_pictures_and_no_network(config, filled, tmp_p
     text = (tmp_path / "r.html").read_text()
     page = Page()
     page.feed(text)
-    assert page.open == [] and len(page.links) == 6  # four samples, two members of the group
+    assert page.open == [] and len(page.links) == 7  # four samples, three members of the group
     assert all(link.startswith("data:image/webp;base64,") for link in page.links)
     assert text == (tmp_path / "again.html").read_text()
     assert "<td>&lt;i&gt;&amp;</td>" in text and "<i>&" not in text
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
-    assert "5 bits, bytes" in text and "2 images have no aesthetic tag" in text
+    assert "5 bits, bytes" in text and "crop, bytes" in text and "2 images have no aesthetic tag" in text
 
 
 def test_pictures_that_are_gone_or_unwanted_are_not_shown(config, filled, tmp_path):
@@ -155,7 +156,7 @@ def test_pictures_that_are_gone_or_unwanted_are_not_shown(config, filled, tmp_pa
     write_page(config, filled, report, tmp_path / "some.html", num_samples=6)
     write_page(config, filled, report, tmp_path / "none.html", num_samples=0)
 
-    assert (tmp_path / "some.html").read_text().count("data:image") == 4
+    assert (tmp_path / "some.html").read_text().count("data:image") == 5
     assert "no picture</div>" in (tmp_path / "some.html").read_text()
     assert "data:image/webp" not in (tmp_path / "none.html").read_text()
 
