@@ -11,6 +11,8 @@ scale selection", 1998; Brown, Szeliski, Winder, "Multi-image matching using mul
 means and gradients over grids).
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -46,6 +48,7 @@ _MARGIN = 6  # pixels of a level; nearer to the edge the surroundings are missin
 _NUM_STRONGEST = 150
 _MIN_RESPONSE = 0.05  # (grey levels / pixel²)²: far below JPEG noise, only to drop flat areas
 _PATCH = 16
+_RECORDS_AT_ONCE = 10_000
 _GRIDS = (2, 3, 4)
 
 
@@ -70,20 +73,39 @@ def extract_features(image: Image.Image) -> bytes:
     return record.tobytes()
 
 
-def read_features(features: Any) -> Any:
-    """Return a (N,) FEATURES array of what `extract_features` gave, empty bytes being a picture without points.
+@dataclass(frozen=True)
+class FeatureColumns:
+    """The features of N pictures, a contiguous array per field of FEATURES, each (N, …)."""
+
+    size: npt.NDArray[np.uint16]
+    position: npt.NDArray[np.uint8]
+    level: npt.NDArray[np.uint8]
+    descriptor: npt.NDArray[np.uint64]
+    luma: npt.NDArray[np.uint8]
+    chroma: npt.NDArray[np.uint8]
+
+
+def read_features(features: Sequence[bytes]) -> FeatureColumns:
+    """Return what `extract_features` gave for each picture; empty bytes are a picture without points.
 
     Raises ValueError when bytes are of another length, as other versions'.
     """
+    records = {
+        name: np.empty((len(features), *FEATURES[name].shape), FEATURES[name].base) for name in FEATURES.names or ()
+    }
     empty = np.zeros((), FEATURES)
     empty["level"], empty["size"] = NO_POINT, 1
-    parts = [part or empty.tobytes() for part in features]
-    if wrong := next((part for part in parts if len(part) != FEATURES.itemsize), None):
-        raise ValueError(
-            f"local features of {len(wrong)} bytes, expected {FEATURES.itemsize}: they are of another version; "
-            "run `python -m sharding scan` again"
-        )
-    return np.frombuffer(b"".join(parts), dtype=FEATURES)
+    for start in range(0, len(features), _RECORDS_AT_ONCE):
+        parts = [part or empty.tobytes() for part in features[start : start + _RECORDS_AT_ONCE]]
+        if wrong := next((part for part in parts if len(part) != FEATURES.itemsize), None):
+            raise ValueError(
+                f"local features of {len(wrong)} bytes, expected {FEATURES.itemsize}: they are of another version; "
+                "run `python -m sharding scan` again"
+            )
+        joined = np.frombuffer(b"".join(parts), dtype=FEATURES)
+        for name, column in records.items():
+            column[start : start + len(parts)] = joined[name]
+    return FeatureColumns(**records)
 
 
 # --- finding points ---
