@@ -162,7 +162,8 @@ def test_a_held_out_picture_or_a_relative_of_one_in_another_chunk_is_found(add, 
 
     assert found == [
         "chunk a/held-out: key 0000000000000002: stands in a/0000, too; pack both again after `plan`",
-        "chunk b/0000: key 000000000000000b: has a relative that is held out in a/held-out; run `plan` and `pack` again",
+        "chunk b/0000: key 000000000000000b: has a relative that is held out in a/held-out; "
+        "run `plan` and `pack` again",
     ]
     assert verify(workspace)[1].other == "a/held-out"
 
