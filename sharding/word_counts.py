@@ -14,8 +14,8 @@ from sharding.questions import Questions, quoted, rows_of
 from sharding.schema import CAPTIONS, PLAN, RATINGS, Workspace
 from sharding.tables import list_parts
 
-OPEN_GROUPS = ("custom", "character", "series", "artist", "meta", "rest")
-"""Groups of a caption that hold any words; the others hold one word of a few: a tier, a period, a rating."""
+USUAL_TIERS = ("aesthetic", "quality")
+"""Groups that are taken for tiers when the config does not have the policy."""
 _RATING_WORDS = {
     "general": "general", "sensitive": "sensitive", "questionable": "nsfw", "explicit": "explicit nsfw",
 }  # fmt: skip
@@ -45,7 +45,7 @@ class WordGroup:
 
 
 def count_words(questions: Questions, workspace: Workspace, config: DatasetConfig) -> tuple[WordGroup, ...]:
-    """Count the words of the closed groups (not OPEN_GROUPS) in the captions of `pack.policy`, over planned images.
+    """Count the words of tiers, date and rating in the captions of `pack.policy`, over planned images.
 
     An image without a caption counts as without a word. Before planning, all captions count.
     """
@@ -56,12 +56,14 @@ def count_words(questions: Questions, workspace: Workspace, config: DatasetConfi
     where = f"where key in (select key from {rows_of(plan, PLAN)})" if plan else ""
     counted = rows_of(plan, PLAN) if plan else rows_of(parts, CAPTIONS)
     total = questions.ask_one(f"select count(*) as n from {counted}")["n"]
-    is_open = ", ".join(quoted(name) for name in OPEN_GROUPS)
+    policy = _table(config.policies, config.pack.policy)
+    closed = [*(_table(policy, "tiers") if policy else USUAL_TIERS), "date", "rating"]
+    wanted = ", ".join(quoted(name) for name in closed)
     rows = questions.ask(
         f"""
         select entry."group" as name, entry.tags as words, count(*) as n
         from (
-            select unnest(list_filter(groups, lambda entry: entry."group" not in ({is_open}))) as entry
+            select unnest(list_filter(groups, lambda entry: entry."group" in ({wanted}))) as entry
             from {rows_of(parts, CAPTIONS)} {where})
         where len(entry.tags) > 0 group by all order by all
         """
@@ -73,8 +75,7 @@ def count_words(questions: Questions, workspace: Workspace, config: DatasetConfi
         counts = words.setdefault(row["name"], {})
         for word in row["words"]:
             counts[word] = counts.get(word, 0) + row["n"]
-    policy = _table(config.policies, config.pack.policy)
-    order = [name for name in policy.get("groups", ()) if name not in OPEN_GROUPS]
+    order = [name for name in policy.get("groups", ()) if name in closed]
     names = sorted({*words, *order}, key=lambda name: (place_in(order, name), name))
     return tuple(
         WordGroup(
