@@ -39,24 +39,28 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class CropPairs:
-    """Pairs of pictures, sorted by (left, right); left < right. score: 0 to 1, higher is surer."""
+    """Pairs of pictures, sorted by (left, right); left < right.
+
+    score: 0 to 1, higher is surer. share: overlap / area of the larger one; from about 0.9 the two show the same part,
+    and may be a picture and its variant.
+    """
 
     left: Rows
     right: Rows
     score: npt.NDArray[np.float32]
+    share: npt.NDArray[np.float32]
 
 
-def find_crops(features: Sequence[bytes], *, is_new: npt.NDArray[np.bool_] | None = None) -> CropPairs:
+def find_crops(features: Sequence[bytes]) -> CropPairs:
     """Return all pairs of pictures that are crops of one picture, as rows of `features`.
 
-    features: from `local_features.extract_features`, empty where there are none. is_new: (N,); if given, only pairs
-    with at least one new picture are looked for. The overlap is at least half of the smaller picture and 18 % of the
-    larger one (9:16 out of 16:9 is 32 %).
+    features: from `local_features.extract_features`, empty where there are none. The overlap is at least half of the
+    smaller picture and 18 % of the larger one (9:16 out of 16:9 is 32 %).
 
     Raises ValueError for features of another version.
     """
     columns = read_features(features)
-    left, right = _candidates(columns, is_new)
+    left, right = _candidates(columns)
     evidence = measure_overlaps(columns, left, right)
     values = dict(zip(EVIDENCE, evidence.T, strict=True))
     is_crop = (
@@ -69,15 +73,12 @@ def find_crops(features: Sequence[bytes], *, is_new: npt.NDArray[np.bool_] | Non
         ])
     )  # fmt: skip
     score = values["inliers"] / (values["inliers"] + 2) * (1 - values["disagreement"])
-    return CropPairs(left[is_crop], right[is_crop], score[is_crop])
+    return CropPairs(left[is_crop], right[is_crop], score[is_crop], values["of_larger"][is_crop])
 
 
-def _candidates(columns: FeatureColumns, is_new: npt.NDArray[np.bool_] | None) -> tuple[Rows, Rows]:
+def _candidates(columns: FeatureColumns) -> tuple[Rows, Rows]:
     """Return the pairs of pictures that share features, sorted."""
-    num_pictures, num_points = columns.level.shape
-    new = np.ones(num_pictures, dtype=bool) if is_new is None else is_new
-    if len(new) != num_pictures:
-        raise ValueError(f"is_new has {len(new)} entries, but there are features of {num_pictures} pictures")
+    num_pictures = len(columns.level)
     descriptors = columns.descriptor.reshape(-1)
     rows = np.nonzero(columns.level.reshape(-1) != NO_POINT)[0].astype(np.uint64)
     found = [np.empty(0, np.int64)]
@@ -86,17 +87,16 @@ def _candidates(columns: FeatureColumns, is_new: npt.NDArray[np.bool_] | None) -
         half_descriptors = (descriptors[rows] >> np.uint64(32 * half)) & np.uint64(0xFFFFFFFF)
         entries = half_descriptors << np.uint64(32) | rows
         entries.sort()
-        found += _shared(entries, descriptors, new, num_points, half)
+        found += _shared(entries, descriptors, columns.level.shape, half)
     pairs, num_shared = np.unique(np.concatenate(found), return_counts=True)
     pairs = pairs[num_shared >= _SHARED_FEATURES]
     return pairs // num_pictures, pairs % num_pictures
 
 
 def _shared(
-    entries: npt.NDArray[np.uint64], descriptors: npt.NDArray[np.uint64], new: npt.NDArray[np.bool_], num_points: int,
-    half: int,
+    entries: npt.NDArray[np.uint64], descriptors: npt.NDArray[np.uint64], shape: tuple[int, ...], half: int
 ) -> list[Rows]:  # fmt: skip
-    """Return left × pictures + right of every shared feature, in parts."""
+    """Return left × pictures + right of every shared feature, in parts. shape: (pictures, points of each)."""
     starts = list(range(0, len(entries), _ENTRIES_PER_TASK))
     # A task begins where a bucket does.
     bounds = [int(np.searchsorted(entries, entries[start] >> np.uint64(32) << np.uint64(32))) for start in starts]
@@ -105,7 +105,7 @@ def _shared(
         capacity = 1 << 16
         while True:
             pairs = np.empty(capacity, np.int64)
-            count = _collide(entries[first:last], descriptors, new, num_points, half, pairs)
+            count = _collide(entries[first:last], descriptors, shape[0], shape[1], half, pairs)
             if count <= capacity:
                 return pairs[:count].copy()
             capacity = count
@@ -115,9 +115,8 @@ def _shared(
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _collide(entries, descriptors, new, num_points, half, pairs):  # type: ignore[no-untyped-def]
+def _collide(entries, descriptors, num_pictures, num_points, half, pairs):  # type: ignore[no-untyped-def]
     """Write the pairs of pictures that share a feature of these entries; return their number, which may be larger."""
-    num_pictures = len(new)
     low_half = np.uint64(0xFFFFFFFF)
     count = 0
     start = 0
@@ -136,7 +135,7 @@ def _collide(entries, descriptors, new, num_points, half, pairs):  # type: ignor
                 for j in range(i + 1, end):
                     other = np.int64(entries[j] & low_half)
                     left, right = row // num_points, other // num_points
-                    if left == right or not (new[left] or new[right]):
+                    if left == right:
                         continue
                     differing = descriptors[row] ^ descriptors[other]
                     if half == 1 and differing & low_half == np.uint64(0):

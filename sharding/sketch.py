@@ -1,8 +1,8 @@
 """A picture in 4,000 bytes, and whether two of them differ in a place: the second look of dedupe.
 
 A perceptual hash takes two expressions of a face, or two lines of text, for one picture. Their sketches differ in a
-place by more than re-encoding, resizing or brightening does to the whole picture. Meant for pairs that a hash found
-near each other: of a picture and its crop the sketches differ everywhere, so they count as variants.
+place by more than re-encoding, resizing or brightening does to the whole picture. Only for pairs that a hash found near
+each other, or that show the same part: a picture and its crop differ everywhere, which says nothing here.
 
 Knows nothing of files and hashes. A sketch is 80 × 80 grey levels in 4 bits (rows of two pixels a byte, the left one
 high) and two 20 × 20 planes of chroma in 8 bits.
