@@ -97,9 +97,9 @@ def read_features(features: Sequence[bytes]) -> FeatureColumns:
     empty["level"], empty["size"] = NO_POINT, 1
     for start in range(0, len(features), _RECORDS_AT_ONCE):
         parts = [part or empty.tobytes() for part in features[start : start + _RECORDS_AT_ONCE]]
-        if wrong := next((part for part in parts if len(part) != FEATURES.itemsize), None):
+        if wrong := [len(part) for part in parts if len(part) != FEATURES.itemsize]:
             raise ValueError(
-                f"local features of {len(wrong)} bytes, expected {FEATURES.itemsize}: they are of another version; "
+                f"local features of {wrong[0]} bytes, expected {FEATURES.itemsize}: they are of another version; "
                 "run `python -m sharding scan` again"
             )
         joined = np.frombuffer(b"".join(parts), dtype=FEATURES)

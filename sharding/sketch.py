@@ -65,9 +65,9 @@ def are_variants(lefts: Sequence[bytes], rights: Sequence[bytes]) -> npt.NDArray
 
 def _to_rgb(sketches: Sequence[bytes]) -> Planes:
     """Return (N, 3, 80, 80): the sketches as colours, 0 to 255."""
-    if wrong := next((sketch for sketch in sketches if len(sketch) != _NUM_BYTES), None):
+    if wrong := [len(sketch) for sketch in sketches if len(sketch) != _NUM_BYTES]:
         raise ValueError(
-            f"a sketch of {len(wrong)} bytes, expected {_NUM_BYTES}: it is of another version; "
+            f"a sketch of {wrong[0]} bytes, expected {_NUM_BYTES}: it is of another version; "
             "run `python -m sharding scan` again"
         )
     data = np.frombuffer(b"".join(sketches), np.uint8).reshape(len(sketches), _NUM_BYTES)
