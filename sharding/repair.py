@@ -25,7 +25,8 @@ from sharding.pack_shard import BUILDING, pack_shard
 from sharding.schema import INDEX, PLAN, Workspace
 from sharding.shards import mask_name
 from sharding.tables import read_parts
-from sharding.verify import Problem, shard_members, verify
+from sharding.verify import shard_members, verify
+from sharding.verify_apart import Problem
 from sharding.workers import open_pool
 
 logger = logging.getLogger(__name__)
