@@ -11,6 +11,7 @@ the tables are made by `verdicts`. This file reads, writes and knows when all is
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,9 @@ def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False
     if not dry_run:
         for name in (*TABLES, "kept"):
             remove_temporaries(workspace.dedupe / name)
+    started = time.monotonic()
     pairs, num_searched = _find_pairs(config, workspace, candidates, places, dry_run=dry_run)
+    search_seconds = time.monotonic() - started
     decision = decide(
         candidates,
         pairs,
@@ -151,7 +154,9 @@ def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False
     )
     _remove_stale(workspace, parts)
     events = {name: value for name, value in vars(report).items() if name.startswith("num_")}
-    EventLog(workspace.events, stage="dedupe").write("done", **events, dropped=dict(report.dropped))
+    EventLog(workspace.events, stage="dedupe").write(
+        "done", **events, dropped=dict(report.dropped), search_seconds=round(search_seconds, 1)
+    )
     return replace(report, parts_made=parts_made)
 
 
