@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sharding.images
 from sharding.config import DedupeConfig, FilterConfig
 from sharding.record import FileTask, Rules, make_record
 
@@ -126,3 +127,19 @@ def test_every_file_of_a_public_suite_is_kept_or_has_a_reason(suite):
         assert record["status"] == "kept" or (record["status"] in REASONS and record["detail"]), path
         assert time.perf_counter() - start < 20, path
     assert len(files) > 100 and peak_megabytes() - peak < 500
+
+
+def test_one_decode_fills_every_column_that_is_asked_for(tmp_path, paint, monkeypatch):
+    paint(1, 900, 700).save(tmp_path / "picture.jpg")
+    dedupe = DedupeConfig(turns=("mirror", "rotate_90"), keep_variants=True, find_crops=True)
+    decode, calls = sharding.images._decode, []
+    monkeypatch.setattr(sharding.images, "_decode", lambda *a, **k: (calls.append(1), decode(*a, **k))[1])
+
+    record = make_record(
+        FileTask("s", "s", "folder", tmp_path, "picture.jpg", 1),
+        Rules(filters=FilterConfig(min_pixels=0), dedupe=dedupe),
+    )
+
+    assert record["status"] == "kept" and calls == [1]
+    assert (len(record["phash"]), len(record["turned_phashes"])) == (32, 64)
+    assert record["sketch"] and record["local_features"]
