@@ -8,20 +8,19 @@ it is checked against `max_pixels`. Formats: jpeg png webp avif jxl gif bmp tiff
 import io
 import re
 import struct
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import pillow_jxl  # noqa: F401  (registers JPEG XL with Pillow)
-from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from sharding.colours import is_srgb, to_upright_rgb
 from sharding.jxl_header import is_jxl, jxl_size
+from sharding.pillow_limit import pillow_limit
 
 FORMATS = ("jpeg", "png", "webp", "avif", "jxl", "gif", "bmp", "tiff")
 EXTENSIONS = (
@@ -36,7 +35,6 @@ _MIN_IMAGES_TO_JUDGE = 20
 # Pillow opens MPO as JPEG; "MPO" itself is no opener and naming it breaks every format after it.
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JXL", "GIF", "BMP", "DIB", "TIFF")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"RIFF", b"\0\0\0\x0cJXL ")
-_SRGB_TOLERANCE = 3  # levels by which profiles that all call themselves sRGB differ
 _ORIENTATION = 0x0112
 _DATE_TIME_ORIGINAL = 0x9003
 _DATE_TIME = 0x0132
@@ -124,7 +122,7 @@ def _decode(data: bytes, min_side: int | None, max_pixels: int, *, is_grey: bool
     with _quiet(max_pixels), _open(data, max_pixels) as image:
         try:
             is_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
-            takes_luma = is_grey and is_jpeg and _is_srgb(image.info.get("icc_profile"))
+            takes_luma = is_grey and is_jpeg and is_srgb(image.info.get("icc_profile"))
             if is_jpeg:
                 image.draft("L" if takes_luma else image.mode, (min_side, min_side) if min_side else None)
                 image.decodermaxblock = len(data)  # in pieces, the Huffman decoder runs slowly at the end of each
@@ -132,7 +130,7 @@ def _decode(data: bytes, min_side: int | None, max_pixels: int, *, is_grey: bool
             if takes_luma:
                 ImageOps.exif_transpose(image, in_place=True)
                 return image
-            rgb = _to_upright_rgb(image)
+            rgb = to_upright_rgb(image)
             return rgb.convert("L") if is_grey else rgb
         except _DECODE_ERRORS as error:
             raise ImageError("undecodable", _evidence(error)) from error
@@ -152,39 +150,9 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-class _PillowLimit:
-    """Pillow's limit on pixels, a global of its module, is ours while one of our calls runs.
-
-    Beyond twice its value Pillow refuses, in places before any where we could. Of several calls at once, in threads,
-    the most generous limit holds; each checks its own once the header is read.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._asked: list[int] = []
-        self._before: int | None = None
-
-    @contextmanager
-    def set_to(self, max_pixels: int) -> Iterator[None]:
-        with self._lock:
-            if not self._asked:
-                self._before = Image.MAX_IMAGE_PIXELS
-            self._asked.append(max_pixels)
-            Image.MAX_IMAGE_PIXELS = -(-max(self._asked) // 2)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._asked.remove(max_pixels)
-                Image.MAX_IMAGE_PIXELS = -(-max(self._asked) // 2) if self._asked else self._before
-
-
-_pillow_limit = _PillowLimit()
-
-
 @contextmanager
 def _quiet(max_pixels: int) -> Iterator[None]:
-    with _pillow_limit.set_to(max_pixels), warnings.catch_warnings():
+    with pillow_limit.set_to(max_pixels), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
@@ -243,7 +211,7 @@ def _facts(image: ImageFile.ImageFile, data: bytes) -> ImageFacts:
             and not has_alpha
             and not is_animated
             and orientation in (0, 1)
-            and _is_srgb(image.info.get("icc_profile"))
+            and is_srgb(image.info.get("icc_profile"))
         ),
         exif_date=_exif_date(exif),
     )
@@ -276,66 +244,6 @@ def _exif_date(exif: Image.Exif) -> datetime | None:
         return datetime.strptime(text.strip("\0 "), "%Y:%m:%d %H:%M:%S").replace(tzinfo=UTC)
     except ValueError:
         return None
-
-
-@lru_cache(maxsize=16)
-def _is_srgb(profile: bytes | None) -> bool:
-    """Tell by 216 colours, not by the profile's name, which may say sRGB of linear light."""
-    if not profile:
-        return True
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    except (ImageCms.PyCMSError, OSError):
-        return True  # an unreadable profile is ignored when decoding, too
-    if source.profile.xcolor_space != "RGB ":
-        return False
-    levels = np.arange(0, 256, 51, dtype=np.uint8)
-    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
-    try:
-        converted = ImageCms.profileToProfile(Image.fromarray(colours), source, ImageCms.createProfile("sRGB"))
-    except (ImageCms.PyCMSError, OSError):
-        return False
-    return bool(np.abs(np.asarray(converted).astype(int) - colours).max() <= _SRGB_TOLERANCE)
-
-
-def _to_upright_rgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if image.format in ("JPEG", "PNG"):  # the others hold more than pixels, which a copy lets go of
-        ImageOps.exif_transpose(image, in_place=True)
-    else:
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-        # Pillow clips 16-bit grey to 255 when it converts; scale instead.
-        samples = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.clip(samples / 257.0 + 0.5, 0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        samples = np.nan_to_num(np.asarray(image), nan=0.0, posinf=1.0, neginf=0.0)
-        scale = 255.0 if samples.max() <= 1.0 else 1.0
-        image = Image.fromarray(np.clip(samples * scale + 0.5, 0, 255).astype(np.uint8))
-    if image.mode in ("P", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    if image.mode in ("LA", "La", "RGBa"):
-        image = image.convert("RGBA")
-    alpha = image.getchannel("A") if image.mode == "RGBA" else None
-    rgb = _convert_profile(image, profile)
-    if alpha is not None:
-        background = Image.new("RGB", rgb.size, (255, 255, 255))
-        background.paste(rgb, mask=alpha)
-        return background
-    return rgb
-
-
-def _convert_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
-    colours = image.convert("RGB") if image.mode in ("RGBA", "1") else image
-    plain = colours if colours.mode == "RGB" else colours.convert("RGB")
-    if not profile or _is_srgb(profile) or colours.mode not in ("RGB", "CMYK", "L"):
-        return plain
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return plain  # a profile that does not fit the pixels is ignored, as every viewer does
-    return plain if converted is None else converted
 
 
 def _evidence(error: BaseException) -> str:
