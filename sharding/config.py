@@ -240,6 +240,15 @@ class DedupeConfig(Config):
     """Two pictures within this many bits are duplicates (16 of 256, or 4 of 64, finds re-encodes and resizes)."""
     max_diameter: int = Field(32, ge=0)
     """A member farther than this from its group's keeper starts a group of its own (guards against chains)."""
+    keep_variants: bool = False
+    """A second look at near pictures: those that differ in a place (another expression, outfit or line of text) are
+    variants, and both stay. Stores 4,000 bytes a picture. Measured on sprites, portraits and text lines: 0.98 of the
+    variants within 16 bits of 256 are kept apart; re-encodes, resizes and brighter copies stay together at 0.997. In
+    scenes where a mouth is 1/80 of the width, only 0.83 are seen."""
+    find_crops: bool = False
+    """Crops of the same picture are duplicates, too: other aspects, borders, letterboxes; not turned ones. Stores 1,002
+    bytes a picture and costs 10 ms to scan. Measured on 684 wallpapers in many sizes and crops: recall 0.999 of 3,374
+    true pairs at precision 0.999, where phash alone finds 0.33; of 9:16 parts of landscapes 0.92."""
     keeper: tuple[Literal["priority", "pixels", "lossless", "bytes", "date"], ...] = (
         "priority", "pixels", "lossless", "bytes", "date",
     )  # fmt: skip

@@ -29,9 +29,10 @@ from sharding.files import digest_of, remove_temporaries
 from sharding.inherit import Inheritances, with_inheritances
 from sharding.keepers import REASONS, Decision, decide
 from sharding.keys import is_in, key_numbers
-from sharding.pairs import PairRules, Pairs, Pictures, update_pairs
+from sharding.pairs import Pairs, Pictures, update_pairs
 from sharding.runlog import EventLog
 from sharding.schema import MANIFEST, PLAN, Workspace
+from sharding.second_look import pair_rules
 from sharding.tables import (
     DamagedPartError,
     is_current,
@@ -180,7 +181,7 @@ def _find_pairs(
     return update_pairs(
         workspace.dedupe / "pairs" / part_name(0),
         pictures,
-        PairRules(radius=config.dedupe.radius),
+        pair_rules(config.dedupe, places, first),
         parts=list(zip(digests, keys, strict=True)),
         dry_run=dry_run,
     )

@@ -15,9 +15,11 @@ from typing import Any
 from sharding.config import DedupeConfig, FilterConfig
 from sharding.filters import Objection, objection_to_file, objection_to_picture, objection_to_post
 from sharding.images import ImageError, decode_grey, decode_rgb, probe
+from sharding.local_features import FEATURES_VERSION, MIN_SIDE, extract_features
 from sharding.metadata import IMPORTERS, NO_TABLES, Metadata, Tables, date_in_path
 from sharding.phash import HASH_VERSION, enough_pixels, hash_picture, hash_turned
 from sharding.schema import MANIFEST, TAG_CATEGORIES
+from sharding.sketch import SKETCH_VERSION, make_sketch
 from sharding.sources import read_file
 
 DECODED = ("phash", "turned_phashes", "sketch", "local_features")
@@ -143,16 +145,21 @@ def _date_columns(metadata: Metadata, exif_date: datetime | None, task: FileTask
 
 def pixel_settings(dedupe: DedupeConfig) -> list[Any]:
     """Return all settings that the columns DECODED depend on: another value decodes every picture again."""
-    return [HASH_VERSION, dedupe.algorithm, dedupe.hash_size, list(dedupe.turns)]
+    second_look = [SKETCH_VERSION * dedupe.keep_variants, FEATURES_VERSION * dedupe.find_crops]
+    return [HASH_VERSION, dedupe.algorithm, dedupe.hash_size, list(dedupe.turns), second_look]
 
 
 def _decoded_columns(data: bytes, rules: Rules) -> dict[str, bytes]:
     """Decode once and return the columns DECODED."""
     dedupe = rules.dedupe
     algorithm, hash_size = dedupe.algorithm, dedupe.hash_size
-    decode = decode_rgb if algorithm == "colorhash" else decode_grey
-    image = decode(data, min_side=enough_pixels(hash_size), max_pixels=rules.filters.max_pixels)
+    needs_colour = algorithm == "colorhash" or dedupe.keep_variants or dedupe.find_crops
+    decode = decode_rgb if needs_colour else decode_grey
+    min_side = max(enough_pixels(hash_size), MIN_SIDE * (dedupe.keep_variants or dedupe.find_crops))
+    image = decode(data, min_side=min_side, max_pixels=rules.filters.max_pixels)
     return {
         "phash": hash_picture(image, algorithm=algorithm, hash_size=hash_size),
         "turned_phashes": hash_turned(image, dedupe.turns, algorithm=algorithm, hash_size=hash_size),
+        "sketch": make_sketch(image) if dedupe.keep_variants else b"",
+        "local_features": extract_features(image) if dedupe.find_crops else b"",
     }

@@ -53,7 +53,7 @@ def test_every_mistake_is_reported_at_once_with_its_key(write):
 
     lines = str(caught.value).splitlines()
     assert len(lines) == 4 and all("x.toml: " in line for line in lines)
-    assert any("dedupe.radios: unknown key; known here: algorithm, hash_size" in line for line in lines)
+    assert any("dedupe.radios: unknown key; known here: algorithm, find_crops, hash_size" in line for line in lines)
     assert any("dedupe.hash_size: " in line and "40" in line for line in lines)
     assert any("filters.max_aspect: " in line and "0.5" in line for line in lines)
 
