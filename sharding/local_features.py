@@ -57,6 +57,7 @@ def extract_features(image: Image.Image) -> bytes:
 
     A picture without structure has none, which is no error. Takes about 10 ms.
     """
+    image = image.reduce(max(min(image.size) // MIN_SIDE, 1))
     levels, size = _pyramid(image)
     points = _spread_points(_find_points(levels, size))
     record = np.zeros((), FEATURES)

@@ -38,7 +38,8 @@ _CLIPPED_ALLOWANCE = 30.0  # a brightened pixel that reached white has lost what
 
 def make_sketch(image: Image.Image) -> bytes:
     """Return the sketch of an upright RGB picture: 4,000 bytes. Aspect is not kept."""
-    small = image.resize((_SIDE, _SIDE), Image.Resampling.BOX, reducing_gap=3.0).convert("YCbCr")
+    image = image.reduce(max(min(image.size) // MIN_SIDE, 1))
+    small = image.resize((_SIDE, _SIDE), Image.Resampling.BOX).convert("YCbCr")
     levels = np.asarray(small)[:, :, 0] >> 4
     chroma = np.asarray(small.resize((_CHROMA_SIDE, _CHROMA_SIDE), Image.Resampling.BOX))[:, :, 1:]
     return (levels[:, ::2] << 4 | levels[:, 1::2]).tobytes() + chroma.transpose(2, 0, 1).tobytes()
