@@ -32,7 +32,7 @@ from sharding.keys import is_in, key_numbers
 from sharding.pairs import Pairs, Pictures, update_pairs
 from sharding.runlog import EventLog
 from sharding.schema import MANIFEST, PLAN, Workspace
-from sharding.second_look import pair_rules
+from sharding.second_look import pair_rules, variant_check
 from sharding.tables import (
     DamagedPartError,
     is_current,
@@ -133,6 +133,7 @@ def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False
         pairs,
         max_diameter=config.dedupe.max_diameter,
         order=config.dedupe.keeper,
+        are_variants=variant_check(places) if config.dedupe.keep_variants else None,
     )
     relatives = make_relatives(candidates, decision)
     report = _report(decision, num_relatives=len(relatives), num_searched=num_searched, dry_run=dry_run)
