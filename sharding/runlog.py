@@ -83,6 +83,13 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix(self._facts, refresh=False)
 
+    def skip(self, count: int) -> None:
+        """Take `count` units out of the total: there is nothing to do for them, so they say nothing about speed."""
+        self.total -= count
+        if self._bar is not None:
+            self._bar.total = self.total
+            self._bar.refresh()
+
     def advance(self, count: int = 1) -> None:
         """Add `count` finished units."""
         self.done += count

@@ -113,9 +113,32 @@ LABELS = pa.schema([("tag_id", pa.int32()), ("name", pa.string()), ("category", 
 
 SCORES = pa.schema([("key", pa.string()), ("score", pa.float32()), ("status", pa.string())])
 
+TEXTS = pa.schema(  # what a captioner said
+    [
+        ("key", pa.string()),
+        ("text", pa.string()),  # cleaned by the rules that the part's metadata names; null without a result
+        ("prompt", pa.string()),  # what it was asked, hints filled in
+        ("status", pa.string()),
+    ]
+)
+
 TAG_GROUP = pa.struct([("group", pa.string()), ("tags", _STRINGS)])
 
 CAPTIONS = pa.schema([("key", pa.string()), ("text", pa.string()), ("groups", pa.list_(TAG_GROUP))])
+
+EDITS = pa.schema(
+    [
+        ("edit", pa.int32()),  # number of the edit, from 1; one part each
+        ("key", pa.string()),
+        ("group", pa.string()),  # of words, as in CAPTIONS
+        ("before", _STRINGS),  # its words when the edit was made
+        ("after", _STRINGS),
+        ("operation", pa.string()),  # what was asked for
+        ("who", pa.string()),
+        ("when", pa.timestamp("ms", tz="UTC")),
+        ("why", pa.string()),
+    ]
+)
 
 PLAN = pa.schema(
     [
@@ -207,6 +230,10 @@ class Workspace:
 
     def captions(self, policy: str) -> Path:
         return self.root / "captions" / policy
+
+    def edits(self, policy: str) -> Path:
+        """`part-*.parquet` (EDITS), one per edit: what people have changed in the captions of a policy."""
+        return self.root / "edits" / policy
 
     @property
     def plan(self) -> Path:
