@@ -36,3 +36,10 @@ def expand_character(tag: str) -> tuple[str, str]:
     if not character or not series or ")" in series:
         return tag, ""
     return character, series
+
+
+def given_name_last(character: str) -> str:
+    """Return `asuka_souryuu_(eva)` as `souryuu_asuka_(eva)`: the last word of the name moves to the front."""
+    name, bracket, rest = character.partition("_(")
+    *given, family = name.split("_")
+    return "_".join([family, *given]) + bracket + rest

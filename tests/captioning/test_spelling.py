@@ -2,7 +2,7 @@
 
 import pytest
 
-from captioning.config import KAOMOJI
+from captioning.policy import KAOMOJI
 from captioning.spelling import clean_word, expand_character, spell_tag
 
 

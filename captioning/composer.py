@@ -1,0 +1,176 @@
+"""One policy at work: records and annotations of a part → captions, in memory. `compose` runs it over a workspace.
+
+A composer remembers tags and words from part to part, so keep one for many parts. Captions do not depend on that.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from captioning import record_words, tag_stream
+from captioning.clip_tokens import keep_ranks, load_counter
+from captioning.config import CaptioningConfig
+from captioning.lexicon import COUNT_TAGS, Lexicon, LexiconArrays
+from captioning.part_input import PartInput, check_model, read_input, read_labels
+from captioning.spelling import spell_tag
+from captioning.tag_stream import Labels, TagStream
+from captioning.taggers.base import TaggerSettings
+from captioning.word_table import Entries, WordTable, fitting
+from captioning.words import Ids, Words
+from sharding.config import ConfigError
+from sharding.schema import Workspace
+
+
+@dataclass
+class PartCaptions:
+    """Captions of one part, schema.CAPTIONS, and what there is to say about them."""
+
+    captions: pa.Table
+    missing: dict[str, int] = field(default_factory=dict)
+    """By group: pictures without a word for want of a value."""
+    num_cut: int = 0
+    """Captions shortened to the largest number of tokens."""
+    cut: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """What was cut off: (group, word) → times."""
+    num_many_tags: int = 0
+    """Captions with more words than `warn_above_tags`."""
+
+
+class Composer:
+    """Makes the captions of parts by one policy. Raises ConfigError for an unknown one, ModelError for a tokenizer."""
+
+    def __init__(self, config: CaptioningConfig, workspace: Workspace, *, policy: str) -> None:
+        if policy not in config.policies:
+            raise ConfigError(f"policy {policy!r}: unknown; the dataset has {', '.join(config.policies) or 'none'}")
+        self.rules = rules = config.policies[policy]
+        self._config, self._workspace = config, workspace
+        counts = [spell_tag(tag, remove_underscores=True, keep_underscores=frozenset()) for tag in COUNT_TAGS]
+        orders = (*counts, *COUNT_TAGS) if "count" in rules.groups else ()
+        self._words = Words(replace=rules.replace, first=rules.first_words, orders=orders)
+        self._lexicon = Lexicon(rules, self._words)
+        self._labels: Labels | None = None
+        self._model_digest = ""
+        self._counter = load_counter(rules.tokens.tokenizer) if rules.tokens.max_tokens else None
+        self._keep_ranks = keep_ranks(rules.groups, rules.tokens.cut_first)
+
+    def part(self, part: Path) -> PartCaptions:
+        """Return the captions of one kept part. Raises AnnotationMissingError, DamagedPartError."""
+        given = read_input(self._workspace, part, self.rules)
+        rules, words, num_rows = self.rules, self._words, given.records.num_rows
+        table = WordTable(num_rows, groups=rules.groups, words=words)
+        missing: dict[str, int] = {}
+        ratings = record_words.ratings(given, rules)
+        for group, tiers in rules.tiers.items():
+            missing |= record_words.add_tiers(table, words, given, tiers, group=group, rating=ratings)
+        years = given.years(rules.date.model)
+        missing |= record_words.add_dates(table, words, self._config, given, years, rules=rules.date)
+        if rules.custom:
+            missing["custom"] = record_words.add_custom(
+                table, words, self._config, given.records, years, templates=rules.custom
+            )
+        if "rating" in rules.groups:
+            missing["rating"] = record_words.add_ratings(table, words, ratings, rules)
+        streams = self._streams(part, given)
+        known = self._lexicon.arrays()
+        streams = tag_stream.without_removed(tag_stream.with_added(streams, known), known)
+        if "style" in rules.groups:
+            streams = self._take_styles(table, given, years, streams)
+        for stream in streams:
+            self._add_tags(table, stream, known)
+        found = self._finished(table, given.records.column("key"))
+        found.missing = {group: number for group, number in missing.items() if number}
+        return found
+
+    def tags(self, part: Path) -> tuple[TagStream, LexiconArrays, Lexicon]:
+        """Return all tags of a part that pass, before tags remove each other; rows in no order."""
+        streams = self._streams(part, read_input(self._workspace, part, self.rules))
+        rows, tags = (np.concatenate([getattr(it, name) for it in streams]) for name in ("rows", "tags"))
+        return TagStream(rows, tags), self._lexicon.arrays(), self._lexicon
+
+    def _streams(self, part: Path, given: PartInput) -> list[TagStream]:
+        tagger = self.rules.tags.tagger
+        streams = self._source_characters(given.records)
+        for origin in self.rules.tags.prefer:
+            if origin == "record":
+                streams += tag_stream.record_tags(given.records, self.rules.tags, self._lexicon)
+            elif tagger:
+                stream = self._tagger_tags(part, given.annotations[tagger])
+                may_be_tagged = self._lexicon.arrays().may_be_tagged
+                streams.append(stream.where(may_be_tagged[stream.tags] > 0))
+        return streams
+
+    def _tagger_tags(self, part: Path, annotation: pa.Table) -> TagStream:
+        tagger = self.rules.tags.tagger
+        if self._labels is None:
+            table, self._model_digest = read_labels(self._workspace, tagger)
+            self._labels = Labels.of(table, self._lexicon)
+        check_model(self._workspace, part, tagger, model_digest=self._model_digest)
+        settings = self._config.annotate.models[tagger]
+        floor = settings.floor if isinstance(settings, TaggerSettings) else 0.0
+        return tag_stream.tagger_tags(annotation, self._labels, self.rules.tags, floor=floor)
+
+    def _source_characters(self, records: pa.Table) -> list[TagStream]:
+        streams = []
+        for source, character in self.rules.characters.items():
+            rows = np.flatnonzero(np.asarray(pc.equal(records.column("source"), source)))
+            (number,) = self._lexicon.numbers([character], "character")
+            stream = TagStream(rows, np.full(len(rows), number, dtype=np.int64))
+            streams.append(stream.where(stream.tags >= 0))
+        return streams
+
+    def _take_styles(self, table: WordTable, given: PartInput, years: Ids, streams: list[TagStream]) -> list[TagStream]:
+        style_of = self._lexicon.arrays().style_years
+        rows = np.concatenate([it.rows[style_of[it.tags] > 0] for it in streams] or [years[:0]])
+        styles = np.concatenate([style_of[it.tags[style_of[it.tags] > 0]] for it in streams] or [years[:0]])
+        record_words.add_styles(table, self._words, given, years, tagged=(rows, styles), rules=self.rules.style)
+        return [it.where(style_of[it.tags] < 0) for it in streams]
+
+    def _add_tags(self, table: WordTable, stream: TagStream, known: LexiconArrays) -> None:
+        rows, tags = stream.rows, stream.tags
+        if self.rules.tags.kohya_characters:
+            rows, tags = self._add_characters_as_kohya(table, rows, tags, known)
+        table.add(rows, known.words[tags], groups=known.groups[tags])
+        if self.rules.tags.character_tag_expand:
+            series = self._place_of_series()
+            table.add(rows, known.series_words[tags], groups=np.full(len(rows), series, dtype=np.int64))
+
+    def _add_characters_as_kohya(self, table: WordTable, rows: Ids, tags: Ids, known: LexiconArrays) -> tuple[Ids, Ids]:
+        """Add characters in reverse order, each with its series behind; return the other tags."""
+        is_character = known.is_character[tags] > 0
+        places = np.flatnonzero(is_character)[::-1]
+        places = places[np.argsort(rows[places], kind="stable")]
+        pairs = np.stack([known.words[tags[places]], known.series_words[tags[places]]], axis=1)
+        groups = np.repeat(known.groups[tags[places]], 2)
+        table.add(np.repeat(rows[places], 2), pairs.reshape(-1), groups=groups)
+        return rows[~is_character], tags[~is_character]
+
+    def _place_of_series(self) -> int:
+        groups = self.rules.groups
+        return next((groups.index(group) for group in ("series", "rest") if group in groups), -1)
+
+    def _finished(self, table: WordTable, keys: pa.ChunkedArray) -> PartCaptions:
+        entries, tokens = table.entries(), self.rules.tokens
+        num_cut, cut = 0, Counter[tuple[str, str]]()
+        if self._counter is not None:
+            kept = fitting(
+                entries, counter=self._counter, words=self._words, max_tokens=tokens.max_tokens, ranks=self._keep_ranks
+            )
+            num_cut, cut = len(np.unique(entries.rows[~kept])), self._count(table, entries.where(~kept))
+            entries = entries.where(kept)
+        many = self.rules.warn_above_tags
+        num_many = int((np.bincount(entries.rows) > many).sum()) if many and len(entries.rows) else 0
+        return PartCaptions(table.captions(keys, entries), num_cut=num_cut, cut=cut, num_many_tags=num_many)
+
+    def _count(self, table: WordTable, entries: Entries) -> Counter[tuple[str, str]]:
+        texts = self._words.texts()
+        pairs, counts = np.unique(entries.ids * len(table.groups) + entries.groups, return_counts=True)
+        return Counter(
+            {
+                (table.groups[pair % len(table.groups)], texts[pair // len(table.groups)].as_py()): count
+                for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)
+            }
+        )
