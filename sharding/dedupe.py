@@ -101,7 +101,7 @@ class DedupeReport:
         elif self.is_dry_run:
             lines.append("nothing was written (--dry-run)")
         else:
-            lines.append(f"{self.num_searched:,} pictures were searched for; the pairs of the others were known")
+            lines.append(f"the pairs of {self.num_searched:,} new pictures were searched")
             lines.append(f"{self.parts_made:,} parts of dedupe/kept written, the others are current")
         return "\n".join(lines)
 
