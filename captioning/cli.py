@@ -79,6 +79,8 @@ def _run(options: argparse.Namespace, config: "CaptioningConfig", workspace: "Wo
             workspace,
             models=models,
             workers=options.workers,
+            devices=options.devices,
+            chunks=[name.strip() for name in options.chunks.split(",")] if options.chunks else None,
             part_index=options.part_index,
             num_parts=options.num_parts,
             retry=options.retry,
@@ -121,8 +123,14 @@ def _parser() -> argparse.ArgumentParser:
     for command in (compose, stats):
         command.add_argument("--policy", help="name of the policy (default: pack.policy)")
     annotate.add_argument("--models", metavar="A,B", help="names in annotate.models (default: all)")
+    annotate.add_argument(
+        "--devices", metavar="CUDA:0,CUDA:1", help="share the parts among devices (default: annotate.device)"
+    )
+    annotate.add_argument(
+        "--chunks", metavar="A/0000,B/0001", help="read images from these packed chunks where they have them, or all"
+    )
     annotate.add_argument("--retry", action="store_true", help="look again at files that could not be read")
-    annotate.add_argument("--workers", type=int, help="decode processes; 0: a thread (default: the config's)")
+    annotate.add_argument("--workers", type=int, help="decode processes in all; 0: a thread (default: the config's)")
     return parser
 
 
@@ -131,6 +139,10 @@ def _check_part(options: argparse.Namespace) -> None:
 
     if options.command != "stats":
         owned_parts([], options.part_index, options.num_parts)
+    if options.command == "annotate" and options.devices:
+        from captioning.devices import parse_devices
+
+        options.devices = parse_devices(options.devices)
 
 
 def _fail(error: object, code: int) -> int:

@@ -4,22 +4,29 @@
 Changing a policy never runs a model.
 """
 
+from typing import Annotated, Literal
+
 from pydantic import Field, model_validator
 
-from captioning.plugin import Device
+from captioning.devices import DeviceName
 from captioning.policy import PolicyConfig
 from captioning.registry import ModelConfig
 from captioning.taggers.base import TaggerSettings
 from sharding.config import Config, DatasetConfig, Name
 
+BatchSize = Annotated[int, Field(gt=0)]
+
 
 class AnnotateConfig(Config):
     """What looks at each image, and on which device."""
 
-    device: Device = "cpu"
-    """Where the models run: cpu, cuda, rocm, migraphx or openvino (Intel). A device that is not there is an error."""
-    batch_size: int = Field(4, gt=0)
-    """Images per call of a model; the last batch of a part is filled up, so rows do not depend on its length."""
+    device: DeviceName = "cpu"
+    """Where the models run: cpu, cuda, rocm, migraphx, openvino or xpu (both Intel), the second GPU as cuda:1. A device
+    that is not there is an error."""
+    batch_size: BatchSize | Literal["auto"] | None = None
+    """Images per call of a model; the last batch of a part is filled up, so rows do not depend on its length. "auto":
+    found by trial for each model, doubling until memory is full or nothing is gained. Without a value 4 on a CPU and
+    "auto" elsewhere."""
     workers: int | None = Field(None, ge=0)
     """Decode processes; 0 decodes in a thread of the main process; without a value one per core."""
     min_side: int | None = Field(None, gt=0)

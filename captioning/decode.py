@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import numpy.typing as npt
 from PIL import Image
 
+from captioning.images_in_tars import ImageInTar
 from captioning.plugin import OK, FilePreparer, Preparer
 from sharding import files, images
 
@@ -47,6 +48,8 @@ class ImageTask:
     """By who looks: a model, or the backbone of several."""
     min_side: int | None = None
     """As in `images.decode_rgb`."""
+    stored: ImageInTar | None = None
+    """Where a shard has the image; then the file is not read."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,14 @@ class PreparedImage:
 def prepare_image(task: ImageTask) -> PreparedImage:
     """Read, decode and prepare one image; whatever is wrong with it becomes its status."""
     try:
-        data = files.read_file(task.path)
+        data = task.stored.read() if task.stored else files.read_file(task.path)
     except OSError as error:
-        return PreparedImage("unreadable", 0, detail=f"{task.path}: {error.strerror}")
-    if len(data) != task.num_bytes:
+        path = task.stored.tar if task.stored else task.path
+        return PreparedImage("unreadable", 0, detail=f"{path}: {error.strerror}")
+    if task.stored is None and len(data) != task.num_bytes:
         return PreparedImage("changed_since_scan", 0, detail=f"{len(data)} bytes, {task.num_bytes} when scanned")
+    if task.stored is not None and not task.stored.is_whole(data):
+        return PreparedImage("unreadable", 0, detail=f"{task.stored.tar}: not the bytes that the index names")
     try:
         image = images.decode_rgb(data, min_side=task.min_side)
     except images.ImageError as error:
@@ -101,6 +107,10 @@ class Decoders:
 
     def __enter__(self) -> "Decoders":
         return self
+
+    def widen(self, batch_size: int) -> None:
+        """Let more images be in flight for a larger batch, found after the start."""
+        self.window = max(self.window, 2 * max(self.workers, 1) + 2 * batch_size)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -10,15 +10,25 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from captioning.devices import split_device
 from captioning.plugin import Device, MissingExtraError, ModelError
 
-PROVIDERS: dict[Device, tuple[str, dict[str, str]]] = {
+PROVIDERS: dict[str, tuple[str, dict[str, str]]] = {
     "cpu": ("CPUExecutionProvider", {}),
     "cuda": ("CUDAExecutionProvider", {}),
     "rocm": ("ROCMExecutionProvider", {}),
     "migraphx": ("MIGraphXExecutionProvider", {}),
     # 16-bit inference on this provider is known to return nonsense for the WD models.
     "openvino": ("OpenVINOExecutionProvider", {"device_type": "GPU", "precision": "FP32"}),
+    "xpu": ("OpenVINOExecutionProvider", {"device_type": "GPU", "precision": "FP32"}),
+}
+_BUILDS = {
+    "cpu": "`pip install -e '.[caption,cpu]'`",
+    "cuda": "`pip install -e '.[caption,gpu]'` (onnxruntime-gpu, without onnxruntime beside it)",
+    "rocm": "AMD's build onnxruntime-rocm in place of onnxruntime",
+    "migraphx": "AMD's build onnxruntime-migraphx in place of onnxruntime",
+    "openvino": "`pip install onnxruntime-openvino` in place of onnxruntime",
+    "xpu": "`pip install onnxruntime-openvino` in place of onnxruntime",
 }
 
 MODEL_FILES = ("model.onnx", "model.onnx?data")
@@ -78,12 +88,12 @@ def open_session(
         raise MissingExtraError("onnxruntime", extras="caption,cpu" if device == "cpu" else "caption,gpu") from error
     if not path.is_file():
         raise ModelError(f"{path}: no such model file")
-    provider, options = PROVIDERS[device]
+    provider, options = provider_of(device)
     available = onnxruntime.get_available_providers()
     if provider not in available:
         raise ModelError(
             f"annotate.device {device!r} needs onnxruntime's {provider}; this build has {', '.join(available)}: "
-            "install the build for your device or set annotate.device"
+            f"install {_BUILDS[split_device(device)[0]]}, or set annotate.device"
         )
     settings = onnxruntime.SessionOptions()
     settings.use_deterministic_compute = True
@@ -94,6 +104,17 @@ def open_session(
         raise ModelError(f"{path}: cannot be opened with {provider} ({str(error)[:200]})") from error
     require_provider(session.get_providers(), provider, path=path)
     return OnnxSession(session, path=path, layout=layout, side=side, output=output)
+
+
+def provider_of(device: Device) -> tuple[str, dict[str, str]]:
+    """Return onnxruntime's provider and its options for one of our devices."""
+    kind, number = split_device(device)
+    provider, options = PROVIDERS[kind]
+    if number is None:
+        return provider, options
+    if kind in ("openvino", "xpu"):
+        return provider, options | {"device_type": f"GPU.{number}"}
+    return provider, options | {"device_id": str(number)}
 
 
 def _choose_output(outputs: list[Any], name: str, *, path: Path) -> Any:

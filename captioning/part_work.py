@@ -7,13 +7,15 @@ changed or a retry is asked for. No model is run here.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 
 from captioning.decode import UNREADABLE
 from captioning.plugin import NOT_APPLICABLE, OK, Identity, Row
+from captioning.prompts import Prompt
+from sharding.config import ConfigError
 from sharding.files import digest_of
 from sharding.schema import Workspace
 from sharding.tables import DamagedPartError, part_metadata, read_part, write_part
@@ -32,8 +34,10 @@ class ModelWork:
     made_from: str
     rows: list[Row | None]
     """In the order of the part; None where the model has not answered yet."""
-    needed: list[int]
+    needed: list[int] = field(default_factory=list)
     """Places of the rows that were None at first."""
+    prompts: "Prompts | None" = None
+    """For captioners."""
 
     def write(self, keys: pa.ChunkedArray) -> None:
         """Write the part; every row must be there."""
@@ -69,6 +73,11 @@ class PartWork:
     """Images without a result that current parts know of."""
 
     @property
+    def keys(self) -> list[str]:
+        keys: list[str] = self.records.column("key").to_pylist()
+        return keys
+
+    @property
     def num_images(self) -> int:
         return int(self.records.num_rows)
 
@@ -88,19 +97,56 @@ class PartWork:
         return sorted({place for name in self.looking for place in self.models[name].needed})
 
 
-def plan_part(part: Path, identities: Mapping[str, Identity], workspace: Workspace, *, retry: bool) -> PartWork:
+class Prompts:
+    """What one captioner is asked about the images of one part."""
+
+    def __init__(self, prompt: Prompt, work: "PartWork", tagger: Identity | None, workspace: Workspace) -> None:
+        self._prompt = prompt
+        self._records = work.records.select(list(prompt.record_columns)).to_pylist()
+        self._labels = tagger.labels if tagger else None
+        self._tagger_rows: list[Row | None] = [None] * work.num_images
+        if tagger is None:
+            return
+        if prompt.tagger in work.models:
+            self._tagger_rows = work.models[prompt.tagger].rows  # filled in as the tagger looks at the part
+        elif (known := _known_rows(workspace.annotations(prompt.tagger) / work.part.name, tagger)) is not None:
+            self._tagger_rows = [known.get(key) for key in work.keys]
+        if prompt.tagger not in work.models and None in self._tagger_rows:
+            raise ConfigError(
+                f"{work.part}: not every image has a row of {prompt.tagger!r}, whose tags a captioner is given as "
+                f"hints; add {prompt.tagger} to --models"
+            )
+
+    def text(self, place: int) -> str | None:
+        """Return what is asked; None while the tagger has not answered yet."""
+        if self._labels is None:
+            return self._prompt.of_record(self._records[place])
+        row = self._tagger_rows[place]
+        return None if row is None else self._prompt.of_tagger(row, self._labels)
+
+
+def plan_part(
+    part: Path,
+    identities: Mapping[str, Identity],
+    workspace: Workspace,
+    *,
+    retry: bool,
+    taggers: Mapping[str, Identity] | None = None,
+) -> PartWork:
     """Compare a kept part with the annotations that are there.
 
-    retry: look again at files that could not be read or had changed. Raises DamagedPartError.
+    retry: look again at files that could not be read or had changed. taggers: by name, those that captioners take
+    hints from. Raises DamagedPartError, ConfigError where such a tagger has not answered and is not to be run.
     """
-    columns = [*_RECORD_COLUMNS, *(column for identity in identities.values() for column in identity.record_columns)]
+    columns = [*_RECORD_COLUMNS, *(column for it in identities.values() for column in _columns(it))]
     records = read_part(part, list(dict.fromkeys(columns)))
     keys = records.column("key").to_pylist()
+    taggers = taggers or {}
     models: dict[str, ModelWork] = {}
     num_broken = 0
     for name, identity in identities.items():
         target = workspace.annotations(name) / part.name
-        looked_at = identity.record_columns or ("source", "path")
+        looked_at = identity.record_columns or ("source", "path", *_columns(identity))
         values = [[str(value) for value in records.column(column).to_pylist()] for column in looked_at]
         made_from = digest_of([identity.digest, keys, values])
         facts = _facts(target)
@@ -108,12 +154,33 @@ def plan_part(part: Path, identities: Mapping[str, Identity], workspace: Workspa
             num_broken = max(num_broken, int(facts["num_broken"]))
             continue
         rows: Sequence[Row | None] = [None] * len(keys)
-        if identity.needs_image and facts.get("model_digest") == identity.digest:
-            known = {row.pop("key"): row for row in read_part(target).to_pylist()}
+        if identity.needs_image and (known := _known_rows(target, identity)) is not None:
             rows = [row if row and row["status"] not in UNREADABLE else None for row in map(known.get, keys)]
-        needed = [place for place, row in enumerate(rows) if row is None]
-        models[name] = ModelWork(identity, target, made_from, list(rows), needed)
-    return PartWork(part, records, models, num_broken)
+        models[name] = ModelWork(identity, target, made_from, list(rows))
+    work = PartWork(part, records, models, num_broken)
+    for it in models.values():
+        if it.identity.prompt is not None:
+            prompts = Prompts(it.identity.prompt, work, taggers.get(it.identity.prompt.tagger), workspace)
+            it.prompts = prompts
+            # Asked otherwise, as when a record's tags have changed, a captioner may say something else.
+            it.rows[:] = [row if row and _is_of(row, prompts.text(n)) else None for n, row in enumerate(it.rows)]
+        it.needed = [place for place, row in enumerate(it.rows) if row is None]
+    return work
+
+
+def _columns(identity: Identity) -> tuple[str, ...]:
+    return identity.record_columns or (identity.prompt.record_columns if identity.prompt else ())
+
+
+def _is_of(row: Row, prompt: str | None) -> bool:
+    return row["status"] != OK or row["prompt"] == prompt
+
+
+def _known_rows(path: Path, identity: Identity) -> dict[str, Row] | None:
+    """Return the rows by key of a part that the same model made with the same settings; None without one."""
+    if _facts(path).get("model_digest") != identity.digest:
+        return None
+    return {row.pop("key"): row for row in read_part(path).to_pylist()}
 
 
 def _facts(path: Path) -> dict[str, str]:

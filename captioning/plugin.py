@@ -5,19 +5,21 @@ A plug-in is a module with a class `Settings` and two functions, `identify` and 
 loaded, never by a decode worker. Nothing here knows a particular model.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
+from captioning.prompts import Prompt
 from sharding.config import Config
 from sharding.files import digest_of
 
-Device = Literal["cpu", "cuda", "rocm", "migraphx", "openvino"]
+Device = str
+"""A name of `devices`: cpu, cuda, cuda:1, …"""
 Pixels = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
 """What a backbone says about a batch: (N, num_features)."""
@@ -77,6 +79,8 @@ class Identity:
     """Columns of the record that rows are made from; none means: from the image."""
     labels: pa.Table | None = None
     """schema.LABELS, for taggers."""
+    prompt: Prompt | None = None
+    """For captioners: what the model is asked. Its text is stored in the column `prompt`."""
 
     @property
     def needs_image(self) -> bool:
@@ -111,7 +115,10 @@ class Preparer(Hashable, Protocol):
         ...
 
     def prepare(self, image: Image.Image) -> npt.NDArray[Any]:
-        """Return (H, W, 3) uint8, or numbers, in one shape for every image; `image` is upright RGB, not to change."""
+        """Return (H, W, 3) uint8, or numbers; `image` is upright RGB, not to change.
+
+        In one shape for every image, but for captioners.
+        """
         ...
 
 
@@ -138,6 +145,23 @@ class ImageModel(Protocol):
 
     def predict(self, batch: npt.NDArray[Any]) -> list[Row]:
         """Return one row per image; batch: (N, …) of what was prepared. A row must not depend on its neighbours."""
+        ...
+
+
+@runtime_checkable
+class Captioner(Protocol):
+    """A loaded model that says something about a picture when it is asked."""
+
+    @property
+    def preparer(self) -> Preparer: ...
+
+    @property
+    def batch_size(self) -> int | None:
+        """As in ImageModel."""
+        ...
+
+    def describe(self, pictures: Sequence[Pixels], prompts: Sequence[str], keys: Sequence[str]) -> list[Row]:
+        """Return one schema.TEXTS row per picture; chance, if any, comes from its key."""
         ...
 
 
@@ -198,6 +222,10 @@ class Plugin(Protocol):
         """Find the model's files (downloading them if need be) and say what rows will be made from. Loads nothing."""
         ...
 
-    def load(self, settings: Any, *, device: Device) -> ImageModel | HeadModel | RecordModel:
+    def load(self, settings: Any, *, device: Device) -> "Model":
         """Load the model onto the device, a head without its backbone. Raises ModelError."""
         ...
+
+
+Model = ImageModel | Captioner | HeadModel | RecordModel
+"""What a plug-in loads."""

@@ -12,10 +12,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from captioning.devices import split_device, torch_name
 from captioning.plugin import Device, MissingExtraError, ModelError, Pixels
 
 Tensors = dict[str, npt.NDArray[np.float32]]
 Shapes = dict[str, tuple[int, ...]]
+_BUILDS = {
+    "cuda": "torch's CUDA build: `pip install -e '.[caption,gpu]'`",
+    "rocm": "torch's ROCm build",
+    "migraphx": "torch's ROCm build",
+    "openvino": "torch's XPU build",
+    "xpu": "torch's XPU build",
+}
 TRANSFORMERS_FILES = ("config.json", "preprocessor_config.json", "model*.safetensors*", "pytorch_model*.bin*")
 
 
@@ -59,15 +67,24 @@ class Processor:
 def torch_device(device: Device) -> str:
     """Return torch's name for the device. Raises ModelError when torch cannot use it; never falls back to the CPU."""
     torch = import_torch()
-    if device == "cpu":
-        return "cpu"
-    if device == "openvino":
-        if hasattr(torch, "xpu") and torch.xpu.is_available():
-            return "xpu"
-        raise ModelError("annotate.device 'openvino': torch sees no Intel device (xpu); install torch's xpu build")
-    if not torch.cuda.is_available():
-        raise ModelError(f"annotate.device {device!r}: torch {torch.__version__} sees no such device; use device 'cpu'")
-    return "cuda"
+    name = torch_name(device)
+    if name == "cpu":
+        return name
+    library = torch.xpu if name.startswith("xpu") else torch.cuda
+    number = split_device(device)[1] or 0
+    if not library.is_available() or number >= library.device_count():
+        kind = split_device(device)[0]
+        raise ModelError(
+            f"annotate.device {device!r}: torch {torch.__version__} sees no such device: check the driver, and install "
+            f"{_BUILDS[kind]} (which one is there: `python -c 'import torch; print(torch.__version__)'`)"
+        )
+    return name
+
+
+def to_device(array: npt.NDArray[Any], device: str) -> Any:
+    """Return the array as a tensor on torch's `device`; through pinned memory, without waiting, on a CUDA device."""
+    tensor = import_torch().from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else tensor.to(device)
 
 
 def import_torch() -> Any:

@@ -12,7 +12,14 @@ from captioning.model_files import ModelFilesSettings, locate
 from captioning.plugin import Device, Identity, ModelError, Pixels, Row
 from captioning.preparers import Squash
 from captioning.scorers.base import score_rows
-from captioning.torch_models import TRANSFORMERS_FILES, Processor, import_torch, quiet_transformers, torch_device
+from captioning.torch_models import (
+    TRANSFORMERS_FILES,
+    Processor,
+    import_torch,
+    quiet_transformers,
+    to_device,
+    torch_device,
+)
 from sharding.schema import SCORES
 
 _VERSION = "squash/1"
@@ -45,9 +52,9 @@ class AestheticShadow:
     def predict(self, batch: Pixels) -> list[Row]:
         """Return schema.SCORES rows; batch: (N, height, width, 3) uint8 RGB."""
         torch = import_torch()
-        pixels = torch.from_numpy(self._processor.normalise(batch))
         with torch.inference_mode():
-            logits = self._model(pixel_values=pixels.to(self._device, self._model.dtype)).logits
+            pixels = to_device(self._processor.normalise(batch), self._device).to(self._model.dtype)
+            logits = self._model(pixel_values=pixels).logits
             scores = torch.softmax(logits.float(), dim=-1)[:, self._label_id]
         return score_rows(scores.cpu().tolist())
 

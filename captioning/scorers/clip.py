@@ -25,6 +25,7 @@ from captioning.torch_models import (
     import_torch,
     quiet_transformers,
     read_tensors,
+    to_device,
     torch_device,
 )
 from sharding.schema import SCORES
@@ -92,9 +93,9 @@ class Clip:
     def embed(self, batch: Pixels) -> Features:
         """Return image embeddings (N, num_features), not normalised; batch: (N, side, side, 3) uint8 RGB."""
         torch = import_torch()
-        pixels = torch.from_numpy(self._processor.normalise(batch))
         with torch.inference_mode():
-            embeds: Features = self._model(pixel_values=pixels.to(self._device)).image_embeds.float().cpu().numpy()
+            pixels = to_device(self._processor.normalise(batch), self._device)
+            embeds: Features = self._model(pixel_values=pixels).image_embeds.float().cpu().numpy()
         return embeds
 
 
