@@ -18,6 +18,7 @@ BENCHES = {
     "plan": "a plan of many rows: time and memory",
     "scale": "6 million files through dedupe, plan, combine and report: time and memory",
     "pack": "read, checksum, write shards and index, against TarWriter and a copy",
+    "compose": "captions of many rows after a threshold change: time and memory",
 }
 
 
