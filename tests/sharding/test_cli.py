@@ -50,6 +50,7 @@ def test_every_stage_says_in_a_few_lines_what_it_found_and_did(run, write_captio
     assert run("scan")[1].endswith("0 parts made, 1 current\n")
     assert run("dedupe")[1] == (
         "7 files: 6 kept, 1 dropped in 1 groups\n  1 identical_bytes\n"
+        "the pairs of 6 new pictures were searched\n"
         "1 parts of dedupe/kept written, the others are current\n"
     )
     assert run("dedupe")[1].endswith("everything is current\n")

@@ -14,6 +14,7 @@ from sharding.config import (
     PlanConfig,
     SourceConfig,
 )
+from sharding.keepers import REASONS
 
 PACKAGE = Path(__file__).parents[2] / "sharding"
 README = (PACKAGE / "README.md").read_text(encoding="utf-8")
@@ -48,7 +49,7 @@ def test_every_drop_reason_of_the_code_is_explained():
         r'Problem\(source[^"]*"(\w+)"',
     )  # fmt: skip
     reasons = {reason for pattern in patterns for reason in re.findall(pattern, code)}
-    reasons |= {"is_deleted", "is_banned", "is_flagged"}
+    reasons |= {"is_deleted", "is_banned", "is_flagged", *REASONS[1:]}
 
     assert {"too_small", "identical_bytes", "no_period", "changed_since_scan", "dangling_link"} <= reasons
     assert sorted(reason for reason in reasons if f"`{reason}`" not in README) == []
