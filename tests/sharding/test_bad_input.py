@@ -87,7 +87,7 @@ def test_every_mistake_of_a_config_is_named_at_once(run, tmp_path):
     lines = error_lines(run)
     assert len(lines) == 2
     assert "test.toml: plan.seed: input should be a valid integer" in run.err and "got 'three'" in run.err
-    assert "dedupe.radios: unknown key; known here: algorithm, hash_size" in run.err
+    assert "dedupe.radios: unknown key; known here: algorithm, find_crops, hash_size" in run.err
     assert not (tmp_path / "ws").exists()
 
 
@@ -128,7 +128,7 @@ def test_a_chunk_that_does_not_exist_is_wrong_usage_and_others_are_listed(run, p
     assert "--chunk photos/0009: no such chunk" in line and "there are photos/0000, photos/0001" in line
 
 
-@pytest.mark.parametrize(("key", "says"), [("zz", "not the beginning of a key"), ("0" * 16, "no key starts with")])
+@pytest.mark.parametrize(("key", "says"), [("zz", "no such file in the sources"), ("0" * 16, "no key starts with")])
 def test_an_unknown_key_is_wrong_usage(run, packed, key, says):
     assert run("show", key=[key])[0] == 2
     [line] = error_lines(run)
