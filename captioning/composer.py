@@ -51,7 +51,7 @@ class Composer:
         counts = [spell_tag(tag, remove_underscores=True, keep_underscores=frozenset()) for tag in COUNT_TAGS]
         orders = (*counts, *COUNT_TAGS) if "count" in rules.groups else ()
         self._words = Words(replace=rules.replace, first=rules.first_words, orders=orders)
-        self._lexicon = Lexicon(rules, self._words)
+        self.lexicon = Lexicon(rules, self._words)
         self._labels: Labels | None = None
         self._model_digest = ""
         self._counter = load_counter(rules.tokens.tokenizer) if rules.tokens.max_tokens else None
@@ -75,7 +75,7 @@ class Composer:
         if "rating" in rules.groups:
             missing["rating"] = record_words.add_ratings(table, words, ratings, rules)
         streams = self._streams(part, given)
-        known = self._lexicon.arrays()
+        known = self.lexicon.arrays()
         streams = tag_stream.without_removed(tag_stream.with_added(streams, known), known)
         if "style" in rules.groups:
             streams = self._take_styles(table, given, years, streams)
@@ -85,21 +85,22 @@ class Composer:
         found.missing = {group: number for group, number in missing.items() if number}
         return found
 
-    def tags(self, part: Path) -> tuple[TagStream, LexiconArrays, Lexicon]:
+    def tags(self, part: Path) -> tuple[TagStream, LexiconArrays]:
         """Return all tags of a part that pass, before tags remove each other; rows in no order."""
         streams = self._streams(part, read_input(self._workspace, part, self.rules))
-        rows, tags = (np.concatenate([getattr(it, name) for it in streams]) for name in ("rows", "tags"))
-        return TagStream(rows, tags), self._lexicon.arrays(), self._lexicon
+        empty = np.empty(0, dtype=np.int64)
+        rows, tags = (np.concatenate([empty, *(getattr(it, name) for it in streams)]) for name in ("rows", "tags"))
+        return TagStream(rows, tags), self.lexicon.arrays()
 
     def _streams(self, part: Path, given: PartInput) -> list[TagStream]:
         tagger = self.rules.tags.tagger
         streams = self._source_characters(given.records)
         for origin in self.rules.tags.prefer:
             if origin == "record":
-                streams += tag_stream.record_tags(given.records, self.rules.tags, self._lexicon)
+                streams += tag_stream.record_tags(given.records, self.rules.tags, self.lexicon)
             elif tagger:
                 stream = self._tagger_tags(part, given.annotations[tagger])
-                may_be_tagged = self._lexicon.arrays().may_be_tagged
+                may_be_tagged = self.lexicon.arrays().may_be_tagged
                 streams.append(stream.where(may_be_tagged[stream.tags] > 0))
         return streams
 
@@ -107,7 +108,7 @@ class Composer:
         tagger = self.rules.tags.tagger
         if self._labels is None:
             table, self._model_digest = read_labels(self._workspace, tagger)
-            self._labels = Labels.of(table, self._lexicon)
+            self._labels = Labels.of(table, self.lexicon)
         check_model(self._workspace, part, tagger, model_digest=self._model_digest)
         settings = self._config.annotate.models[tagger]
         floor = settings.floor if isinstance(settings, TaggerSettings) else 0.0
@@ -117,13 +118,13 @@ class Composer:
         streams = []
         for source, character in self.rules.characters.items():
             rows = np.flatnonzero(np.asarray(pc.equal(records.column("source"), source)))
-            (number,) = self._lexicon.numbers([character], "character")
+            (number,) = self.lexicon.numbers([character], "character")
             stream = TagStream(rows, np.full(len(rows), number, dtype=np.int64))
             streams.append(stream.where(stream.tags >= 0))
         return streams
 
     def _take_styles(self, table: WordTable, given: PartInput, years: Ids, streams: list[TagStream]) -> list[TagStream]:
-        style_of = self._lexicon.arrays().style_years
+        style_of = self.lexicon.arrays().style_years
         rows = np.concatenate([it.rows[style_of[it.tags] > 0] for it in streams] or [years[:0]])
         styles = np.concatenate([style_of[it.tags[style_of[it.tags] > 0]] for it in streams] or [years[:0]])
         record_words.add_styles(table, self._words, given, years, tagged=(rows, styles), rules=self.rules.style)

@@ -99,6 +99,14 @@ class Lexicon:
         self._append(tag, category)
         return len(self._columns["words"]) - 1
 
+    def names(self) -> list[tuple[str, str]]:
+        """Return (tag, category) of each number."""
+        names = [("", "")] * len(self._columns["words"])
+        for pair, number in self._numbers.items():
+            if number != NO_TAG and self._is_canonical(pair[0]):
+                names[number] = pair
+        return names
+
     def arrays(self) -> LexiconArrays:
         """Return what is known so far."""
         return LexiconArrays(**{name: column.array() for name, column in self._columns.items()})
@@ -107,7 +115,8 @@ class Lexicon:
         name, series = tag, ""
         if category == "character" and self._rules.tags.character_tag_expand:
             name, series = expand_character(tag)
-            series = "" if series in self._dropped else series
+            is_listed = "copyright" in self._is_listed and self._is_listed["copyright"](series)
+            series = "" if series in self._dropped or is_listed else series
         group = self._group(tag, category)
         # kohya looks at the length of "name, series", which is never up to three characters.
         keeps_short = not (series and self._rules.tags.kohya_characters)

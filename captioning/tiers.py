@@ -40,7 +40,7 @@ def summed_tier_numbers(
     sums = np.where(is_there, scores, 0).astype(np.float64).sum(axis=0)
     limits = is_there.T.astype(np.float64) @ thresholds.astype(np.float64)
     passed = sums[:, None] > limits if comparison == ">" else sums[:, None] >= limits
-    numbers = (thresholds.shape[1] - passed.sum(axis=1)).astype(np.int32)
+    numbers: npt.NDArray[np.int32] = (thresholds.shape[1] - passed.sum(axis=1)).astype(np.int32)
     numbers[~is_there.any(axis=0)] = NO_TIER
     return numbers
 
