@@ -19,7 +19,7 @@ import numpy.typing as npt
 from numba import njit
 
 from sharding.local_features import NO_POINT, FeatureColumns, read_features
-from sharding.overlap import EVIDENCE, count_bits, measure_overlaps
+from sharding.overlap import EVIDENCE, MIN_INLIERS, count_bits, measure_overlaps
 
 _MAX_PICTURES = 32
 _SHARED_FEATURES = 2
@@ -31,7 +31,7 @@ _MIN_OF_LARGER = 0.18
 _MIN_INLIER_SHARE = 0.1
 _MIN_COVERED = 0.4
 # The more points agree, the more of the overlap may look different, as under a text box.
-_RULES = ((4, 0.1, 0.0), (6, 0.2, 0.0), (12, 0.3, _MIN_COVERED))
+_RULES = ((MIN_INLIERS, 0.1, 0.0), (6, 0.2, 0.0), (12, 0.3, _MIN_COVERED))
 """At least so many inliers, at most so much disagreement, at least so much covered: one must hold."""
 
 Rows = npt.NDArray[np.int64]

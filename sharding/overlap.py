@@ -20,6 +20,9 @@ EVIDENCE = ("inliers", "points", "of_smaller", "of_larger", "disagreement", "cov
 overlap / area of each picture; disagreement: share of places that look different; covered: share of the overlap that
 the box around the inliers covers."""
 
+MIN_INLIERS = 4
+"""With fewer there is no evidence: any two pictures have some points that agree by accident."""
+
 _MATCH_BITS = 12
 _MAX_MATCHES = 96
 _ENOUGH_INLIERS = 16  # no better proposal is looked for
@@ -27,7 +30,8 @@ _MIN_DISTANCE = 20.0  # working pixels between two points that propose
 _MAX_SCALE = 5.0
 _SCALE_TOLERANCE = 1.39  # between the proposed scale and that of each point; a level of the pyramid is 1.26
 _GRID = 10
-_MAX_GREY = 8.0  # by which a place may differ, plus what a shift by half a thumbnail pixel would make
+_MIN_GREY, _MAX_GREY = 2.0, 8.0
+"""Grey levels by which a place may differ: half the contrast, within these, and what a shift by half a pixel adds."""
 _MAX_CHROMA = 14.0
 _PAIRS_PER_TASK = 2_000
 
@@ -70,6 +74,8 @@ def _measure_pairs(  # type: ignore[no-untyped-def]
         if scale == 0.0:
             continue
         inliers, scale, x, y, box = _refine(left_points, right_points, matches[:num_matches], scale, x, y)
+        if inliers < MIN_INLIERS:
+            continue
         x0, y0 = max(0.0, x), max(0.0, y)
         x1, y1 = min(size_a[0], x + scale * size_b[0]), min(size_a[1], y + scale * size_b[1])
         if x1 - x0 < 8.0 or y1 - y0 < 8.0:
@@ -253,8 +259,10 @@ def _disagreement(  # type: ignore[no-untyped-def]
                     _sample(chroma_a[picture], in_a_x, in_a_y) - _sample(chroma_b[picture], in_b_x, in_b_y)
                 ) / 9.0
         grey_a[place], grey_b[place] = sums[0], sums[1]
-        allowed[place] = _MAX_GREY + max(high[0] - low[0], high[1] - low[1]) / 2.0
+        allowed[place] = max(high[0] - low[0], high[1] - low[1]) / 2.0
         is_other_colour[place] = max(abs(sums[2]), abs(sums[3])) > _MAX_CHROMA
+    # Of dark or hazy pictures all places would look alike.
+    allowed += min(max(min(grey_a.std(), grey_b.std()) / 2.0, _MIN_GREY), _MAX_GREY)
     fewest = num_places
     for start in range(2):  # from equal brightness, and from what fits all places
         gain, offset = 1.0, 0.0
