@@ -4,7 +4,7 @@ Hints come from the record or from what a tagger has said; a picture without any
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -32,6 +32,11 @@ class Prompt:
     character_threshold: float = 0.5
     most_tags: int = 30
     """So many general tags at most: a tagger's most probable, a record's first."""
+
+    @property
+    def identity(self) -> list[object]:
+        """All that decides what is asked, but for what the hints are."""
+        return list(astuple(self))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, SerializeAsAny
 
+from captioning.captioners import hf
 from captioning.plugin import ModelSettings, Plugin
 from captioning.scorers import (
     aes_b32,
@@ -34,6 +35,7 @@ PLUGINS: dict[str, Plugin] = {
     "open_nsfw": open_nsfw,
     "measure": measure,
     "date": date,
+    "captioner": hf,
 }
 
 

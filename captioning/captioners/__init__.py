@@ -1,0 +1,1 @@
+"""Models that describe a picture in sentences. One module per kind; `registry` names them."""
