@@ -12,8 +12,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from sharding.candidates import Places, content_digests, read_candidates
 from sharding.config import DatasetConfig
 from sharding.cut import Candidates
 from sharding.decisions import Decisions, read_decisions
+from sharding.dedupe_report import DedupeReport, make_report
 from sharding.files import digest_of, remove_temporaries
 from sharding.inherit import Inheritances, with_inheritances
-from sharding.keepers import REASONS, Decision, decide
+from sharding.keepers import Decision, decide
 from sharding.keys import is_in, key_numbers
 from sharding.pairs import Pairs, Pictures, update_pairs
 from sharding.runlog import EventLog
@@ -52,58 +52,6 @@ DEDUPE_VERSION = 2
 """Raised when the code would decide otherwise on the same manifest."""
 
 TABLES = ("pairs", "groups", "relatives", "drops")
-
-
-@dataclass(frozen=True)
-class DedupeReport:
-    """What dedupe decided."""
-
-    num_files: int
-    """Kept by scan."""
-    num_kept: int
-    dropped: Mapping[str, int]
-    """Files by drop reason."""
-    num_groups: int
-    num_relatives: int
-    """Kept pictures that are like another kept one: beyond the diameter, variants, or so decided."""
-    num_degenerate: int
-    """Pictures whose hash says nothing (flat), never compared by it."""
-    num_cut_off: int
-    """Pictures of a component that are too far from its best member to be dropped for it (chains)."""
-    largest_component: int
-    """Pictures that pairs connect, at most."""
-    num_searched: int
-    """Pictures whose pairs were searched anew; those of the others were in the table."""
-    parts_made: int
-    """Parts of `kept` that were written; in a dry run: all, unless everything is current."""
-    is_current: bool
-    """Nothing had changed; nothing was decided anew."""
-    is_dry_run: bool
-
-    def summary(self) -> str:
-        """Return the sum, the drops by reason and what was written."""
-        num_dropped = sum(self.dropped.values())
-        lines = [
-            f"{self.num_files:,} files: {self.num_kept:,} kept, {num_dropped:,} dropped in {self.num_groups:,} groups"
-        ]
-        lines += [f"  {count:,} {reason}" for reason, count in self.dropped.items()]
-        if self.num_cut_off:
-            lines.append(
-                f"{self.num_cut_off:,} pictures are connected with a keeper, but too far from it to be dropped for it; "
-                f"the largest chain has {self.largest_component:,} pictures"
-            )
-        if self.num_relatives:
-            lines.append(f"{self.num_relatives:,} kept pictures are like another kept one (dedupe/relatives)")
-        if self.num_degenerate:
-            lines.append(f"{self.num_degenerate:,} pictures are nearly flat and were not compared")
-        if self.is_current:
-            lines.append("everything is current")
-        elif self.is_dry_run:
-            lines.append("nothing was written (--dry-run)")
-        else:
-            lines.append(f"the pairs of {self.num_searched:,} new pictures were searched")
-            lines.append(f"{self.parts_made:,} parts of dedupe/kept written, the others are current")
-        return "\n".join(lines)
 
 
 def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False) -> DedupeReport:
@@ -136,7 +84,7 @@ def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False
         are_variants=variant_check(places) if config.dedupe.keep_variants else None,
     )
     relatives = make_relatives(candidates, decision)
-    report = _report(decision, num_relatives=len(relatives), num_searched=num_searched, dry_run=dry_run)
+    report = make_report(decision, num_relatives=len(relatives), num_searched=num_searched, dry_run=dry_run)
     if dry_run:
         return replace(report, parts_made=len(parts))
     parts_made, kept_digest = _write_kept(workspace, places, decision, merge_tags=config.dedupe.merge_tags)
@@ -263,26 +211,6 @@ def _current_report(
 # --- what is written ---
 
 
-def _report(decision: Decision, *, num_relatives: int, num_searched: int, dry_run: bool) -> DedupeReport:
-    counts = np.bincount(decision.reason, minlength=len(REASONS)).tolist()
-    is_gone = decision.keeper != np.arange(len(decision.keeper))
-    is_gone &= decision.reason != REASONS.index("dropped_by_decision")
-    return DedupeReport(
-        num_files=len(decision.keeper),
-        num_kept=counts[0],
-        dropped={reason: count for reason, count in zip(REASONS[1:], counts[1:], strict=True) if count},
-        num_groups=len(np.unique(decision.keeper[is_gone])),
-        num_relatives=num_relatives,
-        num_degenerate=decision.num_degenerate,
-        num_cut_off=decision.num_cut_off,
-        largest_component=decision.largest_component,
-        num_searched=num_searched,
-        parts_made=0,
-        is_current=False,
-        is_dry_run=dry_run,
-    )
-
-
 def _write_kept(workspace: Workspace, places: Places, decision: Decision, *, merge_tags: bool) -> tuple[int, str]:
     """Write the parts of `kept` that are not current; return their number and a digest of all."""
     gone = np.flatnonzero((decision.keeper != np.arange(len(decision.keeper))) & decision.is_kept[decision.keeper])
@@ -307,12 +235,21 @@ def _write_kept(workspace: Workspace, places: Places, decision: Decision, *, mer
         target = workspace.kept / part.name
         if is_current(target, made_from):
             continue
-        manifest = read_part(part)
+        manifest = _without_second_look(read_part(part))
         if difference := schema_mismatch(manifest, MANIFEST):
             raise ValueError(f"{part}: {difference}; run `python -m sharding scan` again")
         write_part(target, with_inheritances(manifest.take(pa.array(rows)), changes), made_from=made_from)
         num_made += 1
     return num_made, _kept_digest(workspace, list(places.parts))
+
+
+def _without_second_look(manifest: pa.Table) -> pa.Table:
+    """Return rows without sketches and local features: 5 kB a picture that no later stage reads."""
+    for name in ("sketch", "local_features"):
+        if name in manifest.column_names:
+            empty = pa.repeat(pa.scalar(b"", pa.binary()), len(manifest))
+            manifest = manifest.set_column(manifest.column_names.index(name), name, empty)
+    return manifest
 
 
 def _remove_stale(workspace: Workspace, parts: list[Path]) -> None:

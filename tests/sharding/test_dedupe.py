@@ -1,3 +1,4 @@
+import shutil
 from datetime import UTC, datetime
 
 import numpy as np
@@ -8,7 +9,7 @@ from sharding.candidates import DuplicateKeyError
 from sharding.dedupe import TABLES, dedupe
 from sharding.files import digest_of
 from sharding.scan import scan
-from sharding.schema import DROPS, GROUPS, MANIFEST, PLAN
+from sharding.schema import DROPS, GROUPS, MANIFEST, PLAN, RELATIVES
 from sharding.tables import list_parts, part_name, read_part, read_parts, schema_mismatch, write_part
 
 BASE = int("5a" * 32, 16)
@@ -395,3 +396,82 @@ def test_pictures_in_other_sizes_and_formats_are_found_across_sources(
     manifest = {row["key"]: row for row in read_parts(workspace.manifest).to_pylist()}
     for row in drops(workspace).values():
         assert row["distance"] == hamming(manifest[row["key"]]["phash"], manifest[row["kept_key"]]["phash"])
+
+
+# --- references, turns and the second look, from pictures ---
+
+
+def test_a_reference_is_only_compared_against_and_everything_adds_up(save, paint, make_config, workspace, tmp_path):
+    for seed in range(3):
+        save(f"test/{seed}.jpg", paint(seed, 400, 300), quality=50)
+    save("train/same.jpg", (tmp_path / "raw/test/0.jpg").read_bytes())
+    save("train/larger.png", paint(1, 800, 600))
+    save("train/other.png", paint(9, 400, 300))
+    sources = {
+        name: {"root": str(tmp_path / "raw" / name), "is_reference": name == "test"} for name in ("test", "train")
+    }
+    config = make_config(sources=sources)
+    scan(config, workspace, workers=0)
+
+    report = dedupe(config, workspace)
+
+    assert kept_paths(workspace) == ["other.png"]
+    assert report.dropped == {"duplicate_of_reference": 2, "reference": 3}
+    assert {path: row["distance"] is None for path, row in drops(workspace).items()} == {
+        "0.jpg": True, "1.jpg": True, "2.jpg": True, "same.jpg": False, "larger.png": False,
+    }  # fmt: skip
+    assert drops(workspace)["0.jpg"]["detail"] == "source test is a reference"
+    assert drops(workspace)["larger.png"]["kept_key"] == drops(workspace)["1.jpg"]["key"]
+
+
+def test_crops_and_variants_by_switch(save, paint, make_config, workspace):
+    image = paint(0, 800, 600)
+    save("whole.png", image)
+    save("crop.png", image.crop((250, 0, 650, 600)))
+    variant = image.copy()
+    variant.paste((255, 0, 0), (300, 200, 380, 260))
+    save("variant.png", variant)
+    config = make_config(dedupe={"keep_variants": True, "find_crops": True})
+    scan(config, workspace, workers=0)
+    dedupe(config, workspace)
+
+    assert drops(workspace).keys() == {"crop.png"}
+    assert drops(workspace)["crop.png"]["reason"] == "cropped_copy"
+    assert drops(workspace)["crop.png"]["distance"] is None
+    relatives = read_parts(workspace.dedupe / "relatives")
+    assert schema_mismatch(relatives, RELATIVES) == "" and relatives.num_rows == 2
+    assert set(relatives.column("component").to_pylist()) == {0}
+    assert set(read_parts(workspace.kept).column("sketch").to_pylist()) == {b""}
+    assert read_parts(workspace.dedupe / "groups").column("kind").to_pylist() == ["", "crop"]
+
+    plain = make_config()
+    scan(plain, workspace, workers=0)
+    dedupe(plain, workspace)
+    assert set(drops(workspace)) < {"whole.png", "variant.png"} and "crop.png" in kept_paths(workspace)
+
+
+def test_turns_that_were_not_scanned_are_asked_for(write_manifest, make_config, workspace):
+    write_manifest([{"path": "a", "phash": flip(), "turned_phashes": b""}])
+
+    with pytest.raises(ValueError, match=r"turned_phashes of 0 bits.*turns mean 256 bits; run .*scan"):
+        dedupe(make_config(dedupe={"turns": ["mirror"]}), workspace)
+
+
+def test_adding_files_searches_only_them_and_gives_what_a_fresh_run_gives(save, paint, make_config, workspace):
+    config = make_config()
+    for seed in range(6):
+        save(f"{seed}.png", paint(seed, 400, 300))
+    scan(config, workspace, workers=0)
+    assert dedupe(config, workspace).num_searched == 6
+
+    save("new.jpg", paint(2, 400, 300).resize((300, 225)))
+    save("other.jpg", paint(77, 400, 300))
+    scan(config, workspace, workers=0)
+    report = dedupe(config, workspace)
+    grown = all_bytes(workspace)
+    shutil.rmtree(workspace.dedupe)
+    dedupe(config, workspace)
+
+    assert report.num_searched == 3  # the new ones, and the one that has the hash of a new one
+    assert report.dropped == {"near_duplicate": 1}
+    assert all_bytes(workspace) == grown

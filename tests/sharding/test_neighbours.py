@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.neighbours import NearPairs, near_pairs, near_pairs_between, unique_hashes
+from sharding.neighbours import NearPairs, _band_bounds, near_pairs, near_pairs_between, unique_hashes
 
 
 def planted(seed, num_hashes, words):
@@ -107,3 +107,28 @@ def test_wrong_input_is_refused():
         near_pairs_between(np.zeros((1, 1), np.uint64), np.zeros((1, 4), np.uint64), 1)
     with pytest.raises(ValueError, match="radius"):
         near_pairs(np.zeros((3, 1), np.uint64), -1)
+
+
+@pytest.mark.parametrize("num_bits", [1, 16, 42, 100])
+def test_padded_hashes_are_searched_by_the_bits_they_have(num_bits):
+    hashes = planted(num_bits, 300, 2)
+    hashes[:, 0] &= np.uint64((1 << min(num_bits, 64)) - 1)
+    hashes[:, 1] &= np.uint64((1 << max(num_bits - 64, 0)) - 1)
+
+    found = near_pairs(hashes, 4)
+
+    rows, columns, bits = brute_force(hashes, hashes, 4)
+    is_pair = rows < columns
+    assert as_set(found) == list(
+        zip(rows[is_pair].tolist(), columns[is_pair].tolist(), bits[is_pair].tolist(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("radius", range(0, 40))
+def test_the_bounds_of_the_bands_leave_no_pair_out(radius):
+    for num_bands in (1, 3, 4, 16):
+        bounds = _band_bounds(radius, num_bands)
+
+        # The most bits that a pair can differ in while it is beyond the bound of every band.
+        least_beyond = int((bounds + 1).sum())
+        assert least_beyond > radius or (bounds == 16).all()
