@@ -124,7 +124,7 @@ def test_padded_hashes_are_searched_by_the_bits_they_have(num_bits):
     )
 
 
-@pytest.mark.parametrize("radius", range(0, 40))
+@pytest.mark.parametrize("radius", range(40))
 def test_the_bounds_of_the_bands_leave_no_pair_out(radius):
     for num_bands in (1, 3, 4, 16):
         bounds = _band_bounds(radius, num_bands)
