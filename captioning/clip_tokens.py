@@ -26,21 +26,21 @@ _PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 class TokenCounter:
     """Counts the tokens of words; remembers them by number."""
 
-    def __init__(self, tokenizer: "Tokenizer") -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: "Tokenizer", words: Words) -> None:
+        self._tokenizer, self._words = tokenizer, words
         self._with_comma, self._alone = Column(), Column()
 
-    def counts(self, words: Words) -> tuple[Ids, Ids]:
+    def counts(self) -> tuple[Ids, Ids]:
         """Return for all words, by number, the tokens of the word with a comma behind, and alone."""
-        new = words.texts()[len(self._alone) :].to_pylist()
+        new = self._words.texts()[len(self._alone) :].to_pylist()
         for column, ending in ((self._with_comma, ","), (self._alone, "")):
             for encoding in self._tokenizer.encode_batch([text + ending for text in new], add_special_tokens=False):
                 column.append(len(encoding.ids))
         return self._with_comma.array(), self._alone.array()
 
 
-def load_counter(tokenizer: str) -> TokenCounter:
-    """Return a counter for a vocabulary file of OpenAI's, a folder of tokenizer files, or a hub id.
+def load_counter(tokenizer: str, words: Words) -> TokenCounter:
+    """Return a counter of words by a vocabulary file of OpenAI's, a folder of tokenizer files, or a hub id.
 
     Raises ModelError when there is no such file, folder or id, FileNotFoundError for a folder without the files.
     """
@@ -50,19 +50,20 @@ def load_counter(tokenizer: str) -> TokenCounter:
         raise ModelError("tokens.max_tokens needs the package tokenizers: pip install -e '.[caption]'") from None
     path = Path(tokenizer)
     if path.is_file():
-        return TokenCounter(_from_merges(_read_merges(path)))
+        return TokenCounter(_from_merges(_read_merges(path)), words)
     if (path / "tokenizer.json").is_file():
-        return TokenCounter(Tokenizer.from_file(str(path / "tokenizer.json")))
+        return TokenCounter(Tokenizer.from_file(str(path / "tokenizer.json")), words)
     if (path / "merges.txt").is_file() and (path / "vocab.json").is_file():
         vocabulary = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
         lines = (path / "merges.txt").read_text(encoding="utf-8").splitlines()
-        return TokenCounter(_from_merges([line for line in lines if line and not line.startswith("#v")], vocabulary))
+        merges = [line for line in lines if line and not line.startswith("#v")]
+        return TokenCounter(_from_merges(merges, vocabulary), words)
     if path.is_dir():
         raise FileNotFoundError(f"{path}: has neither tokenizer.json nor vocab.json with merges.txt")
     if tokenizer.count("/") != 1 or path.suffix in (".gz", ".json", ".txt"):
         raise ModelError(f"tokens.tokenizer: {tokenizer!r} is no file, no folder and no hub id")
     try:
-        return TokenCounter(Tokenizer.from_pretrained(tokenizer))
+        return TokenCounter(Tokenizer.from_pretrained(tokenizer), words)
     except Exception as error:  # the package raises plain Exception for everything
         raise ModelError(f"tokens.tokenizer: {tokenizer!r}: {error}") from error
 

@@ -48,13 +48,14 @@ class Composer:
             raise ConfigError(f"policy {policy!r}: unknown; the dataset has {', '.join(config.policies) or 'none'}")
         self.rules = rules = config.policies[policy]
         self._config, self._workspace = config, workspace
-        counts = [spell_tag(tag, remove_underscores=True, keep_underscores=frozenset()) for tag in COUNT_TAGS]
-        orders = (*counts, *COUNT_TAGS) if "count" in rules.groups else ()
+        spelled = [spell_tag(tag, remove_underscores=True, keep_underscores=frozenset()) for tag in COUNT_TAGS]
+        both = dict.fromkeys(word for pair in zip(spelled, COUNT_TAGS, strict=True) for word in pair)
+        orders = tuple(both) if "count" in rules.groups else ()
         self._words = Words(replace=rules.replace, first=rules.first_words, orders=orders)
         self.lexicon = Lexicon(rules, self._words)
         self._labels: Labels | None = None
         self._model_digest = ""
-        self._counter = load_counter(rules.tokens.tokenizer) if rules.tokens.max_tokens else None
+        self._counter = load_counter(rules.tokens.tokenizer, self._words) if rules.tokens.max_tokens else None
         self._keep_ranks = keep_ranks(rules.groups, rules.tokens.cut_first)
 
     def part(self, part: Path) -> PartCaptions:
@@ -157,9 +158,7 @@ class Composer:
         entries, tokens = table.entries(), self.rules.tokens
         num_cut, cut = 0, Counter[tuple[str, str]]()
         if self._counter is not None:
-            kept = fitting(
-                entries, counter=self._counter, words=self._words, max_tokens=tokens.max_tokens, ranks=self._keep_ranks
-            )
+            kept = fitting(entries, counter=self._counter, max_tokens=tokens.max_tokens, ranks=self._keep_ranks)
             num_cut, cut = len(np.unique(entries.rows[~kept])), self._count(table, entries.where(~kept))
             entries = entries.where(kept)
         many = self.rules.warn_above_tags

@@ -193,7 +193,7 @@ def heads(tag: str) -> list[str]:
         return []
     found = []
     for place in range(1, len(words)):
-        if words[place - 1] in _NOT_A_KIND_OF or words[place - 1].startswith("("):
+        if words[place - 1] in _NOT_A_KIND_OF or words[place].startswith("("):
             break
         found.append("_".join(words[place:]))
     return found

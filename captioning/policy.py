@@ -303,6 +303,9 @@ class PolicyConfig(Config):
                 raise ValueError(f"custom.{source}: {error} in {template!r}") from None
             if bad := [name for name in fields if not name.isidentifier()]:
                 raise ValueError(f"custom.{source}: {{{bad[0]}}} is not the name of a field in {template!r}")
+        for word, other in self.replace.items():
+            if "," in other:
+                raise ValueError(f"replace.{word}: {other!r} has a comma, which would make two words of it")
         if self.date.year.replace("{year}", "").strip("{}") != self.date.year.replace("{year}", ""):
             raise ValueError(f"date.year: only {{year}} can stand in braces, got {self.date.year!r}")
         return self

@@ -87,15 +87,13 @@ class WordTable:
         return pa.Table.from_arrays(columns, schema=CAPTIONS)
 
 
-def fitting(
-    entries: Entries, *, counter: TokenCounter, words: Words, max_tokens: int, ranks: Ids
-) -> npt.NDArray[np.bool_]:
+def fitting(entries: Entries, *, counter: TokenCounter, max_tokens: int, ranks: Ids) -> npt.NDArray[np.bool_]:
     """Return (N,) which words stay so that no caption is longer than max_tokens.
 
     ranks: (G,) by group, the highest is cut first; within a group the last word first. A word that does not fit takes
     all after it along, so that none of less weight stays.
     """
-    with_comma, alone = counter.counts(words)
+    with_comma, alone = counter.counts()
     order = np.argsort(entries.rows * (int(ranks.max(initial=0)) + 1) + ranks[entries.groups], kind="stable")
     rows, ids = entries.rows[order], entries.ids[order]
     lengths = np.cumsum(with_comma[ids])

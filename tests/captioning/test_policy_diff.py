@@ -1,0 +1,72 @@
+"""Two policies side by side: what changes, without writing."""
+
+import json
+
+import pytest
+
+from captioning import cli
+from captioning.policy_diff import diff_policies
+from sharding.config import ConfigError
+
+TIERS = {"aesthetic": {"model": "aes", "comparison": ">", "steps": [[0.5, "fine"]], "rest": "poor"}}
+
+
+@pytest.fixture
+def config(lab):
+    lab.keep(
+        [lab.record("a", tags_general=["sky", "solo"]), lab.record("b", tags_general=["sky"])],
+        [lab.record("c", tags_general=["solo", "sky"])],
+    )
+    lab.scores("aes", {"a": 0.6, "b": 0.9})
+    lab.scores("aes", {"c": 0.1}, part=1)
+    higher = {"aesthetic": TIERS["aesthetic"] | {"steps": [[0.8, "fine"]]}}
+    policies = {
+        "default": {"groups": ["aesthetic", "rest"], "tiers": TIERS},
+        "strict": {"groups": ["aesthetic", "rest"], "tiers": higher, "tags": {"drop_tags": ["solo"]}},
+        "turned": {"groups": ["rest", "aesthetic"], "tiers": TIERS},
+    }
+    return lab.config(annotate={"models": {"aes": {"kind": "aesthetic_shadow", "model": "x"}}}, policies=policies)
+
+
+def test_words_gained_and_lost_are_counted_by_group(lab, config):
+    report = diff_policies(config, lab.workspace, before="default", after="strict", num_examples=1)
+
+    assert (report.num_captions, report.num_different, report.num_reordered) == (3, 2, 0)
+    assert [(it.group, it.word, it.num_gained, it.num_lost) for it in report.changes] == [
+        ("rest", "solo", 0, 2),
+        ("aesthetic", "fine", 0, 1),
+        ("aesthetic", "poor", 1, 0),
+    ]
+    assert [(it.key, it.before, it.after) for it in report.examples] == [("a", "fine, sky, solo", "poor, sky")]
+    assert "rest: +0 −2 of 1 words\n  solo: +0 −2" in report.summary()
+    assert not lab.workspace.captions("default").exists()
+
+
+def test_another_order_is_a_difference_without_other_words(lab, config):
+    report = diff_policies(config, lab.workspace, before="default", after="turned")
+
+    assert (report.num_different, report.num_reordered, report.changes) == (3, 3, [])
+
+
+def test_a_policy_does_not_differ_from_itself_and_an_unknown_one_is_an_error(lab, config):
+    assert diff_policies(config, lab.workspace, before="strict", after="strict").num_different == 0
+    with pytest.raises(ConfigError, match="policy 'nobody': unknown"):
+        diff_policies(config, lab.workspace, before="default", after="nobody")
+
+
+def test_the_command_prints_text_or_json(lab, capsys):
+    lab.keep([lab.record("a", tags_general=["sky"])])
+    path = lab.folder / "two.toml"
+    path.write_text(
+        f'name = "two"\nsources.boards.root = "{lab.pictures}"\n[policies.default]\ngroups = ["rest"]\n'
+        '[policies.other]\ngroups = ["rest"]\nreplace = { sky = "heaven" }\n'
+    )
+    place = ["compose", str(path), "--workspace", str(lab.workspace.root)]
+
+    codes = [cli.main([*place, "--diff", "default", "other", *more]) for more in ([], ["--json"])]
+    refused = cli.main([*place, "--json"])
+
+    output = capsys.readouterr().out
+    assert codes == [0, 0] and refused == 2
+    assert "− sky\n  + heaven" in output
+    assert json.loads(output.splitlines()[-1])["num_different"] == 1
