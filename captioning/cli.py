@@ -1,4 +1,4 @@
-"""`python -m captioning annotate | compose | stats DATASET.toml`: arguments in, report and exit code out.
+"""`python -m captioning COMMAND DATASET.toml`: arguments in, report and exit code out.
 
 Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 bad data. No work is done here.
 """
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from captioning.compose import AnnotationMissingError
     from captioning.config import CaptioningConfig
     from captioning.decode import WorkerDiedError
+    from captioning.edit_table import EditError
     from captioning.plugin import ModelError
     from sharding.config import ConfigError, load_config
     from sharding.images import BrokenFractionError
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workspace = Workspace(options.workspace or Path("workspace") / config.name)
     try:
         report = _run(options, config, workspace)
-    except (ConfigError, ModelError, FileNotFoundError) as error:
+    except (ConfigError, ModelError, EditError, FileNotFoundError) as error:
         return _fail(error, BAD_USAGE)
     except (DamagedPartError, AnnotationMissingError, BrokenFractionError) as error:
         return _fail(error, BAD_DATA)
@@ -88,40 +89,43 @@ def _run(options: argparse.Namespace, config: "CaptioningConfig", workspace: "Wo
         )
     policy = options.policy or config.pack.policy
     if options.command == "compose":
-        from captioning.compose import compose
+        from captioning.compose_commands import run_compose
 
-        return compose(
-            config,
-            workspace,
-            policy=policy,
-            part_index=options.part_index,
-            num_parts=options.num_parts,
-            dry_run=options.dry_run,
-        )
-    from captioning.stats import stats
+        return run_compose(options, config, workspace, policy=policy)
+    if options.command == "traits":
+        from captioning.compose_commands import run_traits
 
-    return stats(config, workspace, policy=policy)
+        return run_traits(options, config, workspace, policy=policy)
+    if options.command == "edit":
+        from captioning.edit_commands import run_edit
+
+        return run_edit(options, config, workspace, policy=policy)
+    from captioning.stats_commands import run_stats
+
+    return run_stats(options, config, workspace, policy=policy)
 
 
 def _parser() -> argparse.ArgumentParser:
+    from captioning.compose_commands import add_compose_options, add_traits_options
+    from captioning.edit_commands import add_edit_options
+    from captioning.stats_commands import add_stats_options
+
     parser = argparse.ArgumentParser(prog="python -m captioning", description="Tag, score and caption kept images.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="annotate | compose | stats")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     annotate = commands.add_parser("annotate", help="run taggers and scorers, one decode per image for all of them")
     compose = commands.add_parser("compose", help="make captions of annotations and records, by a policy")
-    stats = commands.add_parser("stats", help="count the words of a policy's captions")
-    for command in (annotate, compose, stats):
+    traits = commands.add_parser("traits", help="measure what the names of characters shall carry")
+    stats = commands.add_parser("stats", help="count words, pairs, lengths and scores; --what-if tries other edges")
+    edit = commands.add_parser("edit", help="change captions by hand, many at once; undo")
+    for command in (annotate, compose, traits, stats, edit):
         command.add_argument("dataset", type=Path, metavar="DATASET.toml")
-        command.add_argument("--workspace", type=Path, help="folder of the tables (default: workspace/NAME)")
-        command.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config value; repeatable"
-        )
-        command.add_argument("-v", "--verbose", action="store_true", help="log more")
+        _add_shared(command)
     for command in (annotate, compose):
         command.add_argument("--part-index", type=int, default=0, help="which task this is, from 0")
         command.add_argument("--num-parts", type=int, default=1, help="how many tasks share the work")
         command.add_argument("--dry-run", action="store_true", help="say what would be done")
-    for command in (compose, stats):
-        command.add_argument("--policy", help="name of the policy (default: pack.policy)")
+    for command in (compose, traits, stats, edit):
+        _add_policy(command)
     annotate.add_argument("--models", metavar="A,B", help="names in annotate.models (default: all)")
     annotate.add_argument(
         "--devices", metavar="CUDA:0,CUDA:1", help="share the parts among devices (default: annotate.device)"
@@ -131,13 +135,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     annotate.add_argument("--retry", action="store_true", help="look again at files that could not be read")
     annotate.add_argument("--workers", type=int, help="decode processes in all; 0: a thread (default: the config's)")
+    add_compose_options(compose)
+    add_traits_options(traits)
+    add_stats_options(stats)
+    for operation in add_edit_options(edit):
+        _add_shared(operation, default=argparse.SUPPRESS)
+        _add_policy(operation, default=argparse.SUPPRESS)
     return parser
+
+
+def _add_shared(command: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    """Add what all commands have. default: SUPPRESS keeps what stands before the name of an operation."""
+    command.add_argument(
+        "--workspace", type=Path, default=default, help="folder of the tables (default: workspace/NAME)"
+    )
+    command.add_argument(
+        "--set", action="append", default=default or [], metavar="KEY=VALUE", help="override a config value; repeatable"
+    )
+    command.add_argument("-v", "--verbose", action="store_true", default=default or False, help="log more")
+
+
+def _add_policy(command: argparse.ArgumentParser, *, default: str | None = None) -> None:
+    command.add_argument("--policy", default=default, help="name of the policy (default: pack.policy)")
 
 
 def _check_part(options: argparse.Namespace) -> None:
     from sharding.tables import owned_parts
 
-    if options.command != "stats":
+    if options.command in ("annotate", "compose"):
         owned_parts([], options.part_index, options.num_parts)
     if options.command == "annotate" and options.devices:
         from captioning.devices import parse_devices

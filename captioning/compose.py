@@ -2,6 +2,7 @@
 
 For every part of workspace.kept the part of the same name in captions/<policy>/. A missing score gives no word and is
 counted; it never becomes the worst tier. Order, thresholds and words all come from the policy; `composer` applies it.
+Last come the changes that people have made (`edit_table`).
 """
 
 import logging
@@ -14,6 +15,7 @@ import pyarrow.compute as pc
 
 from captioning.composer import Composer
 from captioning.config import CaptioningConfig
+from captioning.edit_table import apply_edits, edits_digest, edits_of, read_edits
 from captioning.part_input import AnnotationMissingError, input_digest, policy_digest
 from sharding.files import digest_of
 from sharding.runlog import EventLog, Progress
@@ -92,12 +94,15 @@ def compose(
         raise FileNotFoundError(f"{workspace.kept}: no parts; run `python -m sharding dedupe` first")
     owned = owned_parts(kept, part_index, num_parts)
     digest = policy_digest(config, composer.rules)
+    edits = read_edits(workspace, policy)
     started = time.monotonic()
     missing, cut = Counter[str](), Counter[tuple[str, str]]()
     num_written = num_captions = num_empty = num_cut = num_many_tags = 0
     with Progress(len(owned), unit="parts", title=f"compose {policy}") as progress:
         for part in owned:
-            made_from = digest_of([digest, *input_digest(workspace, part, composer.rules)])
+            own_edits = edits_of(edits, read_part(part, ["key"]).column("key")) if len(edits) else edits
+            edited = [edits_digest(own_edits)] if len(own_edits) else []
+            made_from = digest_of([digest, *input_digest(workspace, part, composer.rules), *edited])
             target = workspace.captions(policy) / part.name
             if not is_current(target, made_from):
                 num_written += 1
@@ -105,9 +110,10 @@ def compose(
                     num_captions += read_part(part, ["key"]).num_rows
                 else:
                     found = composer.part(part)
+                    captions = apply_edits(found.captions, own_edits, groups=composer.rules.groups)
                     metadata = {"policy": policy, "policy_digest": digest}
-                    write_part(target, found.captions, made_from=made_from, metadata=metadata)
-                    facts = {"captions": found.captions.num_rows, "missing": found.missing, "cut": found.num_cut}
+                    write_part(target, captions, made_from=made_from, metadata=metadata)
+                    facts = {"captions": captions.num_rows, "missing": found.missing, "cut": found.num_cut}
                     EventLog(workspace.events, stage="compose").write(
                         "part_written", part=f"{policy}/{part.name}", **facts
                     )
@@ -115,8 +121,8 @@ def compose(
                     cut.update(found.cut)
                     num_cut += found.num_cut
                     num_many_tags += found.num_many_tags
-                    num_captions += found.captions.num_rows
-                    num_empty += int(pc.sum(pc.equal(found.captions.column("text"), "")).as_py() or 0)
+                    num_captions += captions.num_rows
+                    num_empty += int(pc.sum(pc.equal(captions.column("text"), "")).as_py() or 0)
             progress.advance()
     return ComposeReport(
         policy=policy,

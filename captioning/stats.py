@@ -1,17 +1,17 @@
-"""Counts of the words that a policy gave, in the tables of the seed's model card, and of pictures without one.
+"""Numbers about a policy's captions: the tables of the seed's model card, tags, pairs, lengths, and spreads of scores.
 
-Reads captions and the status column of annotations; nothing is written.
+Reads captions and annotations part by part; nothing is written. Words are counted in `tag_counts`, scores in
+`score_histograms`; `stats_page` shows all on a page.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from captioning.config import CaptioningConfig
-from sharding.config import ConfigError
+from captioning.edits import caption_parts, known_policy, scorers_of
+from captioning.score_histograms import ScoreHistogram, score_histograms
+from captioning.tag_counts import Lengths, PairCount, TagCount, WordCounter
+from captioning.text_table import text_table
 from sharding.schema import Workspace
 from sharding.tables import list_parts, read_part
 
@@ -27,7 +27,7 @@ class WordCount:
 
 @dataclass(frozen=True)
 class StatsReport:
-    """The tables of one policy."""
+    """The numbers of one policy."""
 
     policy: str
     num_captions: int
@@ -35,41 +35,79 @@ class StatsReport:
     """By group; the last line of each counts the captions without a word of the group."""
     statuses: dict[str, dict[str, int]]
     """Rows by status, for each model of the dataset that has annotations."""
+    tags: dict[str, list[TagCount]]
+    """The most frequent words of all other groups, in the policy's order."""
+    pairs: list[PairCount]
+    """Characters and series that stand together most often."""
+    lengths: list[Lengths]
+    histograms: list[ScoreHistogram]
 
     def summary(self) -> str:
         """Return the tables as text."""
         blocks = [f"policy {self.policy}: {self.num_captions:,} captions"]
         for group, lines in self.tables.items():
-            rows = [
-                (line.rule, line.word, f"{line.count:,}", f"{line.count / max(self.num_captions, 1):.1%}")
-                for line in lines
+            rows = [(line.rule, line.word, f"{line.count:,}", self.share(line.count)) for line in lines]
+            blocks.append(text_table((group, "tag", "count", "share"), rows, numbers=(2, 3)))
+        for group, tags in self.tags.items():
+            counted = [(it.tag, f"{it.count:,}", self.share(it.count)) for it in tags]
+            blocks.append(text_table((group, "count", "share"), counted, numbers=(1, 2)))
+        if self.pairs:
+            pairs = [(it.left, it.right, f"{it.count:,}") for it in self.pairs]
+            blocks.append(text_table(("together", "", "count"), pairs, numbers=(2,)))
+        if self.lengths:
+            head = ("length in", "least", "median", "mean", "95%", "most")
+            lengths = [
+                (it.unit, *(f"{n:,}" for n in (it.minimum, it.median, it.mean, it.percentile_95, it.maximum)))
+                for it in self.lengths
             ]
-            blocks.append(_text_table((group, "tag", "count", "share"), rows))
+            blocks.append(text_table(head, lengths, numbers=range(1, 6)))
+        if self.histograms:
+            scores = [
+                (it.model, f"{it.num_scores:,}", *(f"{value:.4g}" for value in (it.minimum, it.mean, it.maximum)))
+                for it in self.histograms
+            ]
+            blocks.append(text_table(("scorer", "scores", "least", "mean", "most"), scores, numbers=range(1, 5)))
         by_status = [
             (model, status, f"{count:,}") for model, counts in self.statuses.items() for status, count in counts.items()
         ]
-        blocks.append(_text_table(("model", "status", "rows"), by_status))
+        blocks.append(text_table(("model", "status", "rows"), by_status, numbers=(2,)))
         return "\n\n".join(blocks)
 
+    def share(self, count: int) -> str:
+        """Return a count as per cent of all captions."""
+        return f"{count / max(self.num_captions, 1):.1%}"
 
-def stats(config: CaptioningConfig, workspace: Workspace, *, policy: str) -> StatsReport:
-    """Count words of tiers, rating and date. Raises ConfigError, FileNotFoundError before `compose` has run."""
-    if policy not in config.policies:
-        raise ConfigError(f"policy {policy!r}: unknown; the dataset has {', '.join(config.policies) or 'none'}")
-    folder = workspace.captions(policy)
-    if not list_parts(folder):
-        raise FileNotFoundError(f"{folder}: no parts; run `python -m captioning compose --policy {policy}` first")
+
+def stats(
+    config: CaptioningConfig, workspace: Workspace, *, policy: str, top: int = 20, count_tokens: bool = False
+) -> StatsReport:
+    """Count words, pairs, lengths and scores.
+
+    top: how many words of each group, and pairs. count_tokens: lengths in CLIP tokens, too, by the policy's tokenizer.
+    Raises ConfigError for an unknown policy, FileNotFoundError before `compose` has run.
+    """
+    rules = known_policy(config, policy)
+    parts = caption_parts(workspace, policy)
+    counter = WordCounter(tokenizer=rules.tokens.tokenizer if count_tokens else "")
+    for part in parts:
+        counter.add(read_part(part, ["text", "groups"]))
+    tables = _tables(config, policy, counter)
+    tags = counter.top_tags(top)
+    statuses = {name: _statuses(workspace, name) for name in config.annotate.models}
+    return StatsReport(
+        policy=policy,
+        num_captions=counter.num_captions,
+        tables=tables,
+        statuses={name: found for name, found in statuses.items() if found},
+        tags={group: tags[group] for group in rules.groups if group in tags and group not in tables},
+        pairs=counter.top_pairs(top),
+        lengths=counter.lengths(),
+        histograms=score_histograms(config, workspace, policy=policy, scorers=scorers_of(config)),
+    )
+
+
+def _tables(config: CaptioningConfig, policy: str, counter: WordCounter) -> dict[str, list[WordCount]]:
     rules = config.policies[policy]
-    num_captions, counts = 0, Counter[tuple[str, str]]()
-    for part in list_parts(folder):
-        groups = read_part(part, ["groups"]).column("groups").combine_chunks()
-        num_captions += len(groups)
-        entries = pc.list_flatten(groups)
-        first_words = pc.list_element(pc.struct_field(entries, "tags"), 0)
-        pairs = pa.table({"group": pc.struct_field(entries, "group"), "word": first_words})
-        for row in pairs.group_by(["group", "word"]).aggregate([([], "count_all")]).to_pylist():
-            counts[row["group"], row["word"]] += row["count_all"]
-
     expected: dict[str, list[tuple[str, str]]] = {}
     for group, table in rules.tiers.items():
         expected[group] = [(word, f"{table.comparison} {threshold}") for threshold, word in table.steps]
@@ -78,34 +116,19 @@ def stats(config: CaptioningConfig, workspace: Workspace, *, policy: str) -> Sta
         expected["rating"] = [(word, "") for word in dict.fromkeys(rules.rating.words) if word]
     if "date" in rules.groups:
         expected["date"] = [(name, f"{first} to {last}") for name, (first, last) in config.periods.items()]
-    tables = {
+    counts = counter.first_words
+    return {
         group: [
             *(WordCount(word, rule, counts[group, word]) for word, rule in words),
-            WordCount("(none)", "", num_captions - sum(counts[group, word] for word, _ in words)),
+            WordCount("(none)", "", counter.num_captions - sum(counts[group, word] for word, _ in words)),
         ]
         for group, words in sorted(expected.items(), key=lambda item: rules.groups.index(item[0]))
     }
-    statuses = {name: _statuses(workspace, name) for name in config.annotate.models}
-    return StatsReport(policy, num_captions, tables, {name: found for name, found in statuses.items() if found})
 
 
 def _statuses(workspace: Workspace, model: str) -> dict[str, int]:
     found: Counter[str] = Counter()
     for part in list_parts(workspace.annotations(model)):
-        found.update(read_part(part, ["status"]).column("status").to_pylist())
+        for row in read_part(part, ["status"]).column("status").value_counts().to_pylist():
+            found[row["values"]] += row["counts"]
     return dict(found.most_common())
-
-
-def _text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    is_number = [column >= len(header) - 2 and name != "status" for column, name in enumerate(header)]
-
-    def line_of(cells: Sequence[str]) -> str:
-        aligned = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(cells, widths, is_number, strict=True)
-        )
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line_of(header), line_of(["-" * width for width in widths]), *map(line_of, rows)])
