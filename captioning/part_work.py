@@ -173,7 +173,7 @@ def _columns(identity: Identity) -> tuple[str, ...]:
 
 
 def _is_of(row: Row, prompt: str | None) -> bool:
-    return row["status"] != OK or row["prompt"] == prompt
+    return bool(row["status"] != OK or row["prompt"] == prompt)
 
 
 def _known_rows(path: Path, identity: Identity) -> dict[str, Row] | None:

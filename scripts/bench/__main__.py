@@ -17,6 +17,7 @@ BENCHES = {
     "increment": "adding new pictures to a scanned and deduped set",
     "plan": "a plan of many rows: time and memory",
     "scale": "6 million files through dedupe, plan, combine and report: time and memory",
+    "annotate": "five models at one decode per image, against the same ones run one script after the other",
     "pack": "read, checksum, write shards and index, against TarWriter and a copy",
     "compose": "captions of many rows after a threshold change: time and memory",
 }
