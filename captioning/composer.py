@@ -16,6 +16,7 @@ from captioning.clip_tokens import keep_ranks, load_counter
 from captioning.config import CaptioningConfig
 from captioning.lexicon import COUNT_TAGS, Lexicon, LexiconArrays
 from captioning.part_input import PartInput, check_model, read_input, read_labels
+from captioning.sentences import with_sentences
 from captioning.spelling import spell_tag
 from captioning.tag_stream import Labels, TagStream
 from captioning.taggers.base import TaggerSettings
@@ -84,6 +85,8 @@ class Composer:
             self._add_tags(table, stream, known)
         found = self._finished(table, given.records.column("key"))
         found.missing = {group: number for group, number in missing.items() if number}
+        if captioner := rules.sentences.captioner:
+            found.captions = with_sentences(found.captions, given.annotations[captioner], rules.sentences)
         return found
 
     def tags(self, part: Path) -> tuple[TagStream, LexiconArrays]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from captioning.captioners.hf import Settings as CaptionerSettings
 from captioning.devices import DeviceName
 from captioning.policy import PolicyConfig
 from captioning.registry import ModelConfig
@@ -49,7 +50,8 @@ class CaptioningConfig(DatasetConfig):
     def _names_refer_to_something(self) -> "CaptioningConfig":
         models = self.annotate.models
         taggers = {name: it for name, it in models.items() if isinstance(it, TaggerSettings)}
-        scorers = [name for name in models if name not in taggers]
+        captioners = [name for name, it in models.items() if isinstance(it, CaptionerSettings)]
+        scorers = [name for name in models if name not in (*taggers, *captioners)]
         for name, policy in self.policies.items():
             where = f"policies.{name}"
             for key, model in policy.scorers.items():
@@ -67,6 +69,12 @@ class CaptioningConfig(DatasetConfig):
                         f"{where}.tags: a threshold is below annotate.models.{policy.tags.tagger}.floor = "
                         f"{tagger.floor}; lower probabilities are not stored"
                     )
+            captioner = policy.sentences.captioner
+            if captioner and captioner not in captioners:
+                known = ", ".join(captioners) or "it has none"
+                raise ValueError(
+                    f"{where}.sentences.captioner: {captioner!r} is no captioner of annotate.models: {known}"
+                )
             named = {"custom": policy.custom, "date.sources": policy.date.sources, "characters": policy.characters}
             for key, sources in named.items():
                 if unknown := [source for source in sources if source not in self.sources]:

@@ -58,7 +58,7 @@ def read_input(workspace: Workspace, part: Path, rules: PolicyConfig) -> PartInp
 
 def annotation_parts(workspace: Workspace, part: Path, rules: PolicyConfig) -> dict[str, Path]:
     """Return the annotation part of each model that the policy names. Raises AnnotationMissingError."""
-    names = [*rules.scorers.values(), rules.tags.tagger]
+    names = [*rules.scorers.values(), rules.tags.tagger, rules.sentences.captioner]
     paths = {name: workspace.annotations(name) / part.name for name in dict.fromkeys(names) if name}
     for name, path in paths.items():
         if not path.is_file():

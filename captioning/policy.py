@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from captioning.sentences import SentencesConfig
 from captioning.tag_files import TagList, TagLists, TagMap
 from sharding.config import Config, Name
 from sharding.schema import RATINGS
@@ -256,6 +257,8 @@ class PolicyConfig(Config):
     `python -m captioning traits` measures such a table."""
     tokens: TokensConfig = TokensConfig()
     """How long captions may be."""
+    sentences: SentencesConfig = SentencesConfig()
+    """Whether what a captioner said stands in captions."""
     warn_above_tags: int = Field(0, ge=0)
     """Captions with more words are counted and reported; 0: not."""
 

@@ -11,7 +11,7 @@ from captioning.plugin import ModelError
 from captioning.torch_models import quiet_transformers
 from sharding import images
 from sharding.config import ConfigError
-from sharding.tables import part_metadata, part_name
+from sharding.tables import part_metadata, part_name, read_part
 
 PROMPTS = {"blip": "", "llava": "<image> describe", "llava_chat": "describe", "florence2": "describe this"}
 
@@ -186,3 +186,62 @@ def test_mistakes_are_named(lab, captioners, model_tables, demo_models):
     with pytest.raises(ModelError, match=r"annotate\.models\.text: .* not an image-text-to-text model"):
         tables = {"text": table({"llava": demo_models["clip"]}, "llava")}
         annotate(lab.annotate_config(tables), lab.workspace)
+
+
+# --- in captions ---
+
+
+def texts_of(lab, captioners, sentences, rows):
+    """Annotate and compose pictures that have the tag rain, and return what was said and the captions by key."""
+    from captioning.compose import compose
+
+    for row in rows:
+        row["tags_general"] = ["rain"]
+    lab.keep(rows)
+    policies = {"default": {"groups": ["rest"], "sentences": {"captioner": "text", **sentences}}}
+    config = lab.annotate_config({"text": table(captioners, "llava")}, policies=policies)
+    annotate(config, lab.workspace)
+    compose(config, lab.workspace, policy="default")
+    said = {key: row["text"] for key, row in lab.rows("text").items()}
+    return said, dict(zip(said, lab.texts(), strict=True))
+
+
+@pytest.mark.parametrize(("use", "pattern"), [("appended", "rain, {}"), ("alone", "{}")])
+def test_sentences_stand_behind_the_tags_or_alone(lab, captioners, use, pattern):
+    said, captions = texts_of(lab, captioners, {"use": use}, lab.save(lab.png(64, 64), lab.png(65, 64)))
+
+    assert captions == {key: pattern.format(text) for key, text in said.items()}
+    path = lab.workspace.captions("default") / part_name(0)
+    groups = [[group["group"] for group in row] for row in read_part(path).column("groups").to_pylist()]
+    assert groups == [["rest", "sentence"] if use == "appended" else ["sentence"]] * 2
+
+
+def test_mixed_sentences_depend_on_seed_and_key_alone(lab, captioners):
+    rows = lab.save(*(lab.png(60 + n, 60, seed=n) for n in range(12)))
+    said, captions = texts_of(lab, captioners, {"use": "mixed", "ratio": 0.5, "seed": 1}, rows)
+
+    _, of_half = texts_of(lab, captioners, {"use": "mixed", "ratio": 0.5, "seed": 1}, rows[6:])
+    _, other = texts_of(lab, captioners, {"use": "mixed", "ratio": 0.5, "seed": 2}, rows)
+
+    assert all(caption in ("rain", said[key]) for key, caption in captions.items())
+    assert set(captions.values()) & {"rain"} and len(set(captions.values())) > 1
+    assert all(captions[key] == caption for key, caption in of_half.items())
+    assert other != captions
+
+
+def test_a_picture_without_sentences_keeps_its_tags(lab, captioners):
+    rows = lab.save(lab.png(64, 64), b"no image")
+
+    _, captions = texts_of(lab, captioners, {"use": "alone"}, rows)
+
+    assert captions[rows[1]["key"]] == "rain" != captions[rows[0]["key"]]
+
+
+def test_a_policy_names_a_captioner_and_a_tier_does_not(lab, captioners):
+    models = {"text": table(captioners, "blip")}
+    with pytest.raises(ValueError, match=r"sentences\.captioner: 'date' is no captioner of annotate\.models: text"):
+        policy = {"groups": ["rest"], "sentences": {"captioner": "date"}}
+        lab.annotate_config(models | {"date": {"kind": "date"}}, policies={"default": policy})
+    with pytest.raises(ValueError, match="'text' is no scorer"):
+        tier = {"model": "text", "comparison": ">", "steps": [[0.5, "good"]]}
+        lab.annotate_config(models, policies={"default": {"groups": ["light"], "tiers": {"light": tier}}})
