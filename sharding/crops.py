@@ -41,7 +41,7 @@ Rows = npt.NDArray[np.int64]
 class CropPairs:
     """Pairs of pictures, sorted by (left, right); left < right.
 
-    score: 0 to 1, higher is surer. share: overlap / area of the larger one; from about 0.9 the two show the same part,
+    score: 0 to 1, higher is surer. share: overlap / area of the larger one; from 0.95 on the two show the same part,
     and may be a picture and its variant.
     """
 
@@ -80,16 +80,23 @@ def _candidates(columns: FeatureColumns) -> tuple[Rows, Rows]:
     """Return the pairs of pictures that share features, sorted."""
     num_pictures = len(columns.level)
     descriptors = columns.descriptor.reshape(-1)
-    rows = np.nonzero(columns.level.reshape(-1) != NO_POINT)[0].astype(np.uint64)
+    rows = np.nonzero(columns.level.reshape(-1) != NO_POINT)[0].view(np.uint64)
     found = [np.empty(0, np.int64)]
     for half in range(2):
-        # Sorting the half descriptor with the row below it puts a bucket's pictures in order.
-        half_descriptors = (descriptors[rows] >> np.uint64(32 * half)) & np.uint64(0xFFFFFFFF)
-        entries = half_descriptors << np.uint64(32) | rows
+        # Sorting the half descriptor with the row below it puts a bucket's pictures in order. In place, for memory.
+        entries = descriptors[rows]
+        entries >>= np.uint64(32 * half)
+        entries <<= np.uint64(32)
+        entries |= rows
         entries.sort()
         found += _shared(entries, descriptors, columns.level.shape, half)
-    pairs, num_shared = np.unique(np.concatenate(found), return_counts=True)
-    pairs = pairs[num_shared >= _SHARED_FEATURES]
+        del entries
+    pairs = np.concatenate(found)
+    del found
+    pairs.sort()
+    # A pair that stands here often enough, once.
+    is_often = pairs[_SHARED_FEATURES - 1 :] == pairs[: len(pairs) - _SHARED_FEATURES + 1]
+    pairs = np.unique(pairs[: len(is_often)][is_often])
     return pairs // num_pictures, pairs % num_pictures
 
 

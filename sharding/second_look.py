@@ -17,7 +17,7 @@ from sharding.pairs import PairRules
 from sharding.sketch import SKETCH_VERSION, are_variants
 
 _PAIRS_HELD = 50_000
-_SAME_PART = 0.9  # of the larger picture; pictures that share more can be told to be variants
+_SAME_PART = 0.95  # of the larger picture; pictures that share more can be told to be variants
 
 Rows = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
