@@ -6,6 +6,7 @@ policy is the seed's; a second run has every rule switched on.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,8 @@ _ROWS_PER_PART = 8_000
 _NUM_LABELS, _NUM_CHARACTERS = 8_000, 2_500
 _TAGS_OF_RECORD, _TAGS_OF_TAGGER = 22, 40
 _NUM_DISTINCT_PARTS = 10
-"""Different parts; further ones hold the same rows under another name, so that making them is not the bench."""
+"""Further parts are links to these, so that making them is not the bench."""
+_FOLDERS = ("dedupe/kept", "annotations/wd", "annotations/aesthetic", "annotations/quality", "annotations/date")
 _PROCESSES = 2
 _HEADS = ("skirt", "hair", "eyes", "shirt", "dress", "ribbon", "sky", "gloves", "hat", "background")
 _PROGRAM = """
@@ -161,12 +163,15 @@ def _write(workspace: Workspace, num_rows: int) -> None:
     write_part(
         workspace.annotations("wd") / "labels.parquet", label_table(labels), made_from="bench", metadata=metadata
     )
-    made = [_tables(number) for number in range(min(_NUM_DISTINCT_PARTS, -(-num_rows // _ROWS_PER_PART)))]
-    for number, start in enumerate(range(0, num_rows, _ROWS_PER_PART)):
-        count = min(_ROWS_PER_PART, num_rows - start)
-        for folder, table in made[number % len(made)].items():
-            path = workspace.root / folder / part_name(number)
-            write_part(path, table.slice(0, count), made_from=f"bench-{number}", metadata=metadata)
+    for number in range(-(-num_rows // _ROWS_PER_PART)):
+        if number < _NUM_DISTINCT_PARTS:
+            for folder, table in _tables(number).items():
+                path = workspace.root / folder / part_name(number)
+                write_part(path, table, made_from=f"bench-{number}", metadata=metadata)
+        else:
+            for folder in _FOLDERS:
+                made = workspace.root / folder / part_name(number % _NUM_DISTINCT_PARTS)
+                os.link(made, workspace.root / folder / part_name(number))
 
 
 def _tables(number: int) -> dict[str, pa.Table]:
