@@ -101,7 +101,7 @@ def test_every_setting_stands_in_the_reference():
     named = set(re.findall(r"`(\w+)`", reference))
     tables = [config.AnnotateConfig, policy.PolicyConfig, policy.TierConfig, policy.VotesConfig, policy.TokensConfig]
     tables += [policy.DateWordsConfig, policy.StyleWordsConfig, policy.RatingWordsConfig, policy.TagsConfig]
-    tables += [policy.BlacklistConfig, TaggerSettings]
+    tables += [policy.BlacklistConfig, policy.SentencesConfig, TaggerSettings]
     tables += [plugin.Settings for plugin in registry.PLUGINS.values()]
 
     assert {key for table in tables for key in table.model_fields} <= named
