@@ -88,11 +88,11 @@ def run(*, full: bool, data: Path | None) -> Result:
 
 def _rounds(models: Sequence[str], paths: Sequence[Path], where: Path) -> dict[str, Callable[[], object]]:
     return {
-        "peers": lambda: [_peer_script(it, paths) for it in models],
+        "peers": lambda: _peer_scripts(models, paths),
         "ours": lambda: _annotate(models, paths, where / "exact"),
         "scaled": lambda: _annotate(models, paths, where / "scaled", min_side=1024),
         "decode": lambda: [images.decode_rgb(path.read_bytes()) for path in paths] and None,
-        "model": lambda: [_look(it, len(paths)) for it in models],
+        "model": lambda: _look(models, len(paths)),
     }
 
 
@@ -124,12 +124,13 @@ def _ratios(name: str, models: Sequence[str], paths: Sequence[Path], folder: Pat
     }
 
 
-def _peer_script(model: str, paths: Sequence[Path]) -> None:
-    """Open, decode, resize and look at every picture, as a script of its own does."""
-    light = Light(model)
-    for start in range(0, len(paths), _BATCH_SIZE):
-        pictures = [Image.open(path).convert("RGB") for path in paths[start : start + _BATCH_SIZE]]
-        light.predict(np.stack([_as_peers_do(model, picture) for picture in pictures]))
+def _peer_scripts(models: Sequence[str], paths: Sequence[Path]) -> None:
+    """Model after model: open, decode, resize and look at every picture, as a script of its own does."""
+    for model in models:
+        light = Light(model)
+        for start in range(0, len(paths), _BATCH_SIZE):
+            pictures = [Image.open(path).convert("RGB") for path in paths[start : start + _BATCH_SIZE]]
+            light.predict(np.stack([_as_peers_do(model, picture) for picture in pictures]))
 
 
 def _as_peers_do(model: str, picture: Image.Image) -> Pixels:
@@ -141,10 +142,11 @@ def _as_peers_do(model: str, picture: Image.Image) -> Pixels:
     return np.asarray(square.resize((448, 448), Image.Resampling.BICUBIC))[:, :, ::-1]
 
 
-def _look(model: str, num_images: int) -> None:
-    batch = np.zeros((_BATCH_SIZE, PREPARERS[model].min_side, PREPARERS[model].min_side, 3), np.uint8)
-    for _ in range(0, num_images, _BATCH_SIZE):
-        Light(model).predict(batch)
+def _look(models: Sequence[str], num_images: int) -> None:
+    for model in models:
+        batch = np.zeros((_BATCH_SIZE, PREPARERS[model].min_side, PREPARERS[model].min_side, 3), np.uint8)
+        for _ in range(0, num_images, _BATCH_SIZE):
+            Light(model).predict(batch)
 
 
 def _seconds(call: Callable[[Any], object], argument: object) -> float:
