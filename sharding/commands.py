@@ -118,7 +118,7 @@ def _dedupe(options: argparse.Namespace) -> Answer:
 
 
 def _explain(options: argparse.Namespace) -> Answer:
-    from sharding.explain import explain
+    from sharding.duplicates.explain import explain
 
     found = explain(*_open(options), options.key)
     return Answer("\n".join(explanation.summary() for explanation in found), [asdict(each) for each in found])
@@ -139,8 +139,8 @@ def _apply_options(parser: argparse.ArgumentParser) -> None:
 def _apply(options: argparse.Namespace) -> Answer:
     import time
 
-    from sharding.disposal import REASONS, dispose
-    from sharding.journal import undo
+    from sharding.duplicates.disposal import REASONS, dispose
+    from sharding.duplicates.journal import undo
 
     config, workspace = _open(options)
     if options.undo is not None:
@@ -160,7 +160,7 @@ def _contact_sheet_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _contact_sheet(options: argparse.Namespace) -> Answer:
-    from sharding.contact_sheet import draw_contact_sheet
+    from sharding.duplicates.contact_sheet import draw_contact_sheet
 
     return _answer(draw_contact_sheet(*_open(options), options.output, num_groups=options.num_groups))
 
@@ -173,7 +173,7 @@ def _add_file(help_text: str) -> Callable[[argparse.ArgumentParser], None]:
 
 
 def _export_czkawka(options: argparse.Namespace) -> Answer:
-    from sharding.czkawka import export_czkawka
+    from sharding.duplicates.czkawka import export_czkawka
 
     groups, files = export_czkawka(*_open(options), options.file)
     return Answer(f"{options.file}: {files:,} files in {groups:,} groups", {"groups": groups, "files": files})
@@ -305,7 +305,7 @@ def _report(options: argparse.Namespace) -> Answer:
     config, workspace = _open(options)
     report = make_report(config, workspace, seed=options.seed)
     if options.html is not None:
-        from sharding.report_html import write_page
+        from sharding.reporting.html import write_page
 
         write_page(config, workspace, report, options.html, num_samples=options.samples, seed=options.seed)
     return _answer(report, exit_code=DONE if report.adds_up else BAD_DATA)
@@ -352,7 +352,7 @@ def _export_kohya_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _export_kohya(options: argparse.Namespace) -> Answer:
-    from sharding.kohya_export import export_kohya
+    from sharding.kohya.exporting import export_kohya
 
     config, workspace = _open(options)
     return _answer(export_kohya(config, workspace, options.out, chunks=options.chunks, text_key=options.text_as,
@@ -367,7 +367,7 @@ def _import_kohya_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _import_kohya(options: argparse.Namespace) -> Answer:
-    from sharding.kohya_import import import_kohya
+    from sharding.kohya.importing import import_kohya
 
     return _answer(import_kohya(Path(options.folder), output=options.output, metadata=options.metadata,
                                 dataset_config=options.dataset_config, name=options.name))  # fmt: skip

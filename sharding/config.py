@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from sharding.phash import Algorithm, Turn, check_hash_size, hash_bits
+from sharding.pictures.phash import Algorithm, Turn, check_hash_size, hash_bits
 
 ConfigType = TypeVar("ConfigType", bound="Config")
 

@@ -20,19 +20,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sharding.candidates import Places, content_digests, read_candidates
 from sharding.config import DatasetConfig
-from sharding.cut import Candidates
 from sharding.decisions import Decisions, read_decisions
-from sharding.dedupe_report import DedupeReport, make_report
+from sharding.duplicates.candidates import Places, content_digests, read_candidates
+from sharding.duplicates.cut import Candidates
+from sharding.duplicates.inherit import Inheritances, with_inheritances
+from sharding.duplicates.keepers import Decision, decide
+from sharding.duplicates.pairs import Pairs, Pictures, update_pairs
+from sharding.duplicates.report import DedupeReport, make_report
+from sharding.duplicates.second_look import pair_rules, variant_check
+from sharding.duplicates.verdicts import make_drops, make_groups, make_relatives
 from sharding.files import digest_of, remove_temporaries
-from sharding.inherit import Inheritances, with_inheritances
-from sharding.keepers import Decision, decide
 from sharding.keys import is_in, key_numbers
-from sharding.pairs import Pairs, Pictures, update_pairs
 from sharding.runlog import EventLog
 from sharding.schema import MANIFEST, PLAN, Workspace
-from sharding.second_look import pair_rules, variant_check
 from sharding.tables import (
     DamagedPartError,
     is_current,
@@ -44,7 +45,6 @@ from sharding.tables import (
     schema_mismatch,
     write_part,
 )
-from sharding.verdicts import make_drops, make_groups, make_relatives
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from typing import Any
 import pillow_jxl  # noqa: F401  (registers JPEG XL with Pillow)
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from sharding.colours import is_srgb, to_upright_rgb
-from sharding.jxl_header import is_jxl, jxl_size
-from sharding.pillow_limit import pillow_limit
+from sharding.pictures.colours import is_srgb, to_upright_rgb
+from sharding.pictures.jxl_header import is_jxl, jxl_size
+from sharding.pictures.pillow_limit import pillow_limit
 
 FORMATS = ("jpeg", "png", "webp", "avif", "jxl", "gif", "bmp", "tiff")
 EXTENSIONS = (

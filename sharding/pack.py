@@ -20,8 +20,7 @@ from sharding.chunk import Chunk, captions_digest, commit_chunk, is_sealed, remo
 from sharding.config import DatasetConfig
 from sharding.files import LEFT_OVER_SECONDS, free_bytes, remove_temporaries, require_free_bytes
 from sharding.images import BrokenFractionError, is_too_broken
-from sharding.listing import check_roots
-from sharding.pack_jobs import (
+from sharding.packing.jobs import (
     Job,
     find_work,
     has_old_captions,
@@ -32,12 +31,13 @@ from sharding.pack_jobs import (
     require_captions,
     tables_digest,
 )
-from sharding.pack_report import PackReport
-from sharding.pack_rows import jobs_with_rows
-from sharding.pack_shard import BUILDING, FinishedShard, ShardTask, pack_shard
+from sharding.packing.report import PackReport
+from sharding.packing.rows import jobs_with_rows
+from sharding.packing.shard import BUILDING, FinishedShard, ShardTask, pack_shard
+from sharding.packing.stored_image import UNREAD_BY
 from sharding.runlog import EventLog, Progress
+from sharding.scanning.listing import check_roots
 from sharding.schema import DROPS, Workspace, drop_row
-from sharding.stored_image import UNREAD_BY
 from sharding.tables import write_part
 from sharding.workers import open_pool
 

@@ -19,15 +19,15 @@ import pyarrow.compute as pc
 from sharding.chunk import HELD_OUT_NAME, chunk_folders, chunk_name, chunk_number, is_sealed, load_chunk, open_chunk
 from sharding.config import DatasetConfig
 from sharding.files import digest_of, remove_temporaries
-from sharding.held_out import Separation, separate
 from sharding.keys import key_numbers
-from sharding.plan_order import name_codes, places, spans_of
-from sharding.plan_report import PlanReport, report_of
-from sharding.plan_rows import CURRENT, plan_rows
+from sharding.planning.held_out import Separation, separate
+from sharding.planning.order import name_codes, places, spans_of
+from sharding.planning.report import PlanReport, report_of
+from sharding.planning.rows import CURRENT, plan_rows
+from sharding.planning.weights import columns_needed, weigh
 from sharding.runlog import EventLog
 from sharding.schema import DROPS, HELD_OUT, PLAN, RELATIVES, Workspace, drop_row
 from sharding.tables import is_current, list_parts, part_metadata, part_name, read_part, read_parts, write_part
-from sharding.weights import columns_needed, weigh
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from sharding.combine import restore
 from sharding.config import DatasetConfig
 from sharding.files import require_free_bytes
 from sharding.pack import pack_chunk, shard_tasks
-from sharding.pack_jobs import Job, job_digest, make_jobs, planned_chunks, require_captions
-from sharding.pack_rows import jobs_with_rows
-from sharding.pack_shard import BUILDING, pack_shard
+from sharding.packing.jobs import Job, job_digest, make_jobs, planned_chunks, require_captions
+from sharding.packing.rows import jobs_with_rows
+from sharding.packing.shard import BUILDING, pack_shard
 from sharding.schema import INDEX, PLAN, Workspace
 from sharding.shards import mask_name
 from sharding.tables import read_parts

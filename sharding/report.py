@@ -8,8 +8,10 @@ stage. Reads tables and indexes, no pixels. The numbers as text, HTML and a data
 from dataclasses import dataclass
 from typing import Any
 
-from sharding.account import STAGES, SourceCount, StageCount, take_account
-from sharding.census import (
+from sharding.chunk import list_chunks
+from sharding.config import DatasetConfig
+from sharding.reporting.account import STAGES, SourceCount, StageCount, take_account
+from sharding.reporting.census import (
     DatasetCount,
     FormatCount,
     Histogram,
@@ -24,13 +26,11 @@ from sharding.census import (
     count_sizes,
     dataset_order,
 )
-from sharding.chunk import list_chunks
-from sharding.chunk_list import ChunkCount, count_chunks
-from sharding.config import DatasetConfig
-from sharding.duplicate_groups import Duplicates, count_duplicates
-from sharding.questions import Questions
+from sharding.reporting.chunk_list import ChunkCount, count_chunks
+from sharding.reporting.duplicate_groups import Duplicates, count_duplicates
+from sharding.reporting.questions import Questions
+from sharding.reporting.word_counts import WordGroup, count_words
 from sharding.schema import Workspace
-from sharding.word_counts import WordGroup, count_words
 
 NUM_SAMPLE_GROUPS = 8
 __all__ = ["STAGES", "Report", "make_report", "render_text"]
@@ -146,7 +146,7 @@ def _custom_words(config: DatasetConfig) -> tuple[tuple[str, str], ...]:
 
 def render_text(report: Report) -> str:
     """Return the report as text: the account first, then its tables."""
-    from sharding.report_tables import report_tables, table_as_text
+    from sharding.reporting.tables import report_tables, table_as_text
 
     lines = [f"{report.name}: {report.account}"]
     if not report.adds_up:

@@ -17,16 +17,16 @@ import pyarrow.compute as pc
 from sharding.config import DatasetConfig
 from sharding.files import LEFT_OVER_SECONDS, remove_temporaries
 from sharding.images import BrokenFractionError, is_too_broken
-from sharding.listing import check_roots, extend_listing, is_frozen, unlisted
-from sharding.manifest_part import CHANGES, PartMaker, Tally
 from sharding.metadata import check_tables
-from sharding.record import BROKEN, Rules
-from sharding.record_pool import RecordPool
 from sharding.runlog import EventLog, Progress
+from sharding.scanning.listing import check_roots, extend_listing, is_frozen, unlisted
+from sharding.scanning.manifest_part import CHANGES, PartMaker, Tally
+from sharding.scanning.record import BROKEN, Rules
+from sharding.scanning.record_pool import RecordPool
+from sharding.scanning.takeover import STAMPS_FOLDER, tables_of
+from sharding.scanning.walk import NOTHING, find_images
 from sharding.schema import Workspace
 from sharding.tables import list_parts, owned_parts, read_part
-from sharding.takeover import STAMPS_FOLDER, tables_of
-from sharding.walk import NOTHING, find_images
 
 logger = logging.getLogger(__name__)
 

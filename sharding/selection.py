@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from sharding.questions import Questions, rows_of
+from sharding.reporting.questions import Questions, rows_of
 from sharding.schema import MANIFEST, Workspace
 from sharding.tables import list_parts, read_part
 

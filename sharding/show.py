@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharding.config import DatasetConfig
-from sharding.find_file import FoundFile, find_file
-from sharding.key_rows import TableRow, plain_value, table_rows
-from sharding.questions import Questions, quoted, rows_of
+from sharding.reporting.find_file import FoundFile, find_file
+from sharding.reporting.key_rows import TableRow, plain_value, table_rows
+from sharding.reporting.questions import Questions, quoted, rows_of
 from sharding.schema import MANIFEST, Workspace
 from sharding.tables import list_parts
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sharding.keys import key_numbers
-from sharding.plan_order import KeyRows
+from sharding.planning.order import KeyRows
 from sharding.schema import RELATIVES, Workspace
 from sharding.tables import read_parts
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scripts.bench.result import Bar, Result, peak_gigabytes
-from sharding.neighbours import NearPairs, near_pairs
+from sharding.duplicates.neighbours import NearPairs, near_pairs
 
 Hashes = npt.NDArray[np.uint64]
 _SIZE = 200_000

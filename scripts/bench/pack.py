@@ -22,10 +22,10 @@ import pyarrow as pa
 
 from scripts.bench.result import Bar, Result
 from sharding.chunk import commit_chunk
-from sharding.pack_rows import _RECORDS
-from sharding.pack_shard import FinishedShard, ShardTask, pack_shard
+from sharding.packing.rows import _RECORDS
+from sharding.packing.shard import FinishedShard, ShardTask, pack_shard
+from sharding.packing.stored_image import ImagePolicy
 from sharding.schema import INDEX
-from sharding.stored_image import ImagePolicy
 from sharding.workers import make_pool
 
 _NUM_FILES, _FULL_FILES = 400, 1_600

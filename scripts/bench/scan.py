@@ -25,8 +25,8 @@ from PIL import Image, ImageOps
 from scripts.bench.result import Bar, Result
 from sharding.config import DedupeConfig, FilterConfig
 from sharding.images import EXTENSIONS, ImageError, decode_grey, decode_rgb, probe
-from sharding.phash import enough_pixels, hash_picture, is_flat, perceptual_hash
-from sharding.record import FileTask, Rules, make_record
+from sharding.pictures.phash import enough_pixels, hash_picture, is_flat, perceptual_hash
+from sharding.scanning.record import FileTask, Rules, make_record
 from sharding.workers import make_pool
 
 CZKAWKA_PYTHON = "CHUNKLINE_CZKAWKA_PYTHON"

@@ -18,7 +18,7 @@ from PIL import Image
 
 import sharding.images
 from sharding.config import DedupeConfig, FilterConfig
-from sharding.record import FileTask, Rules, make_record
+from sharding.scanning.record import FileTask, Rules, make_record
 
 SUITES = [Path(folder) for folder in os.environ.get("CHUNKLINE_BROKEN_SUITES", "").split(os.pathsep) if folder]
 RULES = Rules(

@@ -5,8 +5,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sharding.candidates import DuplicateKeyError
 from sharding.dedupe import TABLES, dedupe
+from sharding.duplicates.candidates import DuplicateKeyError
 from sharding.files import digest_of
 from sharding.scan import scan
 from sharding.schema import DROPS, GROUPS, MANIFEST, PLAN, RELATIVES

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from sharding.images import FORMATS, ImageError, decode_grey, decode_rgb, encode_jpeg, encode_png, is_too_broken, probe
-from sharding.jxl_header import jxl_size
+from sharding.pictures.jxl_header import jxl_size
 
 PILLOW_NAMES = {name: name.upper() for name in FORMATS}
 

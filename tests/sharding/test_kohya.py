@@ -9,8 +9,8 @@ import pytest
 from sharding import cli
 from sharding.chunk import Sample, commit_chunk, open_chunk, seal, write_shard
 from sharding.config import ConfigError, DatasetConfig, load_config
-from sharding.kohya_export import export_kohya
-from sharding.kohya_import import import_kohya
+from sharding.kohya.exporting import export_kohya
+from sharding.kohya.importing import import_kohya
 from sharding.metadata import folder, kohya
 from sharding.metadata.tables import Tables
 from sharding.schema import MANIFEST, Workspace

@@ -15,14 +15,14 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from sharding import pack_shard as pack_shard_module
 from sharding.chunk import iterate_samples, open_chunk
 from sharding.config import DatasetConfig
 from sharding.files import DiskFullError
 from sharding.images import BrokenFractionError, decode_rgb, probe
 from sharding.pack import pack
-from sharding.pack_jobs import make_jobs, planned_chunks
-from sharding.pack_rows import jobs_with_rows
+from sharding.packing import shard as pack_shard_module
+from sharding.packing.jobs import make_jobs, planned_chunks
+from sharding.packing.rows import jobs_with_rows
 from sharding.plan import make_plan
 from sharding.schema import CAPTIONS, MANIFEST, Workspace
 from sharding.tables import part_name, read_part, write_part
@@ -353,11 +353,11 @@ def test_kill_9_in_the_middle_of_a_pack_and_a_second_run_give_the_same_bytes(con
     program = f"""
 import json, sys, time
 from pathlib import Path
-from sharding import pack_shard
+from sharding.packing import shard as pack_shard
 from sharding.config import DatasetConfig
 from sharding.pack import pack
-from sharding.pack_jobs import make_jobs, planned_chunks
-from sharding.pack_rows import jobs_with_rows
+from sharding.packing.jobs import make_jobs, planned_chunks
+from sharding.packing.rows import jobs_with_rows
 from sharding.schema import Workspace
 read = pack_shard._read_source
 def slowly(root, row):

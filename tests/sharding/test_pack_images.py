@@ -13,9 +13,9 @@ from PIL import Image
 from sharding.chunk import iterate_samples, open_chunk, read_samples
 from sharding.images import BrokenFractionError, probe
 from sharding.pack import pack
+from sharding.packing.stored_image import stored_size
 from sharding.plan import make_plan
 from sharding.schema import CAPTIONS, MANIFEST
-from sharding.stored_image import stored_size
 from sharding.tables import part_name, read_part, write_part
 from sharding.verify import verify
 

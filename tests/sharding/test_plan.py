@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharding.plan import make_plan, sealed_chunks
-from sharding.plan_rows import CURRENT, plan_rows
+from sharding.planning.rows import CURRENT, plan_rows
 from sharding.schema import HELD_OUT, MANIFEST, PLAN, RELATIVES
 from sharding.tables import read_parts, write_part
 

@@ -14,7 +14,7 @@ from sharding.config import (
     PlanConfig,
     SourceConfig,
 )
-from sharding.keepers import REASONS
+from sharding.duplicates.keepers import REASONS
 
 PACKAGE = Path(__file__).parents[2] / "sharding"
 README = (PACKAGE / "README.md").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 
 from sharding.report import make_report
-from sharding.report_html import render_html, write_page
-from sharding.report_tables import ReportTable, report_tables, table_as_markdown, table_as_text
+from sharding.reporting.html import render_html, write_page
+from sharding.reporting.tables import ReportTable, report_tables, table_as_markdown, table_as_text
 from sharding.schema import CAPTIONS, GROUPS, HELD_OUT, MANIFEST, PLAN, SCORES
 from sharding.tables import part_name, write_part
 
@@ -162,7 +162,7 @@ def test_pictures_that_are_gone_or_unwanted_are_not_shown(config, filled, tmp_pa
 
 
 def test_the_bytes_of_pictures_are_bounded(config, filled, tmp_path, monkeypatch):
-    monkeypatch.setattr("sharding.report_html.MAX_PICTURE_BYTES", 3_000)
+    monkeypatch.setattr("sharding.reporting.html.MAX_PICTURE_BYTES", 3_000)
 
     write_page(config, filled, make_report(config, filled), tmp_path / "r.html", num_samples=6)
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from sharding.report import make_report
-from sharding.report_html import render_html
-from sharding.report_tables import report_tables
+from sharding.reporting.html import render_html
+from sharding.reporting.tables import report_tables
 from sharding.schema import CAPTIONS, PLAN, TAG_GROUP
 from sharding.tables import part_name, write_part
 

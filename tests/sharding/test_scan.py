@@ -22,20 +22,20 @@ import pytest
 from PIL import Image
 
 import sharding.files
-import sharding.manifest_part
-import sharding.record
-import sharding.record_pool
 import sharding.scan
+import sharding.scanning.manifest_part
+import sharding.scanning.record_pool
+import sharding.scanning.walk
 import sharding.sources
-import sharding.walk
 from captioning.decode import ImageTask, prepare_image
 from sharding.images import BrokenFractionError, ImageError
-from sharding.listing import read_listing
-from sharding.pack_shard import _read_source
+from sharding.packing.shard import _read_source
 from sharding.scan import scan
+from sharding.scanning import record as record_module
+from sharding.scanning.listing import read_listing
+from sharding.scanning.takeover import stamps_path
 from sharding.schema import DECISIONS, MANIFEST, Workspace
 from sharding.tables import list_parts, part_name, read_parts, schema_mismatch, write_part
-from sharding.takeover import stamps_path
 
 
 @pytest.fixture
@@ -180,8 +180,8 @@ def test_a_file_that_kills_its_process_costs_only_itself(ten_pictures, make_conf
         def shutdown(self, cancel_futures):
             self.is_broken = True
 
-    monkeypatch.setattr(sharding.record_pool, "make_pool", DyingPool)
-    monkeypatch.setattr(sharding.record_pool, "_FILES_PER_BATCH", 2)
+    monkeypatch.setattr(sharding.scanning.record_pool, "make_pool", DyingPool)
+    monkeypatch.setattr(sharding.scanning.record_pool, "_FILES_PER_BATCH", 2)
 
     scan(make_config(part_size=100), workspace, workers=2)
 
@@ -351,9 +351,9 @@ def test_a_damaged_part_is_made_again(ten_pictures, make_config, workspace):
 def work(monkeypatch):
     """Count the files that are read and the pictures that are decoded."""
     calls = Counter()
-    decode, read = sharding.record.decode_grey, sharding.record.read_file
-    monkeypatch.setattr(sharding.record, "decode_grey", lambda *a, **k: calls.update(["decoded"]) or decode(*a, **k))
-    monkeypatch.setattr(sharding.record, "read_file", lambda *a, **k: calls.update(["read"]) or read(*a, **k))
+    decode, read = record_module.decode_grey, record_module.read_file
+    monkeypatch.setattr(record_module, "decode_grey", lambda *a, **k: calls.update(["decoded"]) or decode(*a, **k))
+    monkeypatch.setattr(record_module, "read_file", lambda *a, **k: calls.update(["read"]) or read(*a, **k))
     return calls
 
 
@@ -445,14 +445,14 @@ def test_moved_vanished_changed_and_returned_are_told_apart_by_content(
 def test_a_file_that_changes_after_it_was_looked_at_is_read_again_by_the_next_scan(
     ten_pictures, save, paint, make_config, workspace, monkeypatch
 ):  # fmt: skip
-    real = sharding.manifest_part.stamp_rows
+    real = sharding.scanning.manifest_part.stamp_rows
 
     def stamp_rows_then_change(config, rows):
         stamps = real(config, rows)
         save("5.jpg", paint(99))
         return stamps
 
-    monkeypatch.setattr(sharding.manifest_part, "stamp_rows", stamp_rows_then_change)
+    monkeypatch.setattr(sharding.scanning.manifest_part, "stamp_rows", stamp_rows_then_change)
     scan(make_config(part_size=100), workspace, workers=0)
     monkeypatch.undo()
 
@@ -666,7 +666,7 @@ def test_names_that_are_not_utf8_and_unreadable_folders_are_reported(
             raise PermissionError(13, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr(sharding.walk.os, "scandir", scandir)
+    monkeypatch.setattr(sharding.scanning.walk.os, "scandir", scandir)
 
     report = scan(make_config(), workspace, workers=0)
 
@@ -689,9 +689,9 @@ def test_a_source_that_left_the_config_is_an_error_that_names_it(ten_pictures, m
 
 def test_a_file_is_read_and_decoded_once(ten_pictures, make_config, workspace, monkeypatch):
     calls = Counter()
-    decode, read = sharding.record.decode_grey, sharding.record._read
-    monkeypatch.setattr(sharding.record, "decode_grey", lambda *a, **k: calls.update(["decode"]) or decode(*a, **k))
-    monkeypatch.setattr(sharding.record, "_read", lambda task: calls.update(["read"]) or read(task))
+    decode, read = record_module.decode_grey, record_module._read
+    monkeypatch.setattr(record_module, "decode_grey", lambda *a, **k: calls.update(["decode"]) or decode(*a, **k))
+    monkeypatch.setattr(record_module, "_read", lambda task: calls.update(["read"]) or read(task))
 
     scan(make_config(), workspace, workers=0)
 

@@ -1,0 +1,1 @@
+"""The parts of `dedupe`: finding pairs, deciding who stays, telling why."""

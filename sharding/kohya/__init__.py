@@ -1,0 +1,1 @@
+"""Folders and metadata of kohya's sd-scripts, both ways."""

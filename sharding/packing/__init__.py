@@ -1,0 +1,1 @@
+"""The parts of `pack`: from planned rows to shards."""

@@ -1,0 +1,1 @@
+"""What is made of decoded pixels: hashes, sketches, local features, and upright sRGB itself."""

@@ -1,0 +1,1 @@
+"""The parts of `plan`: pure functions from kept keys to chunks."""

@@ -1,0 +1,1 @@
+"""The parts of `report`, `card` and `show`: counts, tables, pages."""

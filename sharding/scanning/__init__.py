@@ -1,0 +1,1 @@
+"""The parts of `scan`: from folders to records."""
