@@ -1,6 +1,7 @@
 """The annotate loop on several devices, with images from chunks, with batch sizes found by trial."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from captioning.devices import parse_devices, split_device, torch_name
 from captioning.onnx_session import open_session, provider_of
 from captioning.plugin import ModelError
 from captioning.torch_models import torch_device
+from sharding import runlog
 from sharding.chunk import Sample, commit_chunk, write_shard
 from sharding.config import ConfigError
 from sharding.files import sha256_file
@@ -63,6 +65,31 @@ def test_names_of_devices():
             split_device(wrong)
     with pytest.raises(ValueError, match="stands twice"):
         parse_devices("cuda:0,cuda:0")
+
+
+def test_a_wrong_device_on_the_command_line_is_bad_usage(lab, capsys):
+    from captioning import cli
+
+    path = lab.folder / "d.toml"
+    path.write_text(f'name = "d"\nsources.boards.root = "{lab.pictures}"\n')
+
+    assert cli.main(["annotate", str(path), "--devices", "cuda:0,gpu"]) == 2
+    assert "device 'gpu': expected one of cpu, cuda" in capsys.readouterr().err
+
+
+def test_the_live_line_counts_only_what_is_to_do(lab, model_tables, monkeypatch, caplog):
+    records = lab.save(*(lab.png(60 + n, 60, seed=n) for n in range(5)))
+    lab.keep(records[:2], records[2:])
+    config = lab.annotate_config({"wd": model_tables["wd"]})
+    annotate(config, lab.workspace, part_index=0, num_parts=2)
+    monkeypatch.setattr(runlog, "EVERY_SECONDS", 0.0)
+
+    with caplog.at_level("INFO"):
+        annotate(config, lab.workspace)
+
+    lines = [line for line in caplog.messages if line.startswith("annotate  ")]
+    assert len(lines) == 3
+    assert re.fullmatch(r"annotate  3 of 3 images  [\d.]+/s  eta 0m00s waiting \d+%", lines[-1])
 
 
 def test_a_wrong_device_is_a_mistake_in_the_config(lab):
