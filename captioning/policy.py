@@ -180,8 +180,8 @@ class TagsConfig(Config):
     character_tag_expand: bool = True
     """`name_(costume)_(series)` gives the character `name_(costume)` and the series `series`."""
     kohya_characters: bool = False
-    """A tagger's characters stand in reverse order of the labels, each followed by its series in the same group, as
-    kohya's --character_tags_first --character_tag_expand write them (a series twice there stands once)."""
+    """Characters stand in reverse order (a tagger's: of its labels), each followed by its series in the same group,
+    as kohya's --character_tags_first --character_tag_expand write them (a series twice there stands once)."""
     given_name_first: TagList = ()
     """Character tags, without parentheses, that have the given name first: their last word moves to the front."""
     remove_underscores: bool = True
