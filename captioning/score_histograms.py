@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw, ImageFont
 
@@ -88,11 +89,11 @@ def _histogram(workspace: Workspace, model: str, edges: tuple[Edge, ...]) -> Sco
     return ScoreHistogram(model, start, step, tuple(counts.tolist()), num_missing, low, total / num_scores, high, edges)
 
 
-def _scores(table: object) -> tuple[npt.NDArray[np.float64], int]:
-    column = table.filter(pc.equal(table.column("status"), "ok")).column("score")  # type: ignore[attr-defined]
+def _scores(table: pa.Table) -> tuple[npt.NDArray[np.float64], int]:
+    column = table.filter(pc.equal(table.column("status"), "ok")).column("score")
     scores = np.asarray(pc.fill_null(column, float("nan")), dtype=np.float64)
     scores = scores[np.isfinite(scores)]
-    return scores, len(table) - len(scores)  # type: ignore[arg-type]
+    return scores, len(table) - len(scores)
 
 
 def nice_bins(low: float, high: float, *, is_whole: bool) -> tuple[float, float, int]:
