@@ -365,3 +365,12 @@ def test_undoing_an_unknown_edit_names_the_known_ones(run):
     code, output = run("undo", "7", "--yes")
 
     assert code == 2 and "edit 7: unknown; there are 1" in output
+
+
+def test_a_damaged_edit_is_exit_code_3(lab, run):
+    run("remove", "solo", "--yes")
+    (lab.workspace.edits("default") / part_name(1)).write_bytes(b"torn")
+
+    code, output = run("remove", "smile")
+
+    assert code == 3 and "part-00001.parquet: not a readable part" in output

@@ -242,6 +242,16 @@ def test_edges_that_make_no_table_are_refused(lab, scored, edges, message):
         what_if(scored, lab.workspace, edges, policy="default")
 
 
+def test_a_table_that_sums_scorers_has_no_edge_to_move(lab, scored):
+    values = scored.model_dump(mode="json", exclude_defaults=True)
+    summed = TIERS["aesthetic"] | {"also": {"qual": [0.8, 0.5]}}
+    rules = values["policies"]["default"] | {"tiers": TIERS | {"aesthetic": summed}}
+    config = lab.config(periods=values["periods"], annotate=values["annotate"], policies={"default": rules})
+
+    with pytest.raises(ConfigError, match="aesthetic is not decided by one score alone"):
+        what_if(config, lab.workspace, {"very_aesthetic": 0.7}, policy="default")
+
+
 @pytest.mark.parametrize("text", ["very_aesthetic", "=0.5", "very_aesthetic=high", "very_aesthetic=nan", ""])
 def test_an_edge_is_a_word_and_a_number(text):
     with pytest.raises(ConfigError, match="expected WORD=NUMBER"):
