@@ -63,7 +63,9 @@ class DisposalReport:
         if self.is_dry_run:
             lines.append("nothing was touched; files are read again and checked before that, --yes does it")
         elif self.journal:
-            lines.append(f"journal: {self.journal}; `dedupe apply --undo {self.journal}` takes it back")
+            lines.append(
+                f"journal: {self.journal}; `dedupe apply DATASET.toml --undo {self.journal} --yes` takes it back"
+            )
         return "\n".join(lines)
 
 
