@@ -66,7 +66,8 @@ def run(*, full: bool, data: Path | None) -> Result:
     figures: dict[str, float] = {}
     notes = [
         "bound_…: (sum of the peers' decodes and resizes) / (one decode and each different resize once)",
-        "pinned: by the clock, so it says nothing on a machine that does other work, too",
+        "pinned: by the clock, worthless on a machine that does other work, too; device_share: the models wait, "
+        "as for a GPU, as long as decoding takes",
         "min_side_1024: scaled decoding, an option whose scores move a little",
     ]
     with tempfile.TemporaryDirectory() as temporary, _plugin():
@@ -177,6 +178,8 @@ def _pinned(paths: Sequence[Path], folder: Path) -> dict[str, float]:
             _busy(cost * _BATCH_SIZE * len(models))
         model_only = num_batches * _BATCH_SIZE / (time.perf_counter() - started)
         together = _rate(models, paths, folder / "together", core=cores[0], cost=cost)
+        device_cost = 1 / decode_only / len(models)
+        on_device = _rate(models, paths, folder / "device", core=cores[0], cost=device_cost, is_device=True)
     finally:
         os.sched_setaffinity(0, cores)
     return {
@@ -184,13 +187,16 @@ def _pinned(paths: Sequence[Path], folder: Path) -> dict[str, float]:
         "pinned_model_only_images_per_second": model_only,
         "pinned_together_images_per_second": together,
         "pinned_share": together / min(decode_only, model_only),
+        "device_share": on_device / decode_only,
     }
 
 
-def _rate(models: Sequence[str], paths: Sequence[Path], where: Path, *, core: int, cost: float) -> float:
+def _rate(
+    models: Sequence[str], paths: Sequence[Path], where: Path, *, core: int, cost: float, is_device: bool = False
+) -> float:
     """Return images/s from the first batch to the last: starting a worker is not what is asked."""
     Light.batch_times.clear()
-    _annotate(models, paths, where, core=core, cost=cost)
+    _annotate(models, paths, where, core=core, cost=cost, is_device=is_device)
     times = Light.batch_times[len(models) - 1 :: len(models)]
     return (len(times) - 1) * _BATCH_SIZE / (times[-1] - times[0])
 
@@ -212,7 +218,9 @@ class LightSettings(ModelSettings):
     core: int | None = None
     """Of the decode worker."""
     cost: float = 0.0
-    """CPU seconds per image."""
+    """Seconds per image, of the CPU or of a device."""
+    is_device: bool = False
+    """The model waits, as for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -237,12 +245,13 @@ class Light:
     batch_size = None
     batch_times: ClassVar[list[float]] = []
 
-    def __init__(self, looks: str, *, core: int | None = None, cost: float = 0.0) -> None:
+    def __init__(self, looks: str, *, core: int | None = None, cost: float = 0.0, is_device: bool = False) -> None:
         self.preparer = PREPARERS[looks] if core is None else OnCore(PREPARERS[looks], core)
         self._cost = cost
+        self._spend = time.sleep if is_device else _busy
 
     def predict(self, batch: Pixels) -> list[Row]:
-        _busy(self._cost * len(batch))
+        self._spend(self._cost * len(batch))
         self.batch_times.append(time.perf_counter())
         return score_rows(batch[:, ::64, ::64].mean(axis=(1, 2, 3)))
 
@@ -256,7 +265,7 @@ class LightPlugin:
         return Identity("light", revision="1", preprocessing=settings.looks, schema=SCORES)
 
     def load(self, settings: LightSettings, *, device: Device) -> Light:
-        return Light(settings.looks, core=settings.core, cost=settings.cost)
+        return Light(settings.looks, core=settings.core, cost=settings.cost, is_device=settings.is_device)
 
 
 @contextmanager
@@ -276,11 +285,12 @@ def _annotate(
     min_side: int | None = None,
     core: int | None = None,
     cost: float = 0.0,
+    is_device: bool = False,
 ) -> int:
     """Run our loop in this process, or with a worker on its own core, and return the number of decodes."""
     workspace = Workspace(where)
     _write_records(paths, workspace)
-    facts: Mapping[str, Any] = {"kind": "bench_light", "core": core, "cost": cost}
+    facts: Mapping[str, Any] = {"kind": "bench_light", "core": core, "cost": cost, "is_device": is_device}
     table = {
         "batch_size": _BATCH_SIZE,
         "workers": 0 if core is None else 1,
