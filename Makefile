@@ -6,6 +6,9 @@ BIN    := $(VENV)/bin
 CONSTRAINTS ?= constraints-ci.txt
 export UV_FIND_LINKS := $(or $(UV_FIND_LINKS),$(PIP_FIND_LINKS))
 export UV_SYSTEM_CERTS ?= true
+# Tests run in one process per core; threads inside them would only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 INSTALL := $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 
 .PHONY: env demo test slurm-test test-kills check format clean
@@ -22,7 +25,7 @@ demo: env
 	$(BIN)/python -m scripts.demo
 
 test: env
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 slurm-test: env
 	$(BIN)/python -m pytest tests/slurm
@@ -34,7 +37,7 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" -q -x
+	$(PYTEST) -m "not slow" -q -x
 
 format: env
 	$(BIN)/ruff format .
