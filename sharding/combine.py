@@ -211,7 +211,7 @@ def _wave(
         state = "waiting"
     mixture = {name: count / total for name, count in counts.items()}
     before = first_mixture or mixture
-    drift = sum(abs(mixture.get(name, 0) - before.get(name, 0)) for name in {*mixture, *before}) / 2
+    drift = math.fsum(abs(mixture.get(name, 0) - before.get(name, 0)) for name in {*mixture, *before}) / 2
     return Wave(number, counts, tuple(names), state, drift, tuple(waits_for))
 
 
