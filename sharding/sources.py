@@ -62,11 +62,14 @@ def stamp_file(place: str) -> Stamp | None:
     """Return the stamp of a file or a member, or None for what cannot be looked at."""
     try:
         status = os.stat(place)  # noqa: PTH116  (five per picture: Path.stat is twice as slow)
-        return status.st_size, status.st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):
-        pass  # perhaps a member
+        return _stamp_member(place)
     except OSError:
         return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _stamp_member(place: str) -> Stamp | None:
     if (found := _tar_above(place)) is None:
         return None
     tar, name = found
