@@ -181,13 +181,14 @@ class _Case:
     # --- the criteria ---
 
     def _criteria(self, rival: str) -> tuple[Criterion, ...]:
+        names = ("reference", "planned", "preferred", *self.config.dedupe.keeper, "key")
+        this, other = self._values(self.key), self._values(rival)
         found = []
-        for name, this, other in zip(
-            ("reference", "planned", "preferred", *self.config.dedupe.keeper, "key"),
-            self._values(self.key), self._values(rival), strict=True,
-        ):  # fmt: skip
-            winner = "" if this[0] == other[0] else "this" if this[0] < other[0] else "other"
-            found.append(Criterion(name, this[1], other[1], winner))
+        for place, name in enumerate(names):
+            winner = _winner(this[place:][:1], other[place:][:1])
+            if name == "planned" and winner and winner == _winner(this[place + 1 :], other[place + 1 :]):
+                continue  # it is planned because it won, not the other way round
+            found.append(Criterion(name, this[place][1], other[place][1], winner))
             if winner:
                 break
         return tuple(found)
@@ -225,6 +226,14 @@ class _Case:
     def _bits(self, left: str, right: str) -> int:
         one, other = (int.from_bytes(self.records[key]["phash"], "big") for key in (left, right))
         return (one ^ other).bit_count()
+
+
+def _winner(this: Sequence[tuple[Any, str]], other: Sequence[tuple[Any, str]]) -> str:
+    """Return which of the two the first value that differs speaks for: this, other, or "" if none differs."""
+    for (mine, _), (its, _) in zip(this, other, strict=True):
+        if mine != its:
+            return "this" if mine < its else "other"
+    return ""
 
 
 def _list(keys: Sequence[str] | set[str]) -> str:

@@ -12,6 +12,7 @@ from sharding.dedupe import dedupe
 from sharding.duplicates.contact_sheet import TILE, draw_contact_sheet
 from sharding.duplicates.czkawka import export_czkawka
 from sharding.duplicates.explain import explain
+from sharding.plan import make_plan
 from sharding.scan import scan
 from sharding.tables import read_parts
 
@@ -53,6 +54,19 @@ def test_a_keeper_is_compared_with_its_closest_rival_and_found_by_path(line):
     [told] = explain(config, workspace, "big.png")
 
     assert told.rival == key_of(workspace, "mid.jpg") and told.criteria[-1].winner == "this"
+
+
+def test_being_planned_is_no_reason_for_a_keeper_that_was_planned_because_it_won(line):
+    config, workspace = line
+    small = key_of(workspace, "small.jpg")
+    make_plan(config, workspace)
+
+    assert explain(config, workspace, small)[0].criteria[-1].name == "pixels"
+
+    add_decisions(workspace, make_decisions(read_key(small), decision="preferred_keeper", who="me", why="nicer"))
+    dedupe(config, workspace)
+    [last] = explain(config, workspace, small)[0].criteria[-1:]
+    assert (last.name, last.winner) == ("planned", "other")
 
 
 def test_a_picture_alone_is_told_to_be_so(line):
