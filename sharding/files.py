@@ -100,6 +100,20 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
+def is_being_written(path: Path) -> bool:
+    """Tell whether a temporary file is of another process that lives on this machine, by the number in its name."""
+    number = path.name.partition(TEMPORARY_MARK)[2].strip("-").partition("-")[0]
+    if os.name == "nt" or not number.isdigit() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def remove_temporaries(folder: Path, *, min_age_seconds: float = 0.0) -> list[Path]:
     """Remove what killed writers left in `folder` (not below it) and return the names.
 
