@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sharding.files import TEMPORARY_MARK, is_being_written, replacing, sha256_file, write_json
+from sharding.files import TEMPORARY_MARK, replacing, sha256_file, write_json
 from sharding.schema import HELD_OUT, INDEX, SCHEMA_VERSION
 from sharding.shards import (
     DIGEST_LENGTH,
@@ -335,8 +335,7 @@ def is_sealed(folder: Path) -> bool:
 def remove_unnamed(chunk: Chunk) -> list[Path]:
     """Delete files in the chunk's folder that its chunk.json does not name (left by killed or earlier packs).
 
-    Seals, hidden files and what another process of this machine is writing stay. Only the owner of the folder may call
-    this, and not while a run may read old shards.
+    Seals and hidden files stay. Only the owner of the folder may call this, and not while a run may read old shards.
     """
     named = {CHUNK_JSON, chunk.info.index, *(shard.path for shard in chunk.info.shards)}
     unnamed = [
@@ -345,7 +344,6 @@ def remove_unnamed(chunk: Chunk) -> list[Path]:
         if path.is_file()
         and path.name not in named
         and (TEMPORARY_MARK in path.name or not path.name.startswith((_SEAL, ".")))
-        and not is_being_written(path)
     ]
     for path in unnamed:
         path.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ from sharding.chunk import (
     write_shard,
 )  # fmt: skip
 from sharding.config import DatasetConfig
-from sharding.files import digest_of, require_free_bytes
+from sharding.files import digest_of, locked, require_free_bytes
 from sharding.runlog import EventLog
 from sharding.schema import HELD_OUT, INDEX, PLAN, Workspace
 from sharding.tables import read_parts
@@ -100,6 +100,11 @@ def combine(
     Raises ChunkError when chunks of a wave hold captions of different policies or one key twice, ValueError when a
     dataset has the name of the combined folder.
     """
+    with locked(workspace.chunks, dry_run=dry_run):
+        return _combine(config, workspace, materialize=materialize, dry_run=dry_run)
+
+
+def _combine(config: DatasetConfig, workspace: Workspace, *, materialize: bool, dry_run: bool) -> CombineReport:
     by_wave, old = _chunks(config, workspace)
     planned = _planned(workspace)
     if materialize and not dry_run:
@@ -138,17 +143,18 @@ def restore(config: DatasetConfig, workspace: Workspace, names: Sequence[str]) -
     It does while the chunks they are mixed from and the settings are the same. Others are left to `combine`.
     Raises ChunkError when a chunk of the wave cannot be read: repair plain chunks first.
     """
-    by_wave, old = _chunks(config, workspace)
     restored = []
-    for name in names:
-        members = by_wave.get(int(name.rpartition("/")[2].split("-")[0]), [])
-        chunk = old[name]
-        materialize = has_own_shards(chunk)
-        if chunk.info.made_from == _made_from(config, members, materialize=materialize):
-            names_of_wave = _names(config, members)
-            _write_wave(config, workspace, names_of_wave, members, made_from=chunk.info.made_from,
-                        materialize=materialize, needed={name})  # fmt: skip
-            restored.append(name)
+    with locked(workspace.chunks):
+        by_wave, old = _chunks(config, workspace)
+        for name in names:
+            members = by_wave.get(int(name.rpartition("/")[2].split("-")[0]), [])
+            chunk = old[name]
+            materialize = has_own_shards(chunk)
+            if chunk.info.made_from == _made_from(config, members, materialize=materialize):
+                names_of_wave = _names(config, members)
+                _write_wave(config, workspace, names_of_wave, members, made_from=chunk.info.made_from,
+                            materialize=materialize, needed={name})  # fmt: skip
+                restored.append(name)
     return restored
 
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.files import remove_temporaries, write_bytes
+from sharding.files import locked, remove_temporaries, write_bytes
 from sharding.keys import is_in, key_numbers
 from sharding.schema import DECISION_KINDS, DECISIONS, MANIFEST, Workspace
 from sharding.tables import part_name, read_parts, write_part
@@ -141,6 +141,11 @@ def add_decisions(workspace: Workspace, added: pa.Table, *, dry_run: bool = Fals
 
     A later row replaces an earlier one about its key.
     """
+    with locked(workspace.decisions, dry_run=dry_run):
+        return _add(workspace, added, dry_run=dry_run)
+
+
+def _add(workspace: Workspace, added: pa.Table, *, dry_run: bool) -> DecisionReport:
     before = read_decisions(workspace).table
     both = pa.concat_tables([before, added]).combine_chunks()
     texts = pc.binary_join_element_wise(*(both.column(name) for name in COLUMNS[1:]), "\0")

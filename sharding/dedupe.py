@@ -30,7 +30,7 @@ from sharding.duplicates.pairs import Pairs, Pictures, update_pairs
 from sharding.duplicates.report import DedupeReport, make_report
 from sharding.duplicates.second_look import pair_rules, variant_check
 from sharding.duplicates.verdicts import make_drops, make_groups, make_relatives
-from sharding.files import digest_of, remove_temporaries
+from sharding.files import digest_of, locked, remove_temporaries
 from sharding.keys import is_in, key_numbers
 from sharding.runlog import EventLog
 from sharding.schema import MANIFEST, PLAN, Workspace
@@ -63,6 +63,11 @@ def dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = False
     Raises FileNotFoundError without a manifest, ValueError when a part of it is missing or was made with another hash,
     DuplicateKeyError.
     """
+    with locked(workspace.dedupe, dry_run=dry_run):
+        return _dedupe(config, workspace, dry_run=dry_run)
+
+
+def _dedupe(config: DatasetConfig, workspace: Workspace, *, dry_run: bool) -> DedupeReport:
     parts = _manifest_parts(workspace)
     planned = _planned_keys(workspace)
     decisions = read_decisions(workspace)

@@ -5,8 +5,10 @@ Nothing here knows what is in a file.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -18,7 +20,11 @@ from typing import IO, Any
 
 from sharding.sources import read_file as read_file  # for the other packages, which import only shared modules
 
+logger = logging.getLogger(__name__)
+
 TEMPORARY_MARK = ".partial-"
+LOCK = ".lock"
+"""Hidden file of a folder: who holds it (`locked`) may change what is in there."""
 LEFT_OVER_SECONDS = 3600.0
 """Where several tasks write into a folder, temporary files older than this belong to none of them."""
 _HASH_BLOCK_BYTES = 4 << 20
@@ -100,17 +106,35 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def is_being_written(path: Path) -> bool:
-    """Tell whether a temporary file is of another process that lives on this machine, by the number in its name."""
-    number = path.name.partition(TEMPORARY_MARK)[2].strip("-").partition("-")[0]
-    if os.name == "nt" or not number.isdigit() or int(number) == os.getpid():
-        return False
+@contextmanager
+def locked(folder: Path, *, dry_run: bool = False) -> Iterator[None]:
+    """Hold the lock of `folder`; wait while another process, of any machine, holds it.
+
+    A process that dies lets go. Where the file system has no locks, a warning is all there is.
+    dry_run: nothing will be changed, so take no lock.
+    """
+    if dry_run:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("ab") as stream:
+        is_held = _lock(stream)
+        try:
+            yield
+        finally:
+            if is_held:  # said aloud, because worker processes may have inherited the open file
+                fcntl.flock(stream, fcntl.LOCK_UN)
+
+
+def _lock(stream: IO[bytes]) -> bool:
     try:
-        os.kill(int(number), 0)
-    except ProcessLookupError:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.info("waiting for another process that holds %s", stream.name)
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    except OSError as error:
+        logger.warning("%s: no locks here (%s): let no two tasks do the same work", stream.name, error.strerror)
         return False
-    except PermissionError:
-        return True
     return True
 
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from sharding.chunk import Chunk, captions_digest, commit_chunk, is_sealed, remove_unnamed
 from sharding.config import DatasetConfig
-from sharding.files import LEFT_OVER_SECONDS, free_bytes, remove_temporaries, require_free_bytes
+from sharding.files import LEFT_OVER_SECONDS, free_bytes, locked, remove_temporaries, require_free_bytes
 from sharding.images import BrokenFractionError, is_too_broken
 from sharding.packing.jobs import (
     Job,
@@ -26,6 +26,7 @@ from sharding.packing.jobs import (
     has_old_captions,
     image_policy,
     job_digest,
+    look_again,
     mark_checked,
     mask_folders,
     require_captions,
@@ -92,9 +93,11 @@ def pack(
     total = sum(job.plan.num_rows for job in jobs)
     with open_pool(workers) as pool, Progress(total, unit="img", title="pack") as progress:
         for job in jobs_with_rows(workspace, config.pack.policy, jobs):
-            report = _bring_up_to_date(job, config, workspace, report, pool=pool, rewrite_shards=rewrite_shards)
-            if not dry_run:
-                mark_checked(job.folder, digest)
+            with locked(job.folder, dry_run=dry_run):
+                job = look_again(job)  # another task may have finished it while this one waited
+                report = _bring_up_to_date(job, config, workspace, report, pool=pool, rewrite_shards=rewrite_shards)
+                if not dry_run:
+                    mark_checked(job.folder, digest)
             progress.advance(job.plan.num_rows)
     return report
 

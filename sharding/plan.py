@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from sharding.chunk import HELD_OUT_NAME, chunk_folders, chunk_name, chunk_number, is_sealed, load_chunk, open_chunk
 from sharding.config import DatasetConfig
-from sharding.files import digest_of, remove_temporaries
+from sharding.files import digest_of, locked, remove_temporaries
 from sharding.keys import key_numbers
 from sharding.planning.held_out import Separation, separate
 from sharding.planning.order import name_codes, places, spans_of
@@ -38,6 +38,11 @@ def make_plan(config: DatasetConfig, workspace: Workspace, *, dry_run: bool = Fa
     Reads only keys, sources, dates, and what [[plan.weights]] asks for. Does nothing when the plan is current.
     Raises FileNotFoundError when dedupe has not been run, ValueError when a key is kept twice.
     """
+    with locked(workspace.plan, dry_run=dry_run):
+        return _plan(config, workspace, dry_run=dry_run)
+
+
+def _plan(config: DatasetConfig, workspace: Workspace, *, dry_run: bool) -> PlanReport:
     made_from = _digest(config, workspace)
     plan_path, drops_path = workspace.plan / part_name(0), workspace.plan / "drops" / part_name(0)
     previous = read_parts(workspace.plan, schema=PLAN)

@@ -17,7 +17,7 @@ import pyarrow as pa
 from sharding.chunk import CHUNK_JSON, Chunk, ChunkError, ShardReader, commit_chunk, is_sealed, load_chunk
 from sharding.combine import restore
 from sharding.config import DatasetConfig
-from sharding.files import require_free_bytes
+from sharding.files import locked, require_free_bytes
 from sharding.pack import pack_chunk, shard_tasks
 from sharding.packing.jobs import Job, job_digest, make_jobs, planned_chunks, require_captions
 from sharding.packing.rows import jobs_with_rows
@@ -83,15 +83,16 @@ def _repair_plain(
     packed_anew: list[str] = []
     with open_pool(workers) as pool:
         for job in jobs_with_rows(workspace, config.pack.policy, jobs):
-            files = damage[job.name]
-            chunk = _loaded(job)
-            if chunk is not None and _restore_files(job, chunk, files, config):
-                restored += [f"{job.name}/{file}" for file in sorted(files)]
-            elif chunk is None or not is_sealed(job.folder) or chunk.info.shards_from == job.shards_from:
-                pack_chunk(replace(job, old=chunk), config, workspace, pool=pool, made_from=job_digest(job, config))
-                packed_anew.append(job.name)
-            shutil.rmtree(job.folder / BUILDING, ignore_errors=True)
-            logger.info("%s repaired", job.name)
+            with locked(job.folder):
+                files = damage[job.name]
+                chunk = _loaded(job)
+                if chunk is not None and _restore_files(job, chunk, files, config):
+                    restored += [f"{job.name}/{file}" for file in sorted(files)]
+                elif chunk is None or not is_sealed(job.folder) or chunk.info.shards_from == job.shards_from:
+                    pack_chunk(replace(job, old=chunk), config, workspace, pool=pool, made_from=job_digest(job, config))
+                    packed_anew.append(job.name)
+                shutil.rmtree(job.folder / BUILDING, ignore_errors=True)
+                logger.info("%s repaired", job.name)
     return restored, packed_anew
 
 

@@ -132,7 +132,7 @@ def find_work(
     num_current = 0
     waiting: list[tuple[Path, Chunk | None, bool]] = []
     for folder in owned:
-        old = open_chunk(folder) if (folder / CHUNK_JSON).exists() else None
+        old = _committed(folder)
         is_whole = old is not None and not damaged_files(old)
         if is_whole and may_skip and _read_checked(folder) == digest:
             num_current += 1
@@ -147,6 +147,18 @@ def find_work(
         else:
             jobs.append(replace(job, old=old, needs_tars=has_changed or not is_whole))
     return Work(tuple(jobs), num_current, tuple(sealed), tuple(not_planned))
+
+
+def look_again(job: Job) -> Job:
+    """Return the job as it is now, after waiting for another task that may have brought the same chunk up to date."""
+    old = _committed(job.folder)
+    is_whole = old is not None and not damaged_files(old)
+    has_changed = old is not None and old.info.shards_from != job.shards_from
+    return replace(job, old=old, needs_tars=has_changed or not is_whole)
+
+
+def _committed(folder: Path) -> Chunk | None:
+    return open_chunk(folder) if (folder / CHUNK_JSON).exists() else None
 
 
 def make_jobs(config: DatasetConfig, workspace: Workspace, plans: Mapping[Path, pa.Table]) -> list[Job]:
