@@ -110,20 +110,30 @@ def write_json(path: Path, value: Any) -> None:
 def locked(folder: Path, *, dry_run: bool = False) -> Iterator[None]:
     """Hold the lock of `folder`; wait while another process, of any machine, holds it.
 
-    A process that dies lets go. Where the file system has no locks, a warning is all there is.
-    dry_run: nothing will be changed, so take no lock.
+    A process that dies lets go. No lock is taken for a dry run and where nothing can be written; where the file system
+    has no locks, a warning is all there is.
     """
-    if dry_run:
+    stream = None if dry_run else _open_lock(folder)
+    if stream is None:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("ab") as stream:
+    with stream:
         is_held = _lock(stream)
         try:
             yield
         finally:
             if is_held:  # said aloud, because worker processes may have inherited the open file
                 fcntl.flock(stream, fcntl.LOCK_UN)
+
+
+def _open_lock(folder: Path) -> IO[bytes] | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / LOCK).open("ab")
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            return None  # who only looks whether all is current may go on; a writer will be told
+        raise
 
 
 def _lock(stream: IO[bytes]) -> bool:

@@ -1,13 +1,19 @@
 import errno
+import fcntl
 import json
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from sharding.files import (
+    LOCK,
     DiskFullError,
     digest_of,
+    locked,
     open_replacing,
     remove_temporaries,
     replacing,
@@ -101,3 +107,48 @@ def test_a_forecast_over_the_free_space_is_refused_for_folders_that_do_not_exist
 
     with pytest.raises(DiskFullError, match=r"a state needs 1,000,000,000\.00 GB"):
         require_free_bytes(tmp_path / "not" / "there", 10**18, "a state")
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from sharding.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_second_holder_waits_until_the_first_is_done_or_dead(tmp_path):
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert first.stdout.readline() == b"held\n"
+    has_lock = threading.Event()
+
+    def hold():
+        with locked(tmp_path):
+            has_lock.set()
+
+    second = threading.Thread(target=hold)
+    second.start()
+    assert not has_lock.wait(0.2)
+    first.kill()
+    assert has_lock.wait(10)
+    second.join()
+    first.communicate()
+
+
+def test_without_locks_on_the_file_system_there_is_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path):
+        pass
+    assert f"{tmp_path / LOCK}: no locks here" in caplog.text
+
+
+def test_a_dry_run_takes_no_lock(tmp_path):
+    with locked(tmp_path / "new", dry_run=True):
+        assert not (tmp_path / "new").exists()
