@@ -1,0 +1,66 @@
+"""The settings of a run: one run.toml. No torch.
+
+Defaults are the safe choice (fp32 master weights, bf16 autocast); what the seed's kohya command does instead is said
+by the presets. Paths are relative to the current directory.
+"""
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from sharding.config import Config, Name
+from training.config.captions import CaptionConfig
+from training.config.data import BatchConfig, BucketConfig, DataConfig
+from training.config.optimizer import OptimizerConfig, PrecisionConfig, ScheduleConfig
+from training.config.saving import SaveConfig
+from training.config.stage_c import StageCConfig
+from training.config.watching import PreviewConfig, TrackerConfig
+
+
+class RunConfig(Config):
+    """One run.toml."""
+
+    FREE: ClassVar = frozenset({"device", "max_skipped_steps"})
+
+    name: Name
+    """Name of the run, for people and trackers."""
+    seed: int = Field(0, ge=0)
+    """Of all counted randomness and the order of samples."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one."""
+    max_skipped_steps: int = Field(10, ge=0)
+    """Consecutive steps with a non-finite loss or gradient passed over before the run stops (exit code 1)."""
+    data: DataConfig
+    batch: BatchConfig = BatchConfig()
+    buckets: BucketConfig = BucketConfig()
+    caption: CaptionConfig = CaptionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    save: SaveConfig = SaveConfig()
+    preview: PreviewConfig = PreviewConfig()
+    trackers: TrackerConfig = TrackerConfig()
+    stage_c: StageCConfig
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "RunConfig":
+        if self.buckets.step % 32:
+            raise ValueError(f"buckets.step {self.buckets.step} must be a multiple of 32, the encoder's stride")
+        if self.preview.prompts and self.stage_c.previewer is None:
+            raise ValueError("preview.prompts are given, but stage_c.previewer is not: no picture can be made")
+        return self
+
+
+def _free_keys(table: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    yield from (prefix + key for key in getattr(table, "FREE", ()))
+    for name, field in table.model_fields.items():
+        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _free_keys(kind, f"{prefix}{name}.")
+
+
+FREE_KEYS = frozenset(_free_keys(RunConfig))
+"""Keys that may differ between launches of one run: they change speed, places or what is kept, not what is trained.
+Weights may be moved: those of trained parts come from the state (the file only gives the shapes), and frozen ones must
+hold the same values as at the first launch (run.json, frozen_weights)."""
