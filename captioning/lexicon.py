@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from captioning.policy import TAG_TEMPLATE_FIELD, BlacklistConfig, PolicyConfig
+from captioning.policy import TAG_TEMPLATE_FIELD, PolicyConfig
 from captioning.spelling import clean_word, expand_character, given_name_last, spell_tag
+from captioning.tag_rules import BlacklistConfig
 from captioning.words import NO_WORD, Column, Ids, Words
 
 NO_TAG = -1

@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 
 from captioning.config import CaptioningConfig
 from captioning.part_input import PartInput
-from captioning.policy import DateWordsConfig, PolicyConfig, StyleWordsConfig, TierConfig
+from captioning.policy import PolicyConfig
 from captioning.spelling import clean_word
 from captioning.tiers import NO_TIER, higher_tier, summed_tier_numbers, tier_numbers, voted_tier_numbers
+from captioning.word_rules import DateWordsConfig, StyleWordsConfig, TierConfig
 from captioning.word_table import WordTable
 from captioning.words import NO_WORD, Ids, Words
 from sharding.schema import RATINGS

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from captioning.lexicon import NO_TAG, Lexicon, LexiconArrays
-from captioning.policy import TagsConfig
+from captioning.tag_rules import TagsConfig
 from captioning.tiers import passes
 from captioning.words import Ids
 

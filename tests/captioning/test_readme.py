@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captioning import cli, config, policy, registry, scorers
+from captioning import cli, config, policy, registry, scorers, tag_rules, word_rules
 from captioning.compose import compose
 from captioning.config import CaptioningConfig
 from captioning.scorers.measure import Measure
@@ -99,9 +99,10 @@ def test_the_worked_example_is_what_compose_makes_of_its_numbers(lab):
 def test_every_setting_stands_in_the_reference():
     reference = README[README.index("## Settings") : README.index("## Not run")]
     named = set(re.findall(r"`(\w+)`", reference))
-    tables = [config.AnnotateConfig, policy.PolicyConfig, policy.TierConfig, policy.VotesConfig, policy.TokensConfig]
-    tables += [policy.DateWordsConfig, policy.StyleWordsConfig, policy.RatingWordsConfig, policy.TagsConfig]
-    tables += [policy.BlacklistConfig, policy.SentencesConfig, TaggerSettings]
+    tables = [config.AnnotateConfig, policy.PolicyConfig, policy.TokensConfig, policy.SentencesConfig]
+    tables += [word_rules.TierConfig, word_rules.VotesConfig, word_rules.DateWordsConfig]
+    tables += [word_rules.StyleWordsConfig, word_rules.RatingWordsConfig]
+    tables += [tag_rules.TagsConfig, tag_rules.BlacklistConfig, TaggerSettings]
     tables += [plugin.Settings for plugin in registry.PLUGINS.values()]
 
     assert {key for table in tables for key in table.model_fields} <= named

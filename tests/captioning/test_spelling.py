@@ -2,8 +2,8 @@
 
 import pytest
 
-from captioning.policy import KAOMOJI
 from captioning.spelling import clean_word, expand_character, spell_tag
+from captioning.tag_rules import KAOMOJI
 
 
 @pytest.mark.parametrize(
