@@ -6,20 +6,17 @@ nothing for BLIP, `<DETAILED_CAPTION>` for Florence-2. No code from a model's re
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from PIL import Image
 from pydantic import Field, model_validator
 
 from captioning.captioners.base import Cleaning, text_rows
+from captioning.captioners.processors import preparer_of, read_processor
 from captioning.model_files import ModelFilesSettings, locate
-from captioning.plugin import Device, Identity, ModelError, Pixels, Preparer, Row
-from captioning.preparers import Squash
+from captioning.plugin import Device, Identity, MissingExtraError, ModelError, Pixels, Row
 from captioning.prompts import PLACEHOLDERS, Prompt
 from captioning.torch_models import import_torch, quiet_transformers, torch_device
 from sharding.schema import TEXTS
@@ -51,6 +48,8 @@ class Settings(ModelFilesSettings):
     """Larger pictures are resized to this area, bicubic. Not read for a model that squashes pictures to one size."""
     max_new_tokens: int = Field(256, gt=0)
     """Length of the answer."""
+    min_new_tokens: int = Field(0, ge=0)
+    """It does not end before so many."""
     num_beams: int = Field(1, gt=0)
     """Beams of the search; 1 is greedy."""
     repetition_penalty: float = Field(1.0, gt=0)
@@ -77,32 +76,13 @@ class Settings(ModelFilesSettings):
         return self
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Shrink to at most `max_pixels` pixels, bicubic, aspect ratio kept."""
-
-    max_pixels: int
-
-    def prepare(self, image: Image.Image) -> Pixels:
-        """Return (H, W, 3) uint8 RGB, in the picture's own shape."""
-        scale = math.sqrt(self.max_pixels / (image.width * image.height))
-        if scale < 1:
-            size = (max(int(image.width * scale), 1), max(int(image.height * scale), 1))
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        return np.array(image)
-
-    @property
-    def min_side(self) -> int:
-        return math.isqrt(self.max_pixels)
-
-
 class HfCaptioner:
     """A loaded model with its processor."""
 
     batch_size = None
 
     def __init__(self, model: Any, processor: Any, settings: Settings, *, device: str) -> None:
-        self.preparer = _preparer(processor, settings.max_pixels)
+        self.preparer = preparer_of(processor, settings.max_pixels)
         self._model = model
         self._processor = processor
         self._settings = settings
@@ -130,6 +110,7 @@ class HfCaptioner:
                 inputs[name] = value.to(self._model.dtype)
         options: dict[str, Any] = {
             "max_new_tokens": settings.max_new_tokens,
+            "min_new_tokens": settings.min_new_tokens,
             "num_beams": settings.num_beams,
             "repetition_penalty": settings.repetition_penalty,
             "do_sample": settings.sample,
@@ -176,7 +157,10 @@ class HfCaptioner:
 def identify(settings: Settings) -> Identity:
     """Find the model's files. Raises ModelError."""
     _, revision = _find(settings)
-    how = ("dtype", "max_pixels", "max_new_tokens", "num_beams", "repetition_penalty", "sample", "cleaning")
+    how = (
+        *("dtype", "max_pixels", "max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty"),
+        *("sample", "cleaning"),
+    )
     chance = ("temperature", "top_p", "seed") if settings.sample else ()
     prompt = Prompt(
         settings.prompt,
@@ -198,15 +182,19 @@ def identify(settings: Settings) -> Identity:
 
 
 def load(settings: Settings, *, device: Device) -> HfCaptioner:
-    """Load model and processor. Raises ModelError."""
+    """Load model and processor. Raises ModelError (MissingExtraError)."""
     torch = import_torch()
     target = torch_device(device)
     folder, _ = _find(settings)
     try:
         with quiet_transformers() as transformers:
-            processor = transformers.AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+            processor = read_processor(transformers, folder)
             model = transformers.AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except MissingExtraError:
+        raise
+    except ImportError as error:
+        raise ModelError(f"{folder}: transformers needs a library for it that is not installed ({error})") from error
+    except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder}: not an image-text-to-text model that transformers {transformers.__version__} knows without "
             f"code of the model's own ({str(error)[:300]})"
@@ -216,17 +204,6 @@ def load(settings: Settings, *, device: Device) -> HfCaptioner:
 
 def _find(settings: Settings) -> tuple[Path, str]:
     return locate(settings.model, revision=settings.revision, patterns=_PATTERNS)
-
-
-def _preparer(processor: Any, max_pixels: int) -> Preparer:
-    """Return the processor's own resizing where it is a plain squash: so it is done by the workers, on every pixel."""
-    image = processor.image_processor
-    size = getattr(image, "size", None) or {}
-    sides = {name: value for name, value in dict(size).items() if value is not None}
-    is_cropped = bool(getattr(image, "do_center_crop", False)) or bool(getattr(image, "do_pad", False))
-    if set(sides) != {"height", "width"} or is_cropped or not getattr(image, "do_resize", False):
-        return Fit(max_pixels)
-    return Squash(int(sides["width"]), int(sides["height"]), int(image.resample))
 
 
 def _seed(seed: int, key: str) -> int:

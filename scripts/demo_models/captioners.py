@@ -1,4 +1,4 @@
-"""Tiny captioners with random weights, saved in the real formats: BLIP, Llava, Llava with a chat template, Florence-2.
+"""Tiny captioners with random weights, saved in the real formats: BLIP, GIT, Llava, Florence-2, Qwen2-VL.
 
 They know twenty words and say them in no order: for tests of how captioners are asked, never of what they say.
 """
@@ -55,11 +55,20 @@ def blip(folder: Path) -> Path:
     return _save(transformers.BlipForConditionalGeneration, config, transformers.BlipProcessor(images, words), folder)
 
 
+def git(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", *WORDS, ".", ","]))
+    words = transformers.BertTokenizer(str(folder / "vocab.txt"))
+    config = transformers.GitConfig(
+        vision_config=_clip_vision().to_dict(), vocab_size=len(words), hidden_size=16, intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    return _save(transformers.GitForCausalLM, config, transformers.GitProcessor(_clip_images(), words), folder)
+
+
 def llava(folder: Path, *, chat_template: str | None = None) -> Path:
     words = tokenizer("<image>")
-    images = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **_MEAN
-    )
     config = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(**_TEXT, vocab_size=len(words), pad_token_id=0),
         vision_config=_clip_vision(),
@@ -67,7 +76,7 @@ def llava(folder: Path, *, chat_template: str | None = None) -> Path:
         vision_feature_select_strategy="default",
     )
     processor = transformers.LlavaProcessor(
-        images,
+        _clip_images(),
         words,
         patch_size=16,
         vision_feature_select_strategy="default",
@@ -105,7 +114,36 @@ def florence2(folder: Path) -> Path:
     return _save(transformers.Florence2ForConditionalGeneration, config, processor, folder)
 
 
-MAKERS = {"blip": blip, "llava": llava, "llava_chat": llava_chat, "florence2": florence2}
+def qwen2_vl(folder: Path) -> Path:
+    """Write a Qwen2-VL with the files of the published ones, but for the chat template; loading it takes torchvision.
+
+    Its processor is read from them: it cannot be made without torchvision.
+    """
+    words = tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    ids = words.convert_tokens_to_ids
+    config = transformers.Qwen2VLConfig(
+        text_config={
+            **_TEXT, "vocab_size": len(words), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10_000.0},
+        },
+        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2},
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+    )  # fmt: skip
+    words.save_pretrained(folder)
+    images = transformers.Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=28 * 28 * 4)
+    return _save(transformers.Qwen2VLForConditionalGeneration, config, images, folder)
+
+
+MAKERS = {
+    "blip": blip, "git": git, "llava": llava, "llava_chat": llava_chat, "florence2": florence2, "qwen2_vl": qwen2_vl,
+}  # fmt: skip
+
+
+def _clip_images() -> Any:
+    return transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **_MEAN
+    )
 
 
 def _clip_vision() -> Any:

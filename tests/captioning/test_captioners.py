@@ -1,5 +1,7 @@
 """Captioners on tiny models in the real formats: what they are asked, what is stored, what does not change it."""
 
+import importlib.util
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,13 +9,13 @@ from PIL import Image
 from captioning.annotate import annotate
 from captioning.captioners import hf
 from captioning.captioners.base import clean_text
-from captioning.plugin import ModelError
+from captioning.plugin import MissingExtraError, ModelError
 from captioning.torch_models import quiet_transformers
 from sharding import images
 from sharding.config import ConfigError
 from sharding.tables import part_metadata, part_name, read_part
 
-PROMPTS = {"blip": "", "llava": "<image> describe", "llava_chat": "describe", "florence2": "describe this"}
+PROMPTS = {"blip": "", "git": "", "llava": "<image> describe", "llava_chat": "describe", "florence2": "describe this"}
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +30,7 @@ def captioners(tmp_path_factory):
 
 
 def table(captioners, name, **values):
-    base = {"kind": "captioner", "model": str(captioners[name]), "prompt": PROMPTS[name]}
+    base = {"kind": "captioner", "model": str(captioners[name]), "prompt": PROMPTS.get(name, "")}
     return base | {"max_new_tokens": 6, "max_pixels": 2500, "cleaning": "none"} | values
 
 
@@ -56,6 +58,44 @@ def test_the_text_is_what_transformers_says_by_itself(lab, captioners, name):
     expected = " ".join(processor.batch_decode(tokens, skip_special_tokens=True)[0].split())
     assert (lab.rows("text")[row["key"]]["text"] or "") == expected
     assert lab.rows("text")[row["key"]]["prompt"] == PROMPTS[name]
+
+
+QWEN = {"prompt": "<|vision_start|><|image_pad|><|vision_end|> describe"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_a_processor_of_videos_says_that_it_needs_torchvision(captioners):
+    with pytest.raises(MissingExtraError, match=r"torchvision is not installed: .*\[caption,cpu,video\]"):
+        hf.load(hf.Settings(**table(captioners, "qwen2_vl", **QWEN)), device="cpu")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
+def test_qwen2_vl_sees_pictures_that_pillow_resized(captioners):
+    model = hf.load(hf.Settings(**table(captioners, "qwen2_vl", **QWEN)), device="cpu")
+
+    rows = model.describe([np.full((50, 40, 3), 90, np.uint8)] * 2, [QWEN["prompt"]] * 2, ["a", "b"])
+
+    assert type(model._processor.image_processor).__name__.endswith("Pil")
+    assert rows[0] == rows[1] and rows[0]["text"] and "vision" not in rows[0]["text"]
+
+
+def test_another_library_that_is_missing_is_not_taken_for_an_unknown_model(captioners, monkeypatch):
+    def read(*arguments, **options):
+        raise ImportError("requires the sentencepiece library")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", read)
+
+    with pytest.raises(ModelError, match=r"needs a library for it that is not installed \(requires the sentencep"):
+        hf.load(hf.Settings(**table(captioners, "blip")), device="cpu")
+
+
+def test_an_answer_is_as_long_as_asked_for(captioners):
+    def num_words(**values):
+        model = hf.load(hf.Settings(**table(captioners, "git", max_new_tokens=40, **values)), device="cpu")
+        texts = [model.describe([np.full((40, 40, 3), 30 * n, np.uint8)], [""], ["k"])[0]["text"] for n in range(8)]
+        return min(len((text or "").split()) for text in texts)
+
+    assert num_words(min_new_tokens=40) > num_words()
 
 
 def test_hints_of_a_record_stand_in_the_prompt_and_new_ones_ask_again(lab, captioners):
@@ -126,7 +166,13 @@ def test_settings_that_change_the_text_change_the_digest(captioners):
         return hf.identify(hf.Settings(**table(captioners, "llava", **values))).digest
 
     assert digest() == digest(seed=7)  # not read without chance
-    for values in ({"prompt": "<image> x"}, {"max_new_tokens": 7}, {"num_beams": 2}, {"cleaning": "sentences/1"}):
+    for values in (
+        {"prompt": "<image> x"},
+        {"max_new_tokens": 7},
+        {"min_new_tokens": 2},
+        {"num_beams": 2},
+        {"cleaning": "sentences/1"},
+    ):
         assert digest(**values) != digest(), values
     assert digest(sample=True, seed=7) != digest(sample=True)
 
