@@ -65,7 +65,9 @@ class LoadedModels:
         """Return the model, loaded the first time. Raises ModelError."""
         if name not in self._loaded:
             settings = self._config.models[name]
-            logger.info("loading %s on %s: %s", name, self._device, self._identities[name].model)
+            who = self._identities[name]
+            licence = f"licence {who.licence}" if who.licence else "its table names no licence"
+            logger.info("loading %s on %s: %s, %s, %s", name, self._device, who.model, who.revision, licence)
             with self._tally.loading(), _one_at_a_time, _naming(name):
                 self._loaded[name] = PLUGINS[settings.kind].load(settings, device=self._device)
         return self._loaded[name]

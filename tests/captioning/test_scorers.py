@@ -8,11 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from captioning.annotate import annotate
 from captioning.plugin import HeadModel, ModelError
 from captioning.preparers import Squash
 from captioning.scorers import aes_b32, aesthetic_shadow, date
 from captioning.scorers.base import score_rows
 from sharding.images import decode_rgb
+from sharding.tables import part_metadata, part_name
 
 SIZES = [(224, 224), (640, 480), (301, 402), (1, 1), (30, 200), (1280, 600), (1000, 3000), (225, 224)]
 
@@ -149,6 +151,20 @@ def test_the_date_score_is_the_year_and_missing_without_a_date():
     rows = date.DateScorer().annotate_records(records)
 
     assert [(row["score"], row["status"]) for row in rows] == [(2010.0, "ok"), (None, "no_date"), (2011.0, "ok")]
+
+
+def test_the_licence_of_each_model_is_shown_and_stored(lab, model_tables, caplog):
+    tables = {"aesthetic": model_tables["aesthetic"] | {"licence": "CC-BY-NC-4.0"}, "wd": model_tables["wd"]}
+    lab.keep(lab.save(lab.png(40, 50)))
+
+    with caplog.at_level("INFO", logger="captioning"):
+        annotate(lab.annotate_config(tables), lab.workspace)
+
+    lines = {line.split()[1]: line for line in caplog.messages if line.startswith("loading ")}
+    facts = {name: part_metadata(lab.workspace.annotations(name) / part_name(0)) for name in tables}
+    assert lines["aesthetic"].endswith(f"{facts['aesthetic']['revision']}, licence CC-BY-NC-4.0")
+    assert lines["wd"].endswith("its table names no licence")
+    assert [facts[name]["licence"] for name in tables] == ["CC-BY-NC-4.0", ""]
 
 
 def settings_shadow(folder, **values):
