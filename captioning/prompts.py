@@ -10,10 +10,12 @@ from typing import Any
 import pyarrow as pa
 
 from captioning.spelling import spell_tag
+from captioning.tag_rules import KAOMOJI
 
 RECORD = "record"
 PLACEHOLDERS = ("tags", "characters", "series", "artists", "rating")
 _CATEGORIES = {"tags": "general", "characters": "character", "series": "copyright", "artists": "artist"}
+_FACES = frozenset(KAOMOJI)
 _RATINGS = ("general", "sensitive", "questionable", "explicit")
 
 
@@ -91,4 +93,4 @@ class Prompt:
 
 
 def _spell(tag: str) -> str:
-    return spell_tag(tag, remove_underscores=True, keep_underscores=frozenset())
+    return spell_tag(tag, remove_underscores=True, keep_underscores=_FACES)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
 from captioning.plugin import ModelError, Pixels
+from captioning.preparers import middle
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -31,7 +32,7 @@ class Stage:
     kind: str
     size: tuple[int, ...]
     resample: int = Image.Resampling.BILINEAR
-    colour: str = "white"
+    colour: tuple[int, ...] = (255, 255, 255)
 
     def apply(self, image: Image.Image) -> Image.Image:
         if self.kind == "center_crop":
@@ -48,6 +49,7 @@ class Stage:
         if len(self.size) == 2:
             return self._resized(image, (self.size[1], self.size[0]))
         (shorter,) = self.size
+        image = middle(image)
         if image.width <= image.height:
             return self._resized(image, (shorter, int(shorter * image.height / image.width)))
         return self._resized(image, (int(shorter * image.width / image.height), shorter))
@@ -109,5 +111,11 @@ def _stage(values: dict[str, Any]) -> Stage:
     sides = (int(size),) if isinstance(size, int) else tuple(int(side) for side in size)
     if len(sides) not in (1, 2):
         raise ValueError(f"size {size!r}")
+    if values.get("max_size") is not None:
+        raise ValueError(f"max_size {values['max_size']!r} is not supported")
     resample = _FILTERS[values.get("interpolation", "bilinear")]
-    return Stage(kind, sides, resample, str(values.get("background_color", "white")))
+    return Stage(kind, sides, resample, _colour(values.get("background_color", "white")))
+
+
+def _colour(value: Any) -> tuple[int, ...]:
+    return ImageColor.getrgb(value)[:3] if isinstance(value, str) else tuple(int(level) for level in value)[:3]

@@ -42,6 +42,11 @@ class OnnxTagger:
         """Return schema.TAGGER rows; batch: (N, side, side, 3) uint8. Raises ModelError."""
         values = self._session.run(self._to_input(batch))
         self._check_number(values.shape[-1])
+        # Of thousands of logits most are far below 0; a second sigmoid would make all of them 0.5 … 0.73.
+        if self._is_logits and values.size and (values >= 0).all() and (values <= 1).all():
+            raise ModelError(
+                f"{self._label_file.parent}: the tagger gives probabilities already; set activation = none"
+            )
         probs = _sigmoid(values) if self._is_logits else values
         # Written so that NaN passes: it becomes a row's status.
         if (probs < -1e-3).any() or (probs > 1 + 1e-3).any():

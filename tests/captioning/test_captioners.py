@@ -100,10 +100,14 @@ def test_an_answer_is_as_long_as_asked_for(captioners):
 
 def test_hints_of_a_record_stand_in_the_prompt_and_new_ones_ask_again(lab, captioners):
     rows = lab.save(lab.png(64, 64, seed=1), lab.png(65, 64, seed=2))
-    rows[0] |= {"tags_general": ["red_umbrella", "rain"], "tags_character": ["asuka_(eva)"], "rating": "general"}
+    rows[0] |= {
+        "tags_general": ["red_umbrella", "<|>_<|>", "rain"],
+        "tags_character": ["asuka_(eva)"],
+        "rating": "general",
+    }
     lab.keep(rows)
     ask = {"prompt": "<image> {characters}: {tags}, {rating}", "hints": "record", "prompt_without_hints": "<image>"}
-    config = lab.annotate_config({"text": table(captioners, "llava", **ask, most_hints=1)})
+    config = lab.annotate_config({"text": table(captioners, "llava", **ask, most_hints=2)})
 
     annotate(config, lab.workspace)
     prompts = [row["prompt"] for row in lab.rows("text").values()]
@@ -111,7 +115,7 @@ def test_hints_of_a_record_stand_in_the_prompt_and_new_ones_ask_again(lab, capti
     lab.keep(rows)
     again = annotate(config, lab.workspace)
 
-    assert prompts == ["<image> asuka (eva): red umbrella, general", "<image>"]
+    assert prompts == ["<image> asuka (eva): red umbrella, <|>_<|>, general", "<image>"]
     assert (again.num_images, again.num_rows_reused) == (1, {"text": 1})
     assert [row["prompt"] for row in lab.rows("text").values()] == [prompts[0], "<image> : , explicit"]
 

@@ -151,6 +151,24 @@ def test_logits_that_are_taken_for_probabilities_are_an_error(tmp_path, make_onn
         tag(load(tmp_path, preprocessing="pixai"), Image.new("RGB", (9, 9), "white"))
 
 
+def test_probabilities_that_are_taken_for_logits_are_an_error(tmp_path, make_onnx):
+    channel_first_model(tmp_path, make_onnx, np.full((3, 2), -2.0), side=16, is_sigmoid=True)
+    write_tags(tmp_path, [("1girl", 0), ("solo", 0)])
+
+    with pytest.raises(ModelError, match="gives probabilities already; set activation = none"):
+        tag(load(tmp_path, preprocessing="pixai", activation="sigmoid"), Image.new("RGB", (9, 9), "white"))
+
+
+@pytest.mark.parametrize("colour", ["#0a141e", "rgb(10, 20, 30)", [10, 20, 30]])
+def test_a_stage_pads_with_its_own_colour(tmp_path, colour):
+    stage = {"type": "pad_to_size", "size": [8, 8], "background_color": colour}
+    (tmp_path / "preprocess.json").write_text(json.dumps({"stages": [stage]}))
+
+    pixels = read_stages(tmp_path / "preprocess.json").prepare(Image.new("RGB", (8, 2), "white"))
+
+    assert (pixels[:3] == (10, 20, 30)).all() and (pixels[3:5] == 255).all()
+
+
 STAGES = {
     "test": [
         {"type": "pad_to_size", "size": [32, 32], "background_color": "white", "interpolation": "bilinear"},
@@ -188,6 +206,8 @@ def test_the_stages_of_preprocess_json_are_done_one_after_the_other(tmp_path, ma
         ([{"type": "rotate", "size": 3}], "unknown type 'rotate'"),
         ([{"type": "resize"}], "is not understood"),
         ([{"type": "resize", "size": 8, "interpolation": "magic"}], "is not understood"),
+        ([{"type": "resize", "size": 8, "max_size": 16}], "max_size 16 is not supported"),
+        ([{"type": "pad_to_size", "size": 8, "background_color": "odd"}], "is not understood"),
         ([{"type": "to_tensor"}], "expected a stage with a size"),
         ({"a": 1}, "expected a list of stages"),
     ],
