@@ -30,6 +30,10 @@ class TokenCounter:
         self._tokenizer, self._words = tokenizer, words
         self._with_comma, self._alone = Column(), Column()
 
+    def of(self, words: Words) -> "TokenCounter":
+        """Return a counter of other words with the same tokenizer."""
+        return TokenCounter(self._tokenizer, words)
+
     def counts(self) -> tuple[Ids, Ids]:
         """Return for all words, by number, the tokens of the word with a comma behind, and alone."""
         new = self._words.texts()[len(self._alone) :].to_pylist()

@@ -2,20 +2,20 @@
 
 For every part of workspace.kept the part of the same name in captions/<policy>/. A missing score gives no word and is
 counted; it never becomes the worst tier. Order, thresholds and words all come from the policy; `composer` applies it.
-Last come the changes that people have made (`edit_table`).
+Last come the changes that people have made (`edit_table`), and the limit of tokens once more for those captions.
 """
 
 import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pyarrow.compute as pc
 
-from captioning.composer import Composer
+from captioning.composer import Composer, PartCaptions
 from captioning.config import CaptioningConfig
-from captioning.edit_table import apply_edits, edits_digest, edits_of, read_edits
+from captioning.edit_table import edits_digest, edits_of, read_edits
 from captioning.part_input import AnnotationMissingError, input_digest, policy_digest
 from sharding.files import digest_of
 from sharding.runlog import EventLog, Progress
@@ -46,8 +46,12 @@ class ComposeReport:
     """Captions shortened to `tokens.max_tokens`."""
     cut: Mapping[tuple[str, str], int]
     """What was cut off: (group, word) → times."""
+    num_cut_edited: int
+    """Captions shortened to it because of edits."""
     num_many_tags: int
     """Captions with more words than `warn_above_tags`."""
+    num_fallback: int
+    """Captions without any word, which have those of `fallback`."""
     is_dry_run: bool
     seconds: float
 
@@ -61,10 +65,14 @@ class ComposeReport:
         lines += [f"  without a word for {group}: {number:,}" for group, number in sorted(self.missing.items())]
         if self.num_empty:
             lines.append(f"  empty captions: {self.num_empty:,}")
+        if self.num_fallback:
+            lines.append(f"  captions without any word, given the fallback: {self.num_fallback:,}")
         if self.num_many_tags:
             lines.append(f"  captions with more words than warn_above_tags: {self.num_many_tags:,}")
         if self.num_cut:
             lines.append(f"  captions cut to tokens.max_tokens: {self.num_cut:,}")
+        if self.num_cut_edited:
+            lines.append(f"  edited captions cut to tokens.max_tokens: {self.num_cut_edited:,}")
         for group in dict.fromkeys(group for group, _ in self.cut):
             words = Counter({word: number for (of_group, word), number in self.cut.items() if of_group == group})
             most = ", ".join(f"{word} ({number:,})" for word, number in words.most_common(_NUM_CUT_WORDS))
@@ -72,6 +80,31 @@ class ComposeReport:
                 f"    of {group} {words.total():,} words: {most}{', …' if len(words) > _NUM_CUT_WORDS else ''}"
             )
         return "\n".join(lines)
+
+
+@dataclass
+class _Counts:
+    """What the parts that were written sum up to; the fields are the report's."""
+
+    num_parts_written: int = 0
+    num_captions: int = 0
+    num_empty: int = 0
+    num_fallback: int = 0
+    num_cut: int = 0
+    num_cut_edited: int = 0
+    num_many_tags: int = 0
+    missing: Counter[str] = field(default_factory=Counter)
+    cut: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, found: PartCaptions) -> None:
+        self.num_captions += found.captions.num_rows
+        self.num_empty += int(pc.sum(pc.equal(found.captions.column("text"), "")).as_py() or 0)
+        self.num_fallback += found.num_fallback
+        self.num_cut += found.num_cut
+        self.num_cut_edited += found.num_cut_edited
+        self.num_many_tags += found.num_many_tags
+        self.missing.update(found.missing)
+        self.cut.update(found.cut)
 
 
 def compose(
@@ -94,47 +127,40 @@ def compose(
         raise FileNotFoundError(f"{workspace.kept}: no parts; run `python -m sharding dedupe` first")
     owned = owned_parts(kept, part_index, num_parts)
     digest = policy_digest(config, composer.rules)
-    edits = read_edits(workspace, policy)
+    all_edits = read_edits(workspace, policy)
     started = time.monotonic()
-    missing, cut = Counter[str](), Counter[tuple[str, str]]()
-    num_written = num_captions = num_empty = num_cut = num_many_tags = 0
+    counts = _Counts()
     with Progress(len(owned), unit="parts", title=f"compose {policy}") as progress:
         for part in owned:
-            own_edits = edits_of(edits, read_part(part, ["key"]).column("key")) if len(edits) else edits
-            edited = [edits_digest(own_edits)] if len(own_edits) else []
+            edits = edits_of(all_edits, read_part(part, ["key"]).column("key")) if len(all_edits) else all_edits
+            edited = [edits_digest(edits)] if len(edits) else []
             made_from = digest_of([digest, *input_digest(workspace, part, composer.rules), *edited])
             target = workspace.captions(policy) / part.name
             if not is_current(target, made_from):
-                num_written += 1
+                counts.num_parts_written += 1
                 if dry_run:
-                    num_captions += read_part(part, ["key"]).num_rows
+                    counts.num_captions += read_part(part, ["key"]).num_rows
                 else:
-                    found = composer.part(part)
-                    captions = apply_edits(found.captions, own_edits, groups=composer.rules.groups)
+                    found = composer.part(part, edits=edits)
                     metadata = {"policy": policy, "policy_digest": digest}
-                    write_part(target, captions, made_from=made_from, metadata=metadata)
-                    facts = {"captions": captions.num_rows, "missing": found.missing, "cut": found.num_cut}
-                    EventLog(workspace.events, stage="compose").write(
-                        "part_written", part=f"{policy}/{part.name}", **facts
-                    )
-                    missing.update(found.missing)
-                    cut.update(found.cut)
-                    num_cut += found.num_cut
-                    num_many_tags += found.num_many_tags
-                    num_captions += captions.num_rows
-                    num_empty += int(pc.sum(pc.equal(captions.column("text"), "")).as_py() or 0)
+                    write_part(target, found.captions, made_from=made_from, metadata=metadata)
+                    _tell(workspace, found, part=f"{policy}/{part.name}")
+                    counts.add(found)
             progress.advance()
     return ComposeReport(
         policy=policy,
         num_parts=len(owned),
-        num_parts_current=len(owned) - num_written,
-        num_parts_written=num_written,
-        num_captions=num_captions,
-        num_empty=num_empty,
-        missing=dict(missing),
-        num_cut=num_cut,
-        cut=dict(cut),
-        num_many_tags=num_many_tags,
+        num_parts_current=len(owned) - counts.num_parts_written,
         is_dry_run=dry_run,
         seconds=time.monotonic() - started,
+        **vars(counts),
     )
+
+
+def _tell(workspace: Workspace, found: PartCaptions, *, part: str) -> None:
+    facts = {"captions": found.captions.num_rows, "missing": found.missing, "cut": found.num_cut}
+    EventLog(workspace.events, stage="compose").write("part_written", part=part, **facts)
+    if found.num_cut_edited:
+        logger.warning(
+            "%s: %s edited captions were longer than tokens.max_tokens and were cut", part, f"{found.num_cut_edited:,}"
+        )

@@ -14,14 +14,16 @@ import pyarrow.compute as pc
 from captioning import record_words, tag_stream
 from captioning.clip_tokens import keep_ranks, load_counter
 from captioning.config import CaptioningConfig
+from captioning.edit_table import apply_edits
+from captioning.edited_length import cut_edited
 from captioning.lexicon import COUNT_TAGS, Lexicon, LexiconArrays
 from captioning.part_input import PartInput, check_model, read_input, read_labels
 from captioning.sentences import with_sentences
 from captioning.spelling import spell_tag
 from captioning.tag_stream import Labels, TagStream
 from captioning.taggers.base import TaggerSettings
-from captioning.word_table import Entries, WordTable, fitting
-from captioning.words import Ids, Words
+from captioning.word_table import Entries, WordTable, fitting, with_fallback
+from captioning.words import NO_WORD, Ids, Words
 from sharding.config import ConfigError
 from sharding.schema import Workspace
 
@@ -37,8 +39,12 @@ class PartCaptions:
     """Captions shortened to the largest number of tokens."""
     cut: Counter[tuple[str, str]] = field(default_factory=Counter)
     """What was cut off: (group, word) → times."""
+    num_cut_edited: int = 0
+    """Captions shortened to it because of edits; what went is in `cut`, too."""
     num_many_tags: int = 0
     """Captions with more words than `warn_above_tags`."""
+    num_fallback: int = 0
+    """Captions without any word, which have those of `fallback`."""
 
 
 class Composer:
@@ -59,8 +65,11 @@ class Composer:
         self._counter = load_counter(rules.tokens.tokenizer, self._words) if rules.tokens.max_tokens else None
         self._keep_ranks = keep_ranks(rules.groups, rules.tokens.cut_first)
 
-    def part(self, part: Path) -> PartCaptions:
-        """Return the captions of one kept part. Raises AnnotationMissingError, DamagedPartError."""
+    def part(self, part: Path, *, edits: pa.Table | None = None) -> PartCaptions:
+        """Return the captions of one kept part, with people's edits (schema EDITS) of it, if any.
+
+        Raises AnnotationMissingError, DamagedPartError.
+        """
         given = read_input(self._workspace, part, self.rules)
         rules, words, num_rows = self.rules, self._words, given.records.num_rows
         table = WordTable(num_rows, groups=rules.groups, words=words)
@@ -78,16 +87,31 @@ class Composer:
             missing["rating"] = record_words.add_ratings(table, words, ratings, rules)
         streams = self._streams(part, given)
         known = self.lexicon.arrays()
-        streams = tag_stream.without_removed(tag_stream.with_added(streams, known), known)
+        streams = self._without_barred(tag_stream.with_added(streams, known), given)
+        streams = tag_stream.without_removed(streams, known)
         if "style" in rules.groups:
             streams = self._take_styles(table, given, years, streams)
         for stream in streams:
-            self._add_tags(table, stream, known)
+            self._add_tags(table, stream, known, self._bits(given))
         found = self._finished(table, given.records.column("key"))
         found.missing = {group: number for group, number in missing.items() if number}
         if captioner := rules.sentences.captioner:
             found.captions = with_sentences(found.captions, given.annotations[captioner], rules.sentences)
+        if fallback := rules.fallback_words:
+            found.captions, found.num_fallback = with_fallback(found.captions, fallback, group=rules.fallback_group)
+        if edits is not None and len(edits):
+            self._edit(found, edits)
         return found
+
+    def _edit(self, found: PartCaptions, edits: pa.Table) -> None:
+        rules = self.rules
+        found.captions = apply_edits(found.captions, edits, groups=rules.groups)
+        if self._counter is not None:
+            keys = edits.column("key").unique()
+            found.captions, found.num_cut_edited, cut = cut_edited(
+                found.captions, keys, counter=self._counter, tokens=rules.tokens, groups=rules.groups
+            )
+            found.cut.update(cut)
 
     def tags(self, part: Path) -> tuple[TagStream, LexiconArrays]:
         """Return all tags of a part that pass, before tags remove each other; rows in no order."""
@@ -106,7 +130,20 @@ class Composer:
                 stream = self._tagger_tags(part, given.annotations[tagger])
                 may_be_tagged = self.lexicon.arrays().may_be_tagged
                 streams.append(stream.where(may_be_tagged[stream.tags] > 0))
-        return streams
+        return self._without_barred(streams, given)
+
+    def _without_barred(self, streams: list[TagStream], given: PartInput) -> list[TagStream]:
+        if not self.rules.tags.source_blacklist:
+            return streams
+        return tag_stream.without_barred(streams, self.lexicon.arrays(), self._bits(given))
+
+    def _bits(self, given: PartInput) -> Ids:
+        """Return (N,): the bit of a picture's source in `barred`, 0 for sources without a black list."""
+        places = pc.index_in(
+            given.records.column("source"), value_set=pa.array(self.rules.tags.source_blacklist, pa.string())
+        )
+        found = np.asarray(pc.fill_null(places, -1), dtype=np.int64)
+        return np.where(found < 0, 0, np.left_shift(1, np.maximum(found, 0)))
 
     def _tagger_tags(self, part: Path, annotation: pa.Table) -> TagStream:
         tagger = self.rules.tags.tagger
@@ -134,21 +171,25 @@ class Composer:
         record_words.add_styles(table, self._words, given, years, tagged=(rows, styles), rules=self.rules.style)
         return [it.where(style_of[it.tags] < 0) for it in streams]
 
-    def _add_tags(self, table: WordTable, stream: TagStream, known: LexiconArrays) -> None:
+    def _add_tags(self, table: WordTable, stream: TagStream, known: LexiconArrays, bits: Ids) -> None:
         rows, tags = stream.rows, stream.tags
         if self.rules.tags.kohya_characters:
-            rows, tags = self._add_characters_as_kohya(table, rows, tags, known)
+            rows, tags = self._add_characters_as_kohya(table, rows, tags, known, bits)
         table.add(rows, known.words[tags], groups=known.groups[tags])
         if self.rules.tags.character_tag_expand:
             series = self._place_of_series()
-            table.add(rows, known.series_words[tags], groups=np.full(len(rows), series, dtype=np.int64))
+            words = _series_words(rows, tags, known, bits)
+            table.add(rows, words, groups=np.full(len(rows), series, dtype=np.int64))
 
-    def _add_characters_as_kohya(self, table: WordTable, rows: Ids, tags: Ids, known: LexiconArrays) -> tuple[Ids, Ids]:
+    def _add_characters_as_kohya(
+        self, table: WordTable, rows: Ids, tags: Ids, known: LexiconArrays, bits: Ids
+    ) -> tuple[Ids, Ids]:
         """Add characters in reverse order, each with its series behind; return the other tags."""
         is_character = known.is_character[tags] > 0
         places = np.flatnonzero(is_character)[::-1]
         places = places[np.argsort(rows[places], kind="stable")]
-        pairs = np.stack([known.words[tags[places]], known.series_words[tags[places]]], axis=1)
+        series = _series_words(rows[places], tags[places], known, bits)
+        pairs = np.stack([known.words[tags[places]], series], axis=1)
         groups = np.repeat(known.groups[tags[places]], 2)
         table.add(np.repeat(rows[places], 2), pairs.reshape(-1), groups=groups)
         return rows[~is_character], tags[~is_character]
@@ -177,3 +218,8 @@ class Composer:
                 for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)
             }
         )
+
+
+def _series_words(rows: Ids, tags: Ids, known: LexiconArrays, bits: Ids) -> Ids:
+    """Return the words of the series in characters' parentheses, none where the picture's source bars it."""
+    return np.where(known.barred_series[tags] & bits[rows] == 0, known.series_words[tags], NO_WORD)

@@ -76,6 +76,7 @@ class CaptioningConfig(DatasetConfig):
                     f"{where}.sentences.captioner: {captioner!r} is no captioner of annotate.models: {known}"
                 )
             named = {"custom": policy.custom, "date.sources": policy.date.sources, "characters": policy.characters}
+            named |= {"tags.source_blacklist": policy.tags.source_blacklist}
             for key, sources in named.items():
                 if unknown := [source for source in sources if source not in self.sources]:
                     raise ValueError(f"{where}.{key}: unknown source {unknown[0]!r}; known: {', '.join(self.sources)}")

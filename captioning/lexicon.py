@@ -9,6 +9,14 @@ from dataclasses import dataclass
 
 from captioning.policy import TAG_TEMPLATE_FIELD, PolicyConfig
 from captioning.spelling import clean_word, expand_character, given_name_last, spell_tag
+from captioning.tag_relations import (
+    all_implied,
+    base_characters,
+    by_final_names,
+    final_names,
+    heads,
+    series_of_parenthesis,
+)
 from captioning.tag_rules import BlacklistConfig
 from captioning.words import NO_WORD, Column, Ids, Words
 
@@ -24,11 +32,6 @@ _MEDIUM_ENDING, _NO_MEDIUM = "_(medium)", "photoshop_(medium)"
 _GROUP_OF_CATEGORY = {
     "general": "rest", "character": "character", "copyright": "series", "artist": "artist", "meta": "meta",
 }  # fmt: skip
-_NOT_A_KIND_OF = {
-    "no", "not", "non", "without", "covered", "fake", "missing", "on", "in", "at", "of", "with", "under", "over",
-    "behind", "between", "against", "by", "from", "to", "for", "into", "through", "as", "and", "or",
-}  # fmt: skip
-"""Words of a tag before which the rest is another thing: `no_bra` is no kind of `bra`, `sitting_on_bed` no `bed`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class LexiconArrays:
     groups: Ids
     series_words: Ids
     """Word of the series in a character's parentheses."""
+    barred: Ids
+    """Bit n is set where pictures of the n-th source of tags.source_blacklist never get the tag."""
+    barred_series: Ids
+    """The same for the series in a character's parentheses."""
     is_character: Ids
     may_be_tagged: Ids
     """1 where a tagger may add the tag."""
@@ -60,7 +67,11 @@ class Lexicon:
         self._dropped = frozenset(rules.tags.drop_tags)
         self._given_first = frozenset(rules.tags.given_name_first)
         self._kept_redundant = frozenset(rules.tags.keep_redundant)
+        self._alias = final_names(rules.tags.alias)
+        self._implied = all_implied(rules.tags.implied, self._alias)
+        self._traits = by_final_names(rules.traits, self._alias)
         self._is_listed = {category: _matcher(table) for category, table in rules.tags.blacklist.items()}
+        self._is_listed_of_source = [_matcher(table) for table in rules.tags.source_blacklist.values()]
         self._group_of = group_matcher(rules.tag_groups)
         self._columns = {name: Column() for name in LexiconArrays.__dataclass_fields__}
         for name in ("removed_from", "added_from"):
@@ -80,17 +91,12 @@ class Lexicon:
     def _number(self, tag: str, category: str) -> int:
         number = self._numbers.get((tag, category))
         if number is None:
-            name = self._rules.tags.alias.get(tag, tag)
-            number = self._numbers.get((name, category)) if name != tag and self._is_canonical(name) else None
+            name = self._alias.get(tag, tag)
+            number = self._numbers.get((name, category)) if name != tag else None
             if number is None:
                 number = self._new_number(name, category)
-            self._numbers[tag, category] = number
-            if self._is_canonical(name):
-                self._numbers[name, category] = number
+            self._numbers[tag, category] = self._numbers[name, category] = number
         return number
-
-    def _is_canonical(self, tag: str) -> bool:
-        return self._rules.tags.alias.get(tag, tag) == tag
 
     def _new_number(self, tag: str, category: str) -> int:
         if not tag or category not in _GROUP_OF_CATEGORY or tag in self._dropped:
@@ -104,7 +110,7 @@ class Lexicon:
         """Return (tag, category) of each number."""
         names = [("", "")] * len(self._columns["words"])
         for pair, number in self._numbers.items():
-            if number != NO_TAG and self._is_canonical(pair[0]):
+            if number != NO_TAG and self._alias.get(pair[0], pair[0]) == pair[0]:
                 names[number] = pair
         return names
 
@@ -126,6 +132,8 @@ class Lexicon:
             "words": self._word(name, group, keeps_short=keeps_short),
             "groups": self._place(group),
             "series_words": self._word(series, "series", keeps_short=keeps_short) if series else NO_WORD,
+            "barred": self._bits(tag),
+            "barred_series": self._bits(series),
             "is_character": int(category == "character"),
             "may_be_tagged": int(group not in self._rules.tags.record_only),
             "style_years": int(style[1]) if style is not None else -1,
@@ -133,6 +141,9 @@ class Lexicon:
         for column, value in values.items():
             self._columns[column].append(value)
         self._queue.append((tag, category))
+
+    def _bits(self, tag: str) -> int:
+        return sum(1 << place for place, is_listed in enumerate(self._is_listed_of_source) if is_listed(tag))
 
     def _word(self, tag: str, group: str, *, keeps_short: bool) -> int:
         rules = self._rules
@@ -164,15 +175,16 @@ class Lexicon:
     def _relate(self, tag: str, category: str) -> None:
         """Write down what a tag removes and adds. Called once per tag, in the order of their numbers."""
         tags = self._rules.tags
-        removed = [(trait, "general") for trait in self._rules.traits.get(tag, ()) if category == "character"]
-        implied = [(other, category) for other in tags.implied.get(tag, ()) if other != tag]
+        removed = [(trait, "general") for trait in self._traits.get(tag, ()) if category == "character"]
+        implied = [(other, category) for other in self._implied.get(tag, ())]
         if tags.implied_rule == "drop":
             removed += implied
         if tags.drop_redundant and category == "general":
             removed += [(other, category) for other in heads(tag) if other not in self._kept_redundant]
+        if tags.drop_base_characters and category == "character":
+            removed += [(other, category) for other in base_characters(tag)]
         if tags.drop_series_of_characters and category == "character":
-            series = expand_character(tag)[1]
-            removed += [(series, "copyright"), (f"{series}_(series)", "copyright")] if series else []
+            removed += [(series, "copyright") for series in series_of_parenthesis(expand_character(tag)[1])]
         self._write("removed", removed)
         self._write("added", implied if tags.implied_rule == "add" else [])
 
@@ -182,22 +194,6 @@ class Lexicon:
             if number != NO_TAG:
                 self._columns[relation].append(number)
         self._columns[f"{relation}_from"].append(len(self._columns[relation]))
-
-
-def heads(tag: str) -> list[str]:
-    """Return the tags that `tag` is a kind of by its words: its endings, unless a negation or preposition is cut off.
-
-    `very_long_hair` gives long_hair, hair; `no_skirt`, `hair_ribbon` and `skirt` give nothing of skirt or hair.
-    """
-    words = tag.split("_")
-    if not all(words):
-        return []
-    found = []
-    for place in range(1, len(words)):
-        if words[place - 1] in _NOT_A_KIND_OF or words[place].startswith("("):
-            break
-        found.append("_".join(words[place:]))
-    return found
 
 
 def group_matcher(groups: dict[str, tuple[str, ...]]) -> Callable[[str], str]:

@@ -16,7 +16,7 @@ from sharding.files import digest_of
 from sharding.schema import TAG_CATEGORIES, Workspace
 from sharding.tables import DamagedPartError, part_metadata, read_part
 
-_VERSION = 2
+_VERSION = 3
 _RECORD_COLUMNS = (
     "key", "source", "created_at", "rating", "custom", "num_bytes", "format",
     *(f"tags_{name}" for name in TAG_CATEGORIES),

@@ -9,6 +9,7 @@ from string import Formatter
 from pydantic import Field, model_validator
 
 from captioning.sentences import SentencesConfig
+from captioning.spelling import clean_word
 from captioning.tag_files import TagList, TagLists, TagMap
 from captioning.tag_rules import TagsConfig
 from captioning.word_rules import DateWordsConfig, RatingWordsConfig, StyleWordsConfig, TierConfig
@@ -71,8 +72,20 @@ class PolicyConfig(Config):
     """How long captions may be."""
     sentences: SentencesConfig = SentencesConfig()
     """Whether what a captioner said stands in captions."""
+    fallback: str = ""
+    """Words, separated by commas, of captions that would be empty; they stand in the group custom, or else rest."""
     warn_above_tags: int = Field(0, ge=0)
     """Captions with more words are counted and reported; 0: not."""
+
+    @property
+    def fallback_words(self) -> tuple[str, ...]:
+        """The words of `fallback`, none twice."""
+        return tuple(dict.fromkeys(filter(None, map(clean_word, self.fallback.split(",")))))
+
+    @property
+    def fallback_group(self) -> str:
+        """Where the words of `fallback` stand; "" for nowhere."""
+        return next((group for group in ("custom", "rest") if group in self.groups), "")
 
     @property
     def scorers(self) -> dict[str, str]:
@@ -101,6 +114,8 @@ class PolicyConfig(Config):
             if value and name not in self.groups:
                 setting = {"first": "first_words", "style": "style.model"}.get(name, name)
                 raise ValueError(f"{setting}: groups lacks {name!r}, so its words would stand nowhere")
+        if self.fallback and not (self.fallback_words and self.fallback_group):
+            raise ValueError(f"fallback: needs words, and custom or rest in groups to stand in; got {self.fallback!r}")
         self._check_groups("templates", tuple(self.templates), known)
         self._check_groups("tags.record_only", self.tags.record_only, known)
         self._check_groups("tokens.cut_first", self.tokens.cut_first, self.groups)

@@ -1,6 +1,7 @@
 """What another policy changes: words by group that captions gain and lose, and examples. Nothing is written.
 
-Both policies are applied to the same parts in memory, so the second need not have been composed before.
+Both policies are applied to the same parts in memory, so the second need not have been composed before. People's edits
+belong to one policy; each side has its own, as `compose` would write it.
 """
 
 import json
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 
 from captioning.composer import Composer
 from captioning.config import CaptioningConfig
+from captioning.edit_table import read_edits
 from captioning.words import Ids
 from sharding.runlog import Progress
 from sharding.schema import Workspace
@@ -94,11 +96,12 @@ def diff_policies(
     part_index: int = 0,
     num_parts: int = 1,
 ) -> DiffReport:
-    """Compose the owned parts by both policies and compare. Raises as `compose`."""
+    """Compose the owned parts by both policies, each with people's edits of it, and compare. Raises as `compose`."""
     composers = Composer(config, workspace, policy=before), Composer(config, workspace, policy=after)
     kept = list_parts(workspace.kept)
     if not kept:
         raise FileNotFoundError(f"{workspace.kept}: no parts; run `python -m sharding dedupe` first")
+    edits = [read_edits(workspace, policy) for policy in (before, after)]
     started = time.monotonic()
     gained, lost = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     num_captions = num_different = num_reordered = 0
@@ -106,7 +109,7 @@ def diff_policies(
     owned = owned_parts(kept, part_index, num_parts)
     with Progress(len(owned), unit="parts", title=f"diff {before} {after}") as progress:
         for part in owned:
-            old, new = (composer.part(part).captions for composer in composers)
+            old, new = (composer.part(part, edits=own).captions for composer, own in zip(composers, edits, strict=True))
             differs = np.asarray(pc.not_equal(old.column("text"), new.column("text")))
             has_other_words = _compare(old, new, gained, lost)
             num_captions += len(differs)

@@ -151,7 +151,8 @@ def _tagger_ratings(tagger: pa.Table) -> Ids:
     numbers = np.full(tagger.num_rows, -1, dtype=np.int64)
     has_ratings = np.asarray(pc.equal(pc.fill_null(pc.list_value_length(lists), 0), len(RATINGS)))
     probs = np.asarray(pc.list_flatten(lists.filter(pa.array(has_ratings)))).reshape(-1, len(RATINGS))
-    numbers[has_ratings] = probs.argmax(axis=1)
+    is_finite = np.isfinite(probs).all(axis=1)
+    numbers[has_ratings] = np.where(is_finite, probs.argmax(axis=1), -1)
     return numbers
 
 

@@ -9,8 +9,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from captioning.tag_files import TagList, TagLists, TagMap
+from captioning.tag_relations import all_implied, final_names
 from captioning.word_rules import Comparison
-from sharding.config import Config
+from sharding.config import Config, Name
 
 TagCategory = Literal["general", "character", "copyright", "artist", "meta"]
 KAOMOJI = (
@@ -76,14 +77,16 @@ class TagsConfig(Config):
     keep_underscores: tuple[str, ...] = KAOMOJI
     """Longer and shorter tags that keep their underscore."""
     alias: TagMap = Field(default_factory=dict)
-    """Other name → name, before everything else. What a name is itself an alias of is not
-    looked up: give the final name."""
+    """Other name → name, before everything else. Where the name is itself another name, its name stands; a circle is
+    an error."""
     drop_tags: TagList = ()
     """Tags that never stand in a caption, exact, in underscore form, before a character tag is expanded."""
     blacklist: dict[TagCategory, BlacklistConfig] = Field(default_factory=dict)
     """By category: tags that never stand."""
+    source_blacklist: dict[Name, BlacklistConfig] = Field(default_factory=dict, max_length=62)
+    """By source: tags of any category that never stand in captions of its pictures, whoever gave them."""
     implied: TagLists = Field(default_factory=dict)
-    """Tag → tags that it implies."""
+    """Tag → tags that it implies; what those imply in turn is implied, too. A circle is an error."""
     implied_rule: Literal["add", "drop"] = "drop"
     """What happens to implied tags of the same category: they are added behind, or dropped as redundant."""
     drop_redundant: bool = False
@@ -92,6 +95,23 @@ class TagsConfig(Config):
     keep_redundant: TagList = ()
     """Tags that `drop_redundant` leaves alone."""
     drop_series_of_characters: bool = False
-    """Drop a series that stands in the parentheses of one of the picture's character tags."""
+    """Drop a series that the last parenthesis of one of the picture's characters names, as a whole or by its leading
+    words: `fate` and `fate_(series)` beside `x_(fate/grand_order)`. One that says more stays: `fate/zero` beside
+    `x_(fate)`."""
+    drop_base_characters: bool = False
+    """Drop a character tag when another of the picture is the same with further parentheses: `miku` and
+    `miku_(vocaloid)` under `miku_(append)_(vocaloid)`."""
     compression_artifacts_bytes: int = Field(0, ge=0)
     """Files smaller than this, PNG and JPEG XL aside, get the general tag `compression_artifacts`; 0: none."""
+
+    @model_validator(mode="after")
+    def _tables_have_an_end(self) -> "TagsConfig":
+        try:
+            names = final_names(self.alias)
+        except ValueError as error:
+            raise ValueError(f"alias: {error}") from None
+        try:
+            all_implied(self.implied, names)
+        except ValueError as error:
+            raise ValueError(f"implied: {error}") from None
+        return self

@@ -123,6 +123,11 @@ def with_added(streams: Sequence[TagStream], known: LexiconArrays) -> list[TagSt
     return [*streams, *added]
 
 
+def without_barred(streams: Sequence[TagStream], known: LexiconArrays, bits: Ids) -> list[TagStream]:
+    """Return the streams without tags that the black list of a picture's source has. bits: (R,) by row, as `barred`."""
+    return [stream.where(known.barred[stream.tags] & bits[stream.rows] == 0) for stream in streams]
+
+
 def without_removed(streams: Sequence[TagStream], known: LexiconArrays) -> list[TagStream]:
     """Return the streams without tags that other tags of the same picture remove."""
     if not len(known.removed):

@@ -8,10 +8,17 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from captioning.spelling import clean_word
 from sharding.config import Config, Name
 from sharding.schema import RATINGS
 
 Comparison = Literal[">", ">="]
+
+
+def check_word(word: str) -> None:
+    """Raise ValueError for a text that would not stay one word of a caption."""
+    if word != clean_word(word):
+        raise ValueError(f"{word!r} is not one word of a caption: it has a comma, or spaces at an end or in a row")
 
 
 class VotesConfig(Config):
@@ -58,6 +65,8 @@ class TierConfig(Config):
 
     @model_validator(mode="after")
     def _steps_descend(self) -> "TierConfig":
+        for word in (*(word for _, word in self.steps), self.rest):
+            check_word(word)
         for (higher, word), (lower, other) in pairwise(self.steps):
             if not higher > lower:
                 raise ValueError(f"steps: {word!r} at {higher} must be above {other!r} at {lower}")
@@ -109,6 +118,12 @@ class RatingWordsConfig(Config):
     """Word for questionable."""
     explicit: str = "explicit nsfw"
     """Word for explicit."""
+
+    @model_validator(mode="after")
+    def _words_are_single(self) -> "RatingWordsConfig":
+        for word in self.words:
+            check_word(word)
+        return self
 
     @property
     def words(self) -> tuple[str, ...]:

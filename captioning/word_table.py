@@ -87,6 +87,17 @@ class WordTable:
         return pa.Table.from_arrays(columns, schema=CAPTIONS)
 
 
+def with_fallback(captions: pa.Table, words: Sequence[str], *, group: str) -> tuple[pa.Table, int]:
+    """Return the captions (CAPTIONS) with `words` of a group where there is no text, and how many those are."""
+    is_empty = np.asarray(pc.equal(captions.column("text"), ""))
+    if not is_empty.any():
+        return captions, 0
+    row = {"key": "", "text": ", ".join(words), "groups": [{"group": group, "tags": list(words)}]}
+    places = np.where(is_empty, len(captions), np.arange(len(captions)))
+    filled = pa.concat_tables([captions, pa.Table.from_pylist([row], schema=CAPTIONS)]).take(pa.array(places))
+    return filled.set_column(0, CAPTIONS.field("key"), captions.column("key")), int(is_empty.sum())
+
+
 def fitting(entries: Entries, *, counter: TokenCounter, max_tokens: int, ranks: Ids) -> npt.NDArray[np.bool_]:
     """Return (N,) which words stay so that no caption is longer than max_tokens.
 

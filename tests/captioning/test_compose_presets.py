@@ -83,8 +83,8 @@ def test_dataset_helpers_order(lab):
         custom=[("fav_count", "120"), ("score", "9000")],
         tags_general=["skirt", "1990s_(style)", "pleated_skirt", "1girl", "^_^", "male_focus", "1boy"],
         tags_artist=["some_one"],
-        tags_character=["saber_(fate)"],
-        tags_copyright=["fate", "original", "type-moon"],
+        tags_character=["saber", "saber_(fate/zero)"],
+        tags_copyright=["fate_(series)", "fate/zero", "original", "type-moon"],
         tags_meta=["highres", "traditional_media", "watercolor_(medium)", "photoshop_(medium)", "bad_twitter_id"],
     )
     second = lab.record(
@@ -92,27 +92,31 @@ def test_dataset_helpers_order(lab):
         custom=[("score", "51")],
     )  # fmt: skip
     third = lab.record("c", created_at=None, format="jpeg", num_bytes=307_200, tags_general=["1980s_(style)", "sky"])
-    lab.keep([first, second, third])
+    pixiv = {"tags_general": ["girl", "R-18", "illustration", "sky", "girls"], "tags_character": ["OC"]}
+    fourth = lab.record("d", source="pixiv", created_at=None, format="png", **pixiv)
+    lab.keep([first, second, third, fourth])
     # 0.9 + 0.92 + 0.80 + 0.70 = 3.32: above 0.5 + 0.875 + 0.585 + 0.3698, not above 0.992 + 0.911 + 0.786 + 0.6942.
-    lab.scores("wd-aes", {"a": 0.9, "b": None, "c": None})
-    lab.scores("shadow", {"a": 0.92, "b": 0.92, "c": None})
-    lab.scores("deepghs", {"a": 0.80, "b": None, "c": 0.1})
-    lab.scores("waifu-scorer", {"a": 0.70, "b": None, "c": None})
-    lab.scores("style-age", {"a": 1970, "b": 2010, "c": 1970})
+    lab.scores("wd-aes", {"a": 0.9, "b": None, "c": None, "d": None})
+    lab.scores("shadow", {"a": 0.92, "b": 0.92, "c": None, "d": None})
+    lab.scores("deepghs", {"a": 0.80, "b": None, "c": 0.1, "d": None})
+    lab.scores("waifu-scorer", {"a": 0.70, "b": None, "c": None, "d": None})
+    lab.scores("style-age", {"a": 1970, "b": 2010, "c": 1970, "d": None})
     labels = [*RATINGS, *((name, "general") for name in ("2girls", "smile", "long_hair", "sky"))]
-    lab.tags("wd", labels, {"a": {4: 0.9, 5: 0.8, 6: 0.95, 7: 0.35}, "b": {}, "c": {}}, a=[0, 0, 0, 1])
+    lab.tags("wd", labels, {"a": {4: 0.9, 5: 0.8, 6: 0.95, 7: 0.35}, "b": {}, "c": {}, "d": {}}, a=[0, 0, 0, 1])
 
     texts, report = captions(lab, "dataset_helpers.toml")
 
     assert texts == [
         # fav_count 120 of an explicit picture is "normal", percentile 0.80 "great"; the score does not count
         "moderate aesthetic, great quality, year 2021, 1990s (style), art by some one, watercolor (medium), "
-        "explicit nsfw rating, 1girl, 1boy, male focus, character saber (fate), from type-moon, "
+        "explicit nsfw rating, 1girl, 1boy, male focus, character saber (fate/zero), from type-moon, "
         "pleated skirt, ^_^, compression artifacts, long hair, smile, traditional media",
         # shadow alone; 51 > 50 of a general one; 2010 looks older than 2017
         "highly aesthetic, best quality, year 2017, 2010s (style), sfw rating",
         # no date, so neither year nor style
         "worst aesthetic, worst quality, sky",
+        # the black list of pixiv; what a board calls "girl" or "illustration" would stand
+        "sky, girls",
     ]
     assert report.missing["aesthetic (some of its scores)"] == 2
 

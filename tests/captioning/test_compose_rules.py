@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from captioning.compose import compose
-from captioning.lexicon import heads
 from captioning.tag_stream import mcut
 from captioning.tiers import NO_TIER, summed_tier_numbers, voted_tier_numbers
 from sharding.config import ConfigError
@@ -99,7 +98,6 @@ def test_redundant_tags_are_those_of_the_same_picture_and_not_the_kept_ones(lab)
     texts, _ = captions(lab, records, tags={"drop_redundant": True, "keep_redundant": ["sky"]})
 
     assert texts == ["skirt", "pleated skirt, sky, blue sky"]
-    assert heads("very_long_hair") == ["long_hair", "hair"] and heads("hair") == []
 
 
 def test_first_words_stand_in_their_own_group_in_the_listed_order(lab):
@@ -141,13 +139,94 @@ def test_templates_counts_media_and_groups_of_ones_own(lab):
     ]
 
 
+def test_implied_tags_are_followed_and_known_by_their_other_names(lab):
+    implied = {"pleated": ["skirt"], "skirt": ["bottoms"], "lower": ["clothes"]}
+    alias = {"pleated": "pleated_skirt", "bottoms": "lower"}
+    record = general(lab, "pleated_skirt", "lower", "clothes", "solo")
+
+    dropped, _ = captions(lab, [record], tags={"implied": implied, "alias": alias})
+    added, _ = captions(
+        lab, [general(lab, "pleated")], tags={"implied": implied, "alias": alias, "implied_rule": "add"}
+    )
+
+    assert dropped == ["pleated skirt, solo"]
+    assert added == ["pleated skirt, skirt, lower, clothes"]
+
+
+def test_a_sources_black_list_is_for_its_pictures_only_whoever_tagged_them(lab):
+    labels = [("girl", "general"), ("sky", "general"), ("ann_(mine)", "character")]
+    lab.tags("wd", labels, {key: {0: 0.9, 1: 0.9, 2: 0.9} for key in "ab"})
+    tags_of = {"tags_general": ["illustration", "jpeg_artifacts"], "tags_character": ["oc", "rin_(original)"]}
+    lab.keep([lab.record("a", source="pixiv", **tags_of), lab.record("b", **tags_of)])
+    lists = {"tags": ["girl", "illustration", "oc", "original"], "patterns": ["m.ne"]}
+    tags = {"tagger": "wd", "source_blacklist": {"pixiv": lists}}
+    tags |= {"blacklist": {"general": {"substrings": ["artifacts"]}}}
+    # kohya's order turns the characters of each origin round and puts each series behind its character.
+    for is_kohya, pixiv, boards in (
+        (False, "rin, ann", "oc, rin, ann, original, mine"),
+        (True, "rin, ann", "rin, original, oc, ann, mine"),
+    ):
+        policy = {"groups": ["character", "series", "rest"], "tags": tags | {"kohya_characters": is_kohya}}
+        config = lab.config(
+            sources={name: {"root": "x"} for name in ("boards", "pixiv")},
+            annotate={"models": {"wd": TAGGER}},
+            policies={"default": policy},
+        )
+        compose(config, lab.workspace, policy="default")
+
+        assert lab.texts() == [f"{pixiv}, sky", f"{boards}, illustration, girl, sky"]
+
+
+def test_a_barred_tag_neither_removes_nor_comes_back_by_an_implication(lab):
+    tags = {"source_blacklist": {"boards": {"tags": ["pleated_skirt", "clothes"]}}}
+    implied = {"pleated_skirt": ["skirt"], "sky": ["clothes"]}
+    record = general(lab, "pleated_skirt", "skirt", "sky", "clothes")
+
+    for rule in ("drop", "add"):
+        texts, _ = captions(lab, [record], tags=tags | {"implied": implied, "implied_rule": rule})
+
+        assert texts == ["skirt, sky"]
+
+
+def test_a_character_that_says_less_of_the_same_one_can_go(lab):
+    names = [
+        "miku",
+        "miku_(vocaloid)",
+        "rin_(vocaloid)",
+        "miku_(append)_(vocaloid)",
+        "saber_alter_(fate)",
+        "saber_(fate)",
+    ]
+    tags = {"character_tag_expand": False, "drop_base_characters": True}
+    records = [lab.record("a", tags_character=names), lab.record("b", tags_character=["miku"])]
+
+    texts, _ = captions(lab, records, tags=tags)
+
+    assert texts == ["rin (vocaloid), miku (append) (vocaloid), saber alter (fate), saber (fate)", "miku"]
+
+
+def test_a_caption_without_a_word_gets_the_fallback_and_is_counted(lab):
+    records = [lab.record("a"), general(lab, "sky", key="b"), general(lab, "watermark", key="c")]
+
+    texts, report = captions(
+        lab, records, fallback="my  style, drawing,", tags={"drop_tags": ["watermark"]}, replace={"drawing": "no"}
+    )
+
+    assert texts == ["my style, drawing", "sky", "my style, drawing"]
+    assert (report.num_fallback, report.num_empty) == (2, 0) and "given the fallback: 2" in report.summary()
+    rows = read_part(lab.workspace.captions("default") / part_name(0)).to_pylist()
+    assert [row["key"] for row in rows] == ["a", "b", "c"]
+    assert rows[2]["groups"] == [{"group": "rest", "tags": ["my style", "drawing"]}]
+
+
 def test_a_series_in_its_characters_parentheses_is_dropped(lab):
-    record = lab.record("a", tags_character=["saber_(fate)"], tags_copyright=["fate_(series)", "fate", "fate/zero"])
+    whole = lab.record("a", tags_character=["saber_(fate)"], tags_copyright=["fate_(series)", "fate", "fate/zero"])
+    part = lab.record("b", tags_character=["mash_(fate/grand_order)"], tags_copyright=["fate_(series)", "fat", "order"])
     tags = {"character_tag_expand": False, "drop_series_of_characters": True}
 
-    texts, _ = captions(lab, [record], tags=tags)
+    texts, _ = captions(lab, [whole, part], tags=tags)
 
-    assert texts == ["saber (fate), fate/zero"]
+    assert texts == ["saber (fate), fate/zero", "mash (fate/grand order), fat, order"]
 
 
 def test_a_blacklisted_series_does_not_come_back_from_a_characters_name(lab):
@@ -261,6 +340,15 @@ def test_votes_alone_give_words(lab):
         ({"replace": {"a": "b, c"}}, "replace.a: 'b, c' has a comma"),
         ({"tiers": {"x": {"comparison": ">", "steps": [[1, "a"]]}}, "groups": ["x"]}, "model: required"),
         ({"characters": {"pixiv": "rin"}}, "unknown source 'pixiv'"),
+        ({"tags": {"source_blacklist": {"pixiv": {"tags": ["girl"]}}}}, "source_blacklist: unknown source 'pixiv'"),
+        ({"tags": {"alias": {"a": "b", "b": "a"}}}, "alias: a → b → a is a circle"),
+        ({"tags": {"implied": {"a": ["b"], "b": ["a"]}}}, "implied: 'a' implies itself through 'b'"),
+        ({"tags": {"alias": {"c": "a"}, "implied": {"a": ["b"], "b": ["c"]}}}, "implied: 'a' implies itself"),
+        ({"tags": {"general_threshold": float("nan")}}, "finite number"),
+        ({"fallback": "none", "groups": ["character"]}, "custom or rest in groups"),
+        ({"fallback": " , "}, "fallback: needs words"),
+        ({"rating": {"explicit": "nsfw, explicit"}}, "'nsfw, explicit' is not one word"),
+        ({"tiers": {"x": {"model": "m", "comparison": ">", "steps": [[1, "a,b"]]}}, "groups": ["x"]}, "not one word"),
     ],
 )
 def test_mistakes_are_named_with_their_place(lab, rules, message):

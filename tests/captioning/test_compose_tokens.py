@@ -2,13 +2,19 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from captioning.clip_tokens import keep_ranks, load_counter
 from captioning.compose import compose
+from captioning.edit_operations import add_tags, remove_tags
+from captioning.edits import edit_captions
 from captioning.plugin import ModelError
 from captioning.policy import TokensConfig
+from captioning.policy_diff import diff_policies
 from captioning.words import Words
+from sharding import schema
+from sharding.tables import part_name, write_part
 
 VOCABULARY = Path(__file__).parents[2] / TokensConfig().tokenizer
 TEXTS = ["1girl", "long hair", "^_^", "<|>_<|>", "don't", "star (sky)", "初音ミク", "é!", "year 2021", "a", "!!"]
@@ -24,6 +30,20 @@ def length(text):
     words = Words()
     words.number(text)
     return int(load_counter(str(VOCABULARY), words).counts()[1].sum())
+
+
+def config_of(lab, records, *, max_tokens, **rules):
+    lab.keep(records)
+    tokens = {"max_tokens": max_tokens, "tokenizer": str(VOCABULARY)}
+    policy = {"groups": ["character", "series", "rest"], "tokens": tokens} | rules
+    talk = {"kind": "captioner", "model": "unused"}
+    return lab.config(policies={"default": policy}, annotate={"models": {"talk": talk}})
+
+
+def write_texts(lab, model, texts):
+    rows = [{"key": key, "text": text or None, "status": "ok" if text else "no_text"} for key, text in texts.items()]
+    path = lab.workspace.annotations(model) / part_name(0)
+    write_part(path, pa.Table.from_pylist(rows, schema=schema.TEXTS), made_from="talk")
 
 
 def capped(lab, records, *, max_tokens, **values):
@@ -81,6 +101,47 @@ def test_every_caption_fits_and_is_as_long_as_it_can_be(lab):
             parts = text.split(", ") if text else []
             longer = ", ".join(whole.split(", ")[: len(parts) + 1])
             assert whole.startswith(text) and length(text) <= limit < length(longer)
+
+
+def test_an_edited_caption_is_cut_as_any_other_and_the_sentence_stays(lab, caplog):
+    # One token each, and one for each comma: of nine tokens five words are left.
+    records = [
+        lab.record("a", tags_general=["red", "blue", "sky"], tags_character=["rin"], tags_copyright=["fate"]),
+        lab.record("b", tags_general=["red", "blue", "sky"], tags_character=["rin"]),
+        lab.record("c", tags_general=["red", "blue", "sky", "sea", "sun", "top"]),
+    ]
+    write_texts(lab, "talk", {"a": "A girl with a very long sentence about her.", "b": "", "c": ""})
+    config = config_of(lab, records, max_tokens=9, sentences={"captioner": "talk"})
+    first = compose(config, lab.workspace, policy="default")
+    assert (first.num_cut, first.num_cut_edited) == (1, 0)
+
+    add_green = add_tags(["green"], place="head", group="rest")
+    edit_captions(config, lab.workspace, add_green, policy="default", description="x", dry_run=False)
+    with_edits = lab.texts()
+    diff = diff_policies(config, lab.workspace, before="default", after="default")
+    (lab.workspace.captions("default") / part_name(0)).unlink()
+    again = compose(config, lab.workspace, policy="default")
+
+    assert with_edits == [
+        "rin, fate, green, red, blue, A girl with a very long sentence about her.",
+        "rin, green, red, blue, sky",
+        "green, red, blue, sky, sea",
+    ]
+    assert lab.texts() == with_edits and diff.num_different == 0
+    assert (again.num_cut, again.num_cut_edited) == (1, 2)
+    # By `compose` top; for the edits sky of a, sun of c.
+    assert again.cut == {("rest", "top"): 1, ("rest", "sky"): 1, ("rest", "sun"): 1}
+    assert "edited captions cut to tokens.max_tokens: 2" in again.summary()
+    assert "2 edited captions were longer" in caplog.text
+
+
+def test_an_edit_that_leaves_nothing_leaves_nothing(lab):
+    config = config_of(lab, [lab.record("a", tags_general=["red"])], max_tokens=9, fallback="mine")
+    compose(config, lab.workspace, policy="default")
+
+    edit_captions(config, lab.workspace, remove_tags(["red"]), policy="default", description="x", dry_run=False)
+
+    assert lab.texts() == [""]
 
 
 def test_ranks_put_cut_first_last():

@@ -5,6 +5,9 @@ import json
 import pytest
 
 from captioning import cli
+from captioning.compose import compose
+from captioning.edit_operations import add_tags
+from captioning.edits import edit_captions
 from captioning.policy_diff import diff_policies
 from sharding.config import ConfigError
 
@@ -70,3 +73,20 @@ def test_the_command_prints_text_or_json(lab, capsys):
     assert codes == [0, 0] and refused == 2
     assert "− sky\n  + heaven" in output
     assert json.loads(output.splitlines()[-1])["num_different"] == 1
+
+
+def test_each_side_has_the_edits_that_people_made_to_it(lab, config):
+    compose(config, lab.workspace, policy="default")
+    add_words = add_tags(["blue"], place="head", group="rest")
+    edit_captions(config, lab.workspace, add_words, policy="default", description="add", dry_run=False)
+
+    report = diff_policies(config, lab.workspace, before="default", after="strict", num_examples=1)
+    back = diff_policies(config, lab.workspace, before="strict", after="default", num_examples=1)
+
+    assert [(it.word, it.num_gained, it.num_lost) for it in report.changes if it.group == "rest"] == [
+        ("blue", 0, 3),
+        ("solo", 0, 2),
+    ]
+    assert [(it.before, it.after) for it in report.examples] == [("fine, blue, sky, solo", "poor, sky")]
+    assert [(it.before, it.after) for it in back.examples] == [("poor, sky", "fine, blue, sky, solo")]
+    assert lab.texts()[0] == "fine, blue, sky, solo"
