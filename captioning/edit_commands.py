@@ -18,8 +18,9 @@ def run_edit(
     options: argparse.Namespace, config: "CaptioningConfig", workspace: "Workspace", *, policy: str
 ) -> "EditReport | EditListReport | UndoReport":
     """Edit, list edits or undo one. Raises EditError for what cannot be done."""
+    from captioning.composed import known_policy
     from captioning.edit_table import EditError
-    from captioning.edits import edit_captions, edit_list, known_policy, undo
+    from captioning.edits import edit_captions, edit_list, undo
 
     if options.operation == "list":
         return edit_list(config, workspace, policy=policy)

@@ -158,7 +158,10 @@ class _Parser:
             raise self._error(f"{name} {sign}: only =, != and ~ compare texts")
         values = _texts_of(name)
         if sign == "~":
-            pattern = compile_regex(value)
+            try:
+                pattern = compile_regex(value)
+            except EditError as error:
+                raise self._error(str(error)) from None
             return lambda row: any(pattern.search(text) for text in values(row))
         wanted = value if name in TEXT_FIELDS else plain(value)
         if name not in TEXT_FIELDS:

@@ -43,13 +43,13 @@ def replace_tags(old: str, new: str, *, is_regex: bool = False, group: str = "")
 
 
 def _rewriter(old: str, new: str, *, is_regex: bool) -> Callable[[str], str]:
+    if not plain(old):
+        raise EditError("replace: the words to look for are empty")
     if is_regex:
         pattern = compile_regex(old)
         _check_template(pattern, new)
         return lambda word: pattern.sub(new, word)
     wanted = plain(old)
-    if not wanted:
-        raise EditError("replace: the words to look for are empty")
     return lambda word: new if plain(word) == wanted else word
 
 
@@ -63,12 +63,12 @@ def _check_template(pattern: re.Pattern[str], new: str) -> None:
 
 def replace_in_caption(old: str, new: str, *, is_regex: bool = False) -> Operation:
     """Replace text anywhere in the whole caption; unchanged words keep their groups, see `regroup`."""
+    if not old:
+        raise EditError("replace: the text to look for is empty")
     if is_regex:
         pattern = compile_regex(old)
         _check_template(pattern, new)
         return lambda words: regroup(words, pattern.sub(new, caption_text(words)))
-    if not old:
-        raise EditError("replace: the text to look for is empty")
     return lambda words: regroup(words, caption_text(words).replace(old, new))
 
 
@@ -115,6 +115,8 @@ def add_tags(tags: Sequence[str], *, group: str, place: Place = "tail") -> Opera
 
 def remove_tags(tags: Sequence[str], *, is_regex: bool = False, group: str = "") -> Operation:
     """Remove whole words, or words in which a regular expression finds something."""
+    if not tags or not all(map(plain, tags)):
+        raise EditError("remove: a word to look for is empty")
     patterns = [compile_regex(tag) for tag in tags] if is_regex else []
     wanted = {plain(tag) for tag in tags}
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sharding.files import digest_of, locked, remove_temporaries
+from sharding.files import digest_of, remove_temporaries
 from sharding.schema import CAPTIONS, EDITS, Workspace
 from sharding.tables import list_parts, part_name, read_part, read_parts, write_part
 
@@ -125,12 +125,11 @@ def write_edit(
     when: datetime,
     why: str,
 ) -> int:
-    """Add an edit, whole or not at all, and return its number: one more than the last one's."""
-    with locked(workspace.edits(policy)):
-        return _add_edit(workspace.edits(policy), changes, operation=operation, who=who, when=when, why=why)
+    """Add an edit, whole or not at all, and return its number: one more than the last one's.
 
-
-def _add_edit(folder: Path, changes: Sequence[Change], *, operation: str, who: str, when: datetime, why: str) -> int:
+    The caller holds the lock of edits/<policy>, from when it read the captions.
+    """
+    folder = workspace.edits(policy)
     remove_temporaries(folder)
     number = max((edit_number(part) for part in list_parts(folder)), default=0) + 1
     own = {"edit": number, "operation": operation, "who": who, "when": when, "why": why}

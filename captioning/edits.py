@@ -5,26 +5,24 @@ an edit does is in `edit_operations`, where it does it in `edit_filter`.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-
+from captioning.compose import compose
+from captioning.composed import caption_parts, caption_rows, known_policy, not_current, scorers_of
 from captioning.config import CaptioningConfig
 from captioning.edit_filter import CaptionRow, EditFilter, Words, parse_filter
 from captioning.edit_operations import Operation
 from captioning.edit_table import Change, EditError, EditFacts, list_edits, undo_edit, write_edit
-from captioning.policy import PolicyConfig
-from captioning.taggers.base import TaggerSettings
 from captioning.text_table import text_table
-from sharding.config import ConfigError
+from captioning.time_limit import TookTooLongError, limited
+from sharding.files import locked
 from sharding.schema import Workspace
-from sharding.tables import list_parts, read_part
+from sharding.tables import list_parts
 
 MAX_CAPTIONS = 1_000_000
+SECONDS_PER_CAPTION = 5.0
 _RED, _GREEN, _BOLD, _PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
 
 
@@ -123,44 +121,81 @@ def edit_captions(
 ) -> EditReport:
     """Apply an operation to the captions that a filter chooses; write the overlay and compose anew unless dry_run.
 
-    Raises EditError when nothing matches, when captions are not current or too many; FileNotFoundError before
-    `compose`.
+    Of two edits at once one waits for the other. Raises EditError when nothing matches, when captions are not current
+    or too many, when one takes longer than SECONDS_PER_CAPTION; FileNotFoundError before `compose`.
     """
     rules = known_policy(config, policy)
     filter_ = parse_filter(where, groups=rules.groups, scorers=scorers_of(config))
     caption_parts(workspace, policy)
-    _require_current(config, workspace, policy)
-    num_captions = num_matching = num_changed = 0
-    shown: list[EditedCaption] = []
-    changes: list[Change] = []
+    number = None
+    with locked(workspace.edits(policy), dry_run=dry_run):
+        if missing := not_current(config, workspace, policy=policy):
+            raise EditError(missing)
+        found = _find_changes(config, workspace, operation, filter_, policy=policy, num_shown=num_shown)
+        if found.changes and not dry_run:
+            when = datetime.now(UTC)
+            number = write_edit(
+                workspace, found.changes, policy=policy, operation=description, who=who, when=when, why=why
+            )
+            compose(config, workspace, policy=policy)
+    counts = (found.num_captions, found.num_matching, found.num_changed)
+    return EditReport(policy, description, number, *counts, tuple(found.shown), dry_run, is_coloured)
+
+
+@dataclass
+class _Found:
+    """What an edit would change."""
+
+    num_captions: int = 0
+    num_matching: int = 0
+    num_changed: int = 0
+    shown: list[EditedCaption] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+
+
+def _find_changes(
+    config: CaptioningConfig,
+    workspace: Workspace,
+    operation: Operation,
+    filter_: EditFilter,
+    *,
+    policy: str,
+    num_shown: int,
+) -> _Found:
+    found, groups = _Found(), config.policies[policy].groups
     for part in list_parts(workspace.kept):
-        for row in _rows(config, workspace, workspace.captions(policy) / part.name, filter_):
-            num_captions += 1
-            if not filter_.matches(row):
+        for row in caption_rows(config, workspace, workspace.captions(policy) / part.name, filter_.scorers):
+            found.num_captions += 1
+            after = _edited(row, operation, filter_)
+            if after is None:
                 continue
-            num_matching += 1
-            after = _in_order(operation(row.words), rules.groups)
+            found.num_matching += 1
+            after = _in_order(after, groups)
             if after == row.words:
                 continue
-            num_changed += 1
-            if num_changed > MAX_CAPTIONS:
+            found.num_changed += 1
+            if found.num_changed > MAX_CAPTIONS:
                 raise EditError(
                     f"more than {MAX_CAPTIONS:,} captions would change: edits are for small sets; put it into the "
                     f"policy's tables (policies.{policy}), or narrow --where"
                 )
-            changes += changed_groups(row.key, row.words, after)
-            if len(shown) < num_shown:
-                shown.append(EditedCaption(row.key, row.source, row.words, after))
-    if not num_matching:
-        raise EditError(f"--where {where!r}: matches none of {num_captions:,} captions")
-    number = None
-    if changes and not dry_run:
-        when = datetime.now(UTC)
-        number = write_edit(workspace, changes, policy=policy, operation=description, who=who, when=when, why=why)
-        _compose(config, workspace, policy)
-    return EditReport(
-        policy, description, number, num_captions, num_matching, num_changed, tuple(shown), dry_run, is_coloured
-    )
+            found.changes += changed_groups(row.key, row.words, after)
+            if len(found.shown) < num_shown:
+                found.shown.append(EditedCaption(row.key, row.source, row.words, after))
+    if not found.num_matching:
+        raise EditError(f"--where {filter_.text!r}: matches none of {found.num_captions:,} captions")
+    return found
+
+
+def _edited(row: CaptionRow, operation: Operation, filter_: EditFilter) -> Words | None:
+    """Return the words after the operation, None where the filter does not hold."""
+    try:
+        return limited(lambda: operation(row.words) if filter_.matches(row) else None, seconds=SECONDS_PER_CAPTION)
+    except TookTooLongError as error:
+        raise EditError(
+            f"caption {row.key}: {error}; a regular expression with a repetition inside a repetition, such as (a+)+, "
+            "tries every way to match: write it without"
+        ) from None
 
 
 def undo(
@@ -168,9 +203,10 @@ def undo(
 ) -> UndoReport:
     """Take an edit back, the last one without a number, and compose anew. Raises EditError for an unknown one."""
     known_policy(config, policy)
-    facts = undo_edit(workspace, number, policy=policy, dry_run=dry_run)
-    if not dry_run:
-        _compose(config, workspace, policy)
+    with locked(workspace.edits(policy), dry_run=dry_run or not list_edits(workspace, policy)):
+        facts = undo_edit(workspace, number, policy=policy, dry_run=dry_run)
+        if not dry_run:
+            compose(config, workspace, policy=policy)
     return UndoReport(facts, dry_run)
 
 
@@ -194,74 +230,3 @@ def _in_order(words: Words, groups: Sequence[str]) -> Words:
     """Return the words by group in the policy's order, so that a preview shows what `compose` will make of it."""
     place = {name: number for number, name in enumerate(groups)}
     return tuple(sorted(words, key=lambda pair: place.get(pair[0], len(place))))
-
-
-# --- what goes in ---
-
-
-def scorers_of(config: CaptioningConfig) -> list[str]:
-    """Return the names of all models that give scores."""
-    return [name for name, model in config.annotate.models.items() if not isinstance(model, TaggerSettings)]
-
-
-def caption_parts(workspace: Workspace, policy: str) -> list[Path]:
-    """Return the parts of a policy's captions. Raises FileNotFoundError before `compose` has run."""
-    parts = list_parts(workspace.captions(policy))
-    if not parts:
-        raise FileNotFoundError(
-            f"{workspace.captions(policy)}: no parts; run `python -m captioning compose --policy {policy}` first"
-        )
-    return parts
-
-
-def known_policy(config: CaptioningConfig, policy: str) -> PolicyConfig:
-    """Return a policy's settings. Raises ConfigError for an unknown one."""
-    if policy not in config.policies:
-        raise ConfigError(f"policy {policy!r}: unknown; the dataset has {', '.join(config.policies) or 'none'}")
-    return config.policies[policy]
-
-
-def _rows(config: CaptioningConfig, workspace: Workspace, part: Path, filter_: EditFilter) -> Iterator[CaptionRow]:
-    captions = read_part(part)
-    keys = captions.column("key")
-    records = _aligned(workspace.kept / part.name, ["key", "source", "created_at"], keys)
-    years = pc.fill_null(pc.year(records.column("created_at")), 0).to_pylist()
-    sources = records.column("source").to_pylist()
-    scores = {}
-    for name in sorted(filter_.scorers):
-        table = _aligned(workspace.annotations(name) / part.name, ["key", "score"], keys)
-        scores[name] = table.column("score").to_pylist()
-    for place, row in enumerate(captions.to_pylist()):
-        source = sources[place]
-        dataset = config.file_under(source, years[place] or None)[0] if source in config.sources else ""
-        yield CaptionRow(
-            key=row["key"],
-            words=tuple((entry["group"], word) for entry in row["groups"] for word in entry["tags"]),
-            text=row["text"],
-            source=source or "",
-            dataset=dataset,
-            scores={name: values[place] for name, values in scores.items()},
-        )
-
-
-def _aligned(path: Path, columns: list[str], keys: pa.ChunkedArray) -> pa.Table:
-    """Return rows of a part in the order of `keys`, null where it has none."""
-    table = read_part(path, columns)
-    return table if table.column("key").equals(keys) else table.take(pc.index_in(keys, value_set=table.column("key")))
-
-
-def _require_current(config: CaptioningConfig, workspace: Workspace, policy: str) -> None:
-    from captioning.compose import compose
-
-    stale = compose(config, workspace, policy=policy, dry_run=True).num_parts_written
-    if stale:
-        raise EditError(
-            f"{workspace.captions(policy)}: {stale:,} parts are missing or not current; run "
-            f"`python -m captioning compose --policy {policy}` first"
-        )
-
-
-def _compose(config: CaptioningConfig, workspace: Workspace, policy: str) -> None:
-    from captioning.compose import compose
-
-    compose(config, workspace, policy=policy)

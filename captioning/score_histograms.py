@@ -1,9 +1,8 @@
-"""How a scorer's scores are spread, with the edges of a policy's tiers marked; counted in parts, drawn with Pillow.
+"""How a scorer's scores are spread, with the edges of a policy's tiers. `histogram_drawing` draws it.
 
-Two passes over one column: the range, then the counts. Nothing is written here.
+Two passes over one column, part by part: the range, then the counts. Nothing is written here.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageDraw, ImageFont
 
 from captioning.config import CaptioningConfig
 from sharding.schema import Workspace
 from sharding.tables import list_parts, read_part
 
 MAX_BINS = 60
-_INK, _SOFT, _LINE, _BAR, _EDGE = "#1d2330", "#5b6475", "#dfe3ea", "#4a7dd6", "#c2410c"
 
 
 @dataclass(frozen=True)
@@ -111,74 +108,3 @@ def nice_bins(low: float, high: float, *, is_whole: bool) -> tuple[float, float,
         if num_bins <= MAX_BINS:
             return start, step, num_bins
     raise AssertionError(f"no bins for {low} … {high}")
-
-
-# --- drawing ---
-
-
-def draw_histogram(histogram: ScoreHistogram, *, width: int = 960, height: int = 460, scale: int = 2) -> bytes:
-    """Return a PNG of width * scale x height * scale pixels: bars, axis, edges with their words."""
-    image = Image.new("RGB", (width * scale, height * scale), "white")
-    draw = ImageDraw.Draw(image)
-    fonts = {size: ImageFont.load_default(size * scale) for size in (11, 12, 16)}
-    left, right, top, bottom = 70 * scale, (width - 90) * scale, 165 * scale, (height - 40) * scale
-    most = max(histogram.counts)
-    span = histogram.step * len(histogram.counts)
-
-    def across(value: float) -> float:
-        return left + (right - left) * (value - histogram.low) / span
-
-    def up(count: float) -> float:
-        return bottom - (bottom - top) * count / most
-
-    missing = f", {histogram.num_missing:,} without" if histogram.num_missing else ""
-    title = f"{histogram.model}: {histogram.num_scores:,} scores{missing}"
-    draw.text((left, 12 * scale), title, _INK, fonts[16])
-    for count in _ticks(0, most, 4):
-        draw.line((left, up(count), right, up(count)), _LINE, scale)
-        draw.text((left - 8 * scale, up(count)), f"{count:,.0f}", _SOFT, fonts[11], anchor="rm")
-    for place, count in enumerate(histogram.counts):
-        start = histogram.low + place * histogram.step
-        if count:
-            bar = (
-                across(start) + scale / 2,
-                min(up(count), bottom - scale),
-                across(start + histogram.step) - scale / 2,
-                bottom,
-            )
-            draw.rectangle(bar, _BAR)
-    draw.line((left, bottom, right, bottom), _SOFT, scale)
-    for value in _ticks(histogram.low, histogram.low + span, 10):
-        draw.line((across(value), bottom, across(value), bottom + 4 * scale), _SOFT, scale)
-        draw.text((across(value), bottom + 8 * scale), f"{value:.10g}", _SOFT, fonts[11], anchor="mt")
-    last = -math.inf
-    for edge in histogram.edges:
-        x = across(edge.value)
-        if not left <= x <= right:
-            continue
-        for y in range(top - 4 * scale, bottom, 6 * scale):
-            draw.line((x, y, x, min(y + 3 * scale, bottom)), _EDGE, scale)
-        last = max(x, last + 13 * scale)  # words of close edges stand beside each other
-        _draw_upwards(image, f"{edge.word} {edge.value:.10g}", fonts[11], x=last, bottom=top - 8 * scale)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _draw_upwards(
-    image: Image.Image, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, *, x: float, bottom: float
-) -> None:
-    _, _, width, height = (math.ceil(side) for side in font.getbbox(text))
-    label = Image.new("L", (width, height), 0)
-    ImageDraw.Draw(label).text((0, 0), text, 255, font)
-    label = label.rotate(60, expand=True, resample=Image.Resampling.BICUBIC)
-    image.paste(_EDGE, (round(x) - height // 2, round(bottom) - label.height), label)
-
-
-def _ticks(low: float, high: float, num: int) -> list[float]:
-    """Return about `num` round numbers from low to high."""
-    raw = (high - low) / num
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(number * step, 10) for number in range(first, last + 1)]

@@ -29,11 +29,17 @@ def run_stats(
 
     if options.top < 1 or options.samples < 0:
         raise ConfigError(f"--top must be at least 1 and --samples 0, got {options.top} and {options.samples}")
+    if options.html and options.html.is_dir():
+        raise ConfigError(
+            f"--html {options.html}: is a folder; name a file in it, such as {options.html / 'stats.html'}"
+        )
+    if options.png and options.png.exists() and not options.png.is_dir():
+        raise ConfigError(f"--png {options.png}: is a file; name a folder, which is made if it is not there")
     return (_what_if if options.what_if else _stats)(options, config, workspace, policy)
 
 
 def _stats(options: argparse.Namespace, config: "CaptioningConfig", workspace: "Workspace", policy: str) -> Printed:
-    from captioning.score_histograms import draw_histogram
+    from captioning.histogram_drawing import draw_histogram
     from captioning.stats import stats
     from captioning.stats_page import stats_page
     from sharding.files import write_bytes

@@ -18,6 +18,7 @@ from captioning.words import Words
 Counts = npt.NDArray[np.int64]
 
 _MANY_PAIRS = 1 << 20
+LENGTHS_HEAD = ("length in", "least", "median", "mean", "95%", "most")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,18 @@ class Lengths:
     mean: float
     percentile_95: int
     maximum: int
+
+    def cells(self) -> tuple[str, ...]:
+        """Return a line below LENGTHS_HEAD."""
+        mean = f"{self.mean:,.1f}"
+        return (
+            self.unit,
+            f"{self.minimum:,}",
+            f"{self.median:,}",
+            mean,
+            f"{self.percentile_95:,}",
+            f"{self.maximum:,}",
+        )
 
 
 class WordCounter:
@@ -146,6 +159,17 @@ class WordCounter:
             return []
         lengths = [_lengths("characters", self._characters), _lengths("words", self._num_words)]
         return lengths if self._counter is None else [*lengths, _lengths("CLIP tokens", self._num_tokens)]
+
+    def token_windows(self) -> dict[str, int]:
+        """Return how many captions need one token window of CLIP, two, three or more; empty without tokens.
+
+        A window holds 75 tokens, start and end not counted.
+        """
+        if self._counter is None:
+            return {}
+        counts = self._num_tokens
+        edges = [(0, 76, "up to 75"), (76, 151, "76 to 150"), (151, 226, "151 to 225"), (226, len(counts), "more")]
+        return {name: int(counts[start:end].sum()) for start, end, name in edges}
 
 
 class _PairCounts:

@@ -1,15 +1,17 @@
-"""Small pictures for a page, made from the source files. A file that cannot be read is left out."""
+"""Small pictures for a page, made from the source files, else from packed chunks. What is in neither is left out."""
 
 import io
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
 from captioning.config import CaptioningConfig
+from captioning.images_in_tars import ALL_CHUNKS, ImagesInTars
 from sharding.files import read_file
 from sharding.images import ImageError, decode_rgb
 from sharding.schema import Workspace
@@ -43,18 +45,32 @@ def find_files(workspace: Workspace, keys: Iterable[str]) -> dict[str, tuple[str
 
 
 def make_thumbnails(config: CaptioningConfig, workspace: Workspace, keys: Iterable[str]) -> dict[str, Thumbnail]:
-    """Return thumbnails of kept pictures by key."""
+    """Return thumbnails of kept pictures by key, from their files, else from the chunks that they are packed in."""
     found = {}
+    missing = []
     for key, (source, path) in find_files(workspace, keys).items():
-        if source not in config.sources:
-            continue
-        try:
-            image = decode_rgb(read_file(config.sources[source].root, path), min_side=SIDE)
-        except (OSError, ImageError) as error:
-            logger.info("no thumbnail of %s/%s: %s", source, path, error)
-            continue
-        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=_QUALITY)
-        found[key] = Thumbnail(image.width, image.height, buffer.getvalue())
+        thumbnail = None
+        if source in config.sources:
+            thumbnail = _thumbnail(partial(read_file, config.sources[source].root, path), f"{source}/{path}")
+        if thumbnail is None:
+            missing.append(key)
+        else:
+            found[key] = thumbnail
+    packed = ImagesInTars.open(workspace.chunks, [ALL_CHUNKS]).find(missing) if missing else {}
+    for key, image in packed.items():
+        thumbnail = _thumbnail(image.read, f"{image.tar}: {key}")
+        if thumbnail is not None:
+            found[key] = thumbnail
     return found
+
+
+def _thumbnail(read: Callable[[], bytes], name: str) -> Thumbnail | None:
+    try:
+        image = decode_rgb(read(), min_side=SIDE)
+    except (OSError, ImageError) as error:
+        logger.info("no thumbnail of %s: %s", name, error)
+        return None
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=_QUALITY)
+    return Thumbnail(image.width, image.height, buffer.getvalue())

@@ -4,115 +4,24 @@ Reads scores; captions need not be there, nothing is written.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from captioning.composed import known_policy
 from captioning.config import CaptioningConfig
 from captioning.edit_filter import plain
-from captioning.text_table import text_table
+from captioning.part_input import AnnotationMissingError
 from captioning.thumbnails import find_files
 from captioning.tiers import NO_TIER, tier_numbers
+from captioning.what_if_report import NearPicture, NewEdge, TableChange, WhatIfReport, WordChange
 from sharding.config import ConfigError, parse_config
 from sharding.schema import Workspace
 from sharding.tables import list_parts, read_part
 
-NO_SCORE = "(none)"
-
-
-@dataclass(frozen=True)
-class WordChange:
-    """A word of a table, its edge and its count before and after; None is the word of the rest, or no score."""
-
-    word: str
-    edge_before: float | None
-    edge_after: float | None
-    count_before: int
-    count_after: int
-
-
-@dataclass(frozen=True)
-class NearPicture:
-    """A picture near a new edge."""
-
-    key: str
-    source: str
-    path: str
-    score: float
-    word_before: str
-    word_after: str
-
-
-@dataclass(frozen=True)
-class NewEdge:
-    """An edge that moves, and pictures on both sides of where it goes, the nearest first."""
-
-    word: str
-    before: float
-    after: float
-    passing: tuple[NearPicture, ...]
-    failing: tuple[NearPicture, ...]
-
-
-@dataclass(frozen=True)
-class TableChange:
-    """What happens to one table of tiers."""
-
-    group: str
-    model: str
-    comparison: str
-    words: tuple[WordChange, ...]
-    num_changed: int
-    """Pictures that get another word."""
-    edges: tuple[NewEdge, ...]
-
-
-@dataclass(frozen=True)
-class WhatIfReport:
-    """All tables with new edges."""
-
-    policy: str
-    num_pictures: int
-    tables: tuple[TableChange, ...]
-
-    def summary(self) -> str:
-        """Return the counts and pictures as text."""
-        blocks = []
-        for table in self.tables:
-            blocks.append(
-                f"policy {self.policy}, {table.group} by {table.model}: {table.num_changed:,} of {self.num_pictures:,} "
-                "pictures would get another word; nothing was changed"
-            )
-            head = (table.group, "edge", "new edge", "count", "new count", "change")
-            rows = [
-                (
-                    it.word, _number(it.edge_before), _number(it.edge_after), f"{it.count_before:,}",
-                    f"{it.count_after:,}", f"{it.count_after - it.count_before:+,}",
-                )
-                for it in table.words
-            ]  # fmt: skip
-            blocks.append(text_table(head, rows, numbers=(1, 2, 3, 4, 5)))
-            for edge in table.edges:
-                near = [
-                    (side, f"{it.score:.6f}", it.key, f"{it.source}/{it.path}", _words(it))
-                    for side, pictures in (("above", reversed(edge.passing)), ("below", edge.failing))
-                    for it in pictures
-                ]
-                near_head = (f"{edge.word} {edge.after:g}", "score", "key", "file", "word")
-                blocks.append(text_table(near_head, near, numbers=(1,)))
-        return "\n\n".join(blocks)
-
-
-def _number(edge: float | None) -> str:
-    return "" if edge is None else f"{edge:g}"
-
-
-def _words(picture: NearPicture) -> str:
-    before, after = picture.word_before, picture.word_after
-    return after if before == after else f"{before} → {after}"
+NO_SCORE = "(no score)"
 
 
 def parse_edges(texts: Sequence[str]) -> dict[str, float]:
@@ -138,10 +47,10 @@ def what_if(
     """Count the words that a policy would give with other edges.
 
     edges: by word of a tier, with spaces or underscores; GROUP.WORD where two tables have it. Raises ConfigError for an
-    unknown policy or word and for edges out of order, FileNotFoundError before `annotate`.
+    unknown policy or word and for edges out of order, FileNotFoundError without kept parts, AnnotationMissingError
+    before `annotate`.
     """
-    if policy not in config.policies:
-        raise ConfigError(f"policy {policy!r}: unknown; the dataset has {', '.join(config.policies) or 'none'}")
+    known_policy(config, policy)
     moved: dict[str, dict[int, float]] = {}
     for word, value in edges.items():
         group, place = _find(config, policy, word)
@@ -156,7 +65,7 @@ def what_if(
         for table in tables:
             path = workspace.annotations(table.model) / part.name
             if not path.is_file():
-                raise FileNotFoundError(
+                raise AnnotationMissingError(
                     f"{path}: missing; run `python -m captioning annotate --models {table.model}` first"
                 )
             table.add(keys, _scores(read_part(path), keys))
@@ -186,13 +95,6 @@ def _scores(annotation: pa.Table, keys: pa.ChunkedArray) -> npt.NDArray[np.float
         annotation = annotation.take(pc.index_in(keys, value_set=annotation.column("key")))
     scores = pc.if_else(pc.equal(annotation.column("status"), "ok"), annotation.column("score"), None)
     return np.asarray(pc.fill_null(scores, float("nan")), dtype=np.float32)
-
-
-@dataclass
-class _Near:
-    """The scores nearest to an edge, so far."""
-
-    scores: list[tuple[float, str, int, int]] = field(default_factory=list)
 
 
 class _Table:

@@ -1,5 +1,6 @@
 """Edits: what they do to words and groups, where, as an overlay that outlives changes of the policy, and undo."""
 
+import multiprocessing
 import re
 import time
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning import cli
+from captioning import cli, edits
 from captioning.compose import compose
 from captioning.edit_filter import CaptionRow, parse_filter
 from captioning.edit_operations import (
@@ -231,8 +232,8 @@ def test_captions_do_not_depend_on_who_when_and_why(lab, small):
     edit(lab, small(), remove_tags(["solo"]), who="you")
 
     assert (part.read_bytes(), part_metadata(part)["made_from"]) == first
-    edits = read_edits(lab.workspace, "default")
-    assert schema_mismatch(edits, EDITS) == "" and set(edits.column("who").to_pylist()) == {"you"}
+    table = read_edits(lab.workspace, "default")
+    assert schema_mismatch(table, EDITS) == "" and set(table.column("who").to_pylist()) == {"you"}
 
 
 def test_edits_build_on_each_other_and_any_can_be_undone(lab, small):
@@ -267,6 +268,34 @@ def test_an_edit_outlives_new_tags_of_the_policy(lab, small):
 def test_captions_that_are_not_current_are_not_edited(lab, small):
     with pytest.raises(EditError, match="2 parts are missing or not current; run `python -m captioning compose"):
         edit(lab, small(0.5), remove_tags(["solo"]))
+
+
+def test_two_edits_at_once_wait_for_each_other_and_both_hold(lab, small):
+    context = multiprocessing.get_context("fork")
+    tags = ["first", "second", "third"]
+    tasks = [context.Process(target=edit, args=(lab, small(), add_tags([tag], group="rest"))) for tag in tags]
+
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join()
+
+    assert [task.exitcode for task in tasks] == [0, 0, 0]
+    assert [it.number for it in edit_list(small(), lab.workspace, policy="default").edits] == [1, 2, 3]
+    assert all(set(tags) < set(text.split(", ")) for text in all_texts(lab))
+    assert edit(lab, small(), add_tags(["fourth"], group="rest"), dry_run=True).num_changed == 3  # all is current
+
+
+@pytest.mark.parametrize("options", [{}, {"where": r"caption ~ '([\w, ]+)+!$'"}])
+def test_a_regular_expression_that_does_not_end_is_stopped(lab, small, monkeypatch, options):
+    monkeypatch.setattr(edits, "SECONDS_PER_CAPTION", 0.2)
+    lab.keep([lab.record("a", tags_general=["long_hair"] * 30 + [f"tag {n}" for n in range(30)])], made_from="long")
+    (lab.workspace.kept / part_name(1)).unlink()
+    compose(small(), lab.workspace, policy="default")
+    operation = add_tags(["x"], group="rest") if options else replace_in_caption(r"([\w, ]+)+!$", "", is_regex=True)
+
+    with pytest.raises(EditError, match=r"caption a: more than 0.2 s; a regular expression .* inside a repetition"):
+        edit(lab, small(), operation, **options)
 
 
 def test_ten_thousand_captions_take_seconds(lab, small):
@@ -341,6 +370,11 @@ def test_every_operation_has_its_command(lab, run, arguments, text):
     [
         (("remove", "solo", "--where", "nope = 1"), "unknown field 'nope'; known: tag, caption"),
         (("remove", "solo", "--where", "key = zzz"), "matches none of 3 captions"),
+        (("remove", ""), "a word to look for is empty"),
+        (("remove", "", "--regex"), "a word to look for is empty"),
+        (("replace", "", "x", "--regex"), "the words to look for are empty"),
+        (("replace", "", "x", "--regex", "--in", "caption"), "the text to look for is empty"),
+        (("remove", "solo", "--where", "tag ~ '('"), "--where \"tag ~ '('\": regular expression '('"),
         (("remove", "(", "--regex"), "regular expression '('"),
         (("replace", "solo", r"\1", "--regex"), "replacement '\\\\1': invalid group reference 1"),
         (("replace", "", "x"), "the words to look for are empty"),

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -15,14 +16,20 @@ from PIL import Image
 
 from captioning import cli
 from captioning.compose import compose
-from captioning.score_histograms import MAX_BINS, draw_histogram, nice_bins, score_histograms
+from captioning.edit_operations import replace_tags
+from captioning.edits import edit_captions
+from captioning.histogram_drawing import draw_histogram, spread_out
+from captioning.score_histograms import MAX_BINS, Edge, nice_bins, score_histograms
 from captioning.stats import stats
 from captioning.stats_page import stats_page, what_if_page
 from captioning.tag_counts import WordCounter
+from captioning.text_table import number_text, short_word, text_table
 from captioning.thumbnails import make_thumbnails
 from captioning.what_if import parse_edges, what_if
+from sharding.chunk import Sample, commit_chunk, write_shard
 from sharding.config import ConfigError
 from sharding.schema import CAPTIONS
+from sharding.tables import part_name
 
 TIERS = {
     "aesthetic": {
@@ -100,6 +107,33 @@ def test_tokens_are_counted_by_clips_vocabulary():
     assert (tokens.unit, tokens.minimum, tokens.median, tokens.maximum) == ("CLIP tokens", 0, 1, 7)
 
 
+def test_token_windows_count_every_caption_once():
+    counter = WordCounter(tokenizer="training/stage_c/clip_bpe/bpe_simple_vocab_16e6.txt.gz")
+    lengths = (0, 75, 76, 150, 151, 225, 226, 400)  # "cat" is one token
+    counter.add(captions([[("rest", [" ".join(["cat"] * length)])] if length else [] for length in lengths]))
+
+    assert counter.token_windows() == {"up to 75": 2, "76 to 150": 2, "151 to 225": 2, "more": 2}
+    assert WordCounter().token_windows() == {}
+
+
+# --- text ---
+
+
+def test_numbers_are_written_as_people_read_them():
+    texts = [
+        number_text(value) for value in (0, 0.98, 0.0001, 1.542e-06, 2005, 2000.0, 1015.974121, 5_640_000, 0.1 + 0.2)
+    ]
+
+    assert texts == ["0", "0.98", "0.0001", "1.54e-06", "2005", "2000", "1015.97", "5,640,000", "0.3"]
+
+
+def test_columns_stand_below_each_other_in_a_terminal_whatever_the_script():
+    table = text_table(("word", "count"), [("初音ミク", "1"), ("cafe\u0301", "12")], numbers=(1,))
+
+    assert table.splitlines() == ["word      count", "--------  -----", "初音ミク      1", "cafe\u0301         12"]
+    assert short_word("word " * 40, most=12) == "word word w…" and short_word("word") == "word"
+
+
 # --- scores ---
 
 
@@ -148,6 +182,31 @@ def test_a_report_has_the_cards_tables_tags_pairs_and_spreads(lab, scored):
     assert "saber" in report.summary() and "CLIP" not in report.summary()
 
 
+def test_words_that_the_policy_does_not_give_are_lines_of_their_own(lab, scored):
+    edit = replace_tags("very aesthetic", "masterpiece")
+    edit_captions(scored, lab.workspace, edit, policy="default", description="", where="key = a", dry_run=False)
+
+    lines = stats(scored, lab.workspace, policy="default").tables["aesthetic"]
+
+    assert (lines[0].word, lines[0].count) == ("very aesthetic", 1)
+    assert [(it.word, it.rule, it.count) for it in lines][3:] == [
+        ("masterpiece", "not of the policy", 1),
+        ("(none)", "", 1),
+    ]
+
+
+def test_stats_of_captions_that_are_not_current_say_so(lab, scored):
+    assert stats(scored, lab.workspace, policy="default").note == ""
+    (lab.workspace.captions("default") / part_name(1)).unlink()
+
+    report = stats(scored, lab.workspace, policy="default")
+
+    assert "1 part is missing or not current; run `python -m captioning compose" in report.summary()
+    assert "not current" in stats_page(report, name="x")
+    (lab.workspace.annotations("aes") / part_name(1)).unlink()
+    assert "annotate --models aes" in stats(scored, lab.workspace, policy="default").note
+
+
 @settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.booleans())
 def test_bins_hold_all_scores_between_round_borders(low, span, is_whole):
@@ -163,17 +222,34 @@ def test_bins_hold_all_scores_between_round_borders(low, span, is_whole):
 def test_a_drawing_has_bars_in_their_places_and_marks_edges(lab, scored):
     histogram = score_histograms(scored, lab.workspace, policy="default", scorers=["aes"])[0]
 
-    image = Image.open(io.BytesIO(draw_histogram(histogram, width=960, height=460, scale=1)))
+    image = Image.open(io.BytesIO(draw_histogram(histogram, width=960, scale=1)))
 
     colours = np.asarray(image)
     is_bar = (colours == (0x4A, 0x7D, 0xD6)).all(axis=-1)
+    is_axis = (colours[is_bar.any(axis=1).nonzero()[0].max() + 1] == (0x5B, 0x64, 0x75)).all(axis=-1)
+    left, right = np.flatnonzero(is_axis)[[0, -1]]
+    bin_width = (right - left) / 50
     columns = np.flatnonzero(is_bar.any(axis=0))
-    bins = Counter(((columns - 70) // 16).tolist())  # 50 in 800 pixels
-    assert {place for place, num_columns in bins.items() if num_columns > 8} == {5, 25, 39, 40, 47}
-    heights = [int(is_bar[:, 70 + 16 * place + 8].sum()) for place in (39, 40)]
+    bins = Counter(((columns - left) // bin_width).astype(int).tolist())
+    assert {place for place, num_columns in bins.items() if num_columns > bin_width / 2} == {5, 25, 39, 40, 47}
+    heights = [int(is_bar[:, int(left + bin_width * (place + 0.5))].sum()) for place in (39, 40)]
     assert heights[1] == pytest.approx(2 * heights[0], rel=0.05)
-    is_edge = (colours == (0xC2, 0x41, 0x0C)).all(axis=-1)[165:400]
-    assert {round((x - 70) / 800, 2) for x in np.flatnonzero(is_edge.sum(axis=0) > 50)} >= {0.5, 0.8}
+    is_edge = (colours == (0xC2, 0x41, 0x0C)).all(axis=-1)
+    edges = np.flatnonzero(is_edge.sum(axis=0) > 80)
+    assert {round((x - left) / (right - left), 2) for x in edges} == {0.5, 0.8}
+
+
+def test_words_of_close_edges_stand_beside_each_other_and_within_the_picture(lab, scored):
+    assert spread_out([10, 12, 50], apart=8, high=60) == [10, 18, 50]
+    assert spread_out([55, 56, 60], apart=8, high=60) == [44, 52, 60]
+    histogram = score_histograms(scored, lab.workspace, policy="default", scorers=["aes"])[0]
+    edges = tuple(Edge(0.99 + number / 1000, "a word of quite some length, or two") for number in range(8))
+
+    image = Image.open(io.BytesIO(draw_histogram(replace(histogram, edges=edges), scale=1)))
+
+    border = np.asarray(image).copy()
+    border[1:-1, 1:-1] = 255
+    assert (border == 255).all()  # nothing reaches the border, so nothing is cut off
 
 
 # --- what if ---
@@ -187,7 +263,7 @@ def test_a_new_edge_is_counted_and_shown_from_both_sides(lab, scored):
         ("very aesthetic", 2, 3),  # 0.79 itself is not above 0.79
         ("aesthetic", 2, 1),
         ("displeasing", 2, 2),
-        ("(none)", 1, 1),
+        ("(no score)", 1, 1),
     ]
     assert (report.num_pictures, table.num_changed) == (7, 1)
     (edge,) = table.edges
@@ -284,6 +360,25 @@ def test_pages_hold_everything_and_escape_what_they_show(lab, scored):
     assert "http" not in (page + pictures).replace("http-equiv", "")
 
 
+def test_pictures_whose_files_are_gone_come_from_packed_chunks(lab, scored):
+    (record,) = lab.save(lab.png(300, 200))
+    lab.keep([record])
+    image = lab.pictures / record["path"]
+    row = {
+        "width": 300, "height": 200, "groups": [], "dataset": "boards", "period": "", "repeats": 1, "loss_weight": 1.0,
+    }  # fmt: skip
+    sample = Sample(record["key"], image.name, image.read_bytes(), {}, "", row)
+    shard, rows = write_shard(lab.workspace.chunks / "boards/0000", 0, [sample])
+    facts = {"policy": "p", "shard_policy": "p", "made_from": "m", "seed": 0}
+    commit_chunk(lab.workspace.chunks / "boards/0000", rows, name="boards/0000", shards=[shard], **facts)
+    before = make_thumbnails(scored, lab.workspace, [record["key"]])
+    image.unlink()
+
+    after = make_thumbnails(scored, lab.workspace, [record["key"]])
+
+    assert list(after) == [record["key"]] and after == before
+
+
 @pytest.fixture
 def run(lab, scored, capsys):
     path = lab.folder / "stats.toml"
@@ -303,6 +398,21 @@ def run(lab, scored, capsys):
         return code, captured.out if code == 0 else captured.err
 
     return call
+
+
+def test_paths_that_cannot_be_written_say_what_to_name(lab, run):
+    code, output = run("--html", lab.folder)
+    assert code == 2 and "is a folder; name a file in it" in output
+    code, output = run("--png", lab.folder / "stats.toml")
+    assert code == 2 and "is a file; name a folder" in output
+
+
+def test_a_what_if_before_annotate_is_exit_code_3(lab, run):
+    (lab.workspace.annotations("aes") / part_name(1)).unlink()
+
+    code, output = run("--what-if", "very_aesthetic=0.82")
+
+    assert code == 3 and "part-00001.parquet: missing; run `python -m captioning annotate --models aes` first" in output
 
 
 def _inline(value):
