@@ -70,9 +70,23 @@ class Composer:
 
         Raises AnnotationMissingError, DamagedPartError.
         """
-        given = read_input(self._workspace, part, self.rules)
-        rules, words, num_rows = self.rules, self._words, given.records.num_rows
-        table = WordTable(num_rows, groups=rules.groups, words=words)
+        rules, given = self.rules, read_input(self._workspace, part, self.rules)
+        table = WordTable(given.records.num_rows, groups=rules.groups, words=self._words)
+        missing = self._add_own_words(table, given)
+        self._add_all_tags(table, part, given)
+        found = self._finished(table, given.records.column("key"))
+        found.missing = {group: number for group, number in missing.items() if number}
+        if captioner := rules.sentences.captioner:
+            found.captions = with_sentences(found.captions, given.annotations[captioner], rules.sentences)
+        if fallback := rules.fallback_words:
+            found.captions, found.num_fallback = with_fallback(found.captions, fallback, group=rules.fallback_group)
+        if edits is not None and len(edits):
+            self._edit(found, edits)
+        return found
+
+    def _add_own_words(self, table: WordTable, given: PartInput) -> dict[str, int]:
+        """Add what a picture has one of or its source gives; return the pictures without a value by group."""
+        rules, words = self.rules, self._words
         missing: dict[str, int] = {}
         ratings = record_words.ratings(given, rules)
         for group, tiers in rules.tiers.items():
@@ -85,23 +99,17 @@ class Composer:
             )
         if "rating" in rules.groups:
             missing["rating"] = record_words.add_ratings(table, words, ratings, rules)
+        return missing
+
+    def _add_all_tags(self, table: WordTable, part: Path, given: PartInput) -> None:
         streams = self._streams(part, given)
-        known = self.lexicon.arrays()
-        streams = self._without_barred(tag_stream.with_added(streams, known), given)
+        known, bits = self.lexicon.arrays(), self._source_bits(given)
+        streams = tag_stream.without_barred(tag_stream.with_added(streams, known), known, bits)
         streams = tag_stream.without_removed(streams, known)
-        if "style" in rules.groups:
-            streams = self._take_styles(table, given, years, streams)
+        if "style" in self.rules.groups:
+            streams = self._take_styles(table, given, given.years(self.rules.date.model), streams)
         for stream in streams:
-            self._add_tags(table, stream, known, self._bits(given))
-        found = self._finished(table, given.records.column("key"))
-        found.missing = {group: number for group, number in missing.items() if number}
-        if captioner := rules.sentences.captioner:
-            found.captions = with_sentences(found.captions, given.annotations[captioner], rules.sentences)
-        if fallback := rules.fallback_words:
-            found.captions, found.num_fallback = with_fallback(found.captions, fallback, group=rules.fallback_group)
-        if edits is not None and len(edits):
-            self._edit(found, edits)
-        return found
+            self._add_tags(table, stream, known, bits)
 
     def _edit(self, found: PartCaptions, edits: pa.Table) -> None:
         rules = self.rules
@@ -130,18 +138,14 @@ class Composer:
                 stream = self._tagger_tags(part, given.annotations[tagger])
                 may_be_tagged = self.lexicon.arrays().may_be_tagged
                 streams.append(stream.where(may_be_tagged[stream.tags] > 0))
-        return self._without_barred(streams, given)
+        return tag_stream.without_barred(streams, self.lexicon.arrays(), self._source_bits(given))
 
-    def _without_barred(self, streams: list[TagStream], given: PartInput) -> list[TagStream]:
-        if not self.rules.tags.source_blacklist:
-            return streams
-        return tag_stream.without_barred(streams, self.lexicon.arrays(), self._bits(given))
-
-    def _bits(self, given: PartInput) -> Ids:
-        """Return (N,): the bit of a picture's source in `barred`, 0 for sources without a black list."""
-        places = pc.index_in(
-            given.records.column("source"), value_set=pa.array(self.rules.tags.source_blacklist, pa.string())
-        )
+    def _source_bits(self, given: PartInput) -> Ids | None:
+        """Return (N,): the bit of a picture's source in `barred`, 0 for sources without a list; None without lists."""
+        listed = pa.array(self.rules.tags.source_blacklist, pa.string())
+        if not len(listed):
+            return None
+        places = pc.index_in(given.records.column("source"), value_set=listed)
         found = np.asarray(pc.fill_null(places, -1), dtype=np.int64)
         return np.where(found < 0, 0, np.left_shift(1, np.maximum(found, 0)))
 
@@ -171,7 +175,7 @@ class Composer:
         record_words.add_styles(table, self._words, given, years, tagged=(rows, styles), rules=self.rules.style)
         return [it.where(style_of[it.tags] < 0) for it in streams]
 
-    def _add_tags(self, table: WordTable, stream: TagStream, known: LexiconArrays, bits: Ids) -> None:
+    def _add_tags(self, table: WordTable, stream: TagStream, known: LexiconArrays, bits: Ids | None) -> None:
         rows, tags = stream.rows, stream.tags
         if self.rules.tags.kohya_characters:
             rows, tags = self._add_characters_as_kohya(table, rows, tags, known, bits)
@@ -182,7 +186,7 @@ class Composer:
             table.add(rows, words, groups=np.full(len(rows), series, dtype=np.int64))
 
     def _add_characters_as_kohya(
-        self, table: WordTable, rows: Ids, tags: Ids, known: LexiconArrays, bits: Ids
+        self, table: WordTable, rows: Ids, tags: Ids, known: LexiconArrays, bits: Ids | None
     ) -> tuple[Ids, Ids]:
         """Add characters in reverse order, each with its series behind; return the other tags."""
         is_character = known.is_character[tags] > 0
@@ -220,6 +224,8 @@ class Composer:
         )
 
 
-def _series_words(rows: Ids, tags: Ids, known: LexiconArrays, bits: Ids) -> Ids:
+def _series_words(rows: Ids, tags: Ids, known: LexiconArrays, bits: Ids | None) -> Ids:
     """Return the words of the series in characters' parentheses, none where the picture's source bars it."""
+    if bits is None:
+        return known.series_words[tags]
     return np.where(known.barred_series[tags] & bits[rows] == 0, known.series_words[tags], NO_WORD)

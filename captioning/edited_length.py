@@ -31,14 +31,16 @@ def cut_edited(
     rows = captions.filter(pa.array(is_edited)).to_pylist()
     words = [_Word(place, *it) for place, row in enumerate(rows) for it in _words(row) if it[0] != SENTENCE_GROUP]
     stays = _fitting(words, counter=counter, tokens=tokens, groups=groups)
-    gone = [word for word, fits in zip(words, stays, strict=True) if not fits]
-    for place in {word.place for word in gone}:
-        rows[place] = _without(rows[place], {(word.group, word.text) for word in gone if word.place == place})
+    gone: dict[int, set[tuple[str, str]]] = {}
+    for word, fits in zip(words, stays, strict=True):
+        if not fits:
+            gone.setdefault(word.place, set()).add((word.group, word.text))
+    for place, cut in gone.items():
+        rows[place] = _without(rows[place], cut)
     places = np.arange(len(captions))
     places[is_edited] = len(captions) + np.arange(len(rows))
     both = pa.concat_tables([captions.cast(CAPTIONS), pa.Table.from_pylist(rows, schema=CAPTIONS)])
-    cut = Counter((word.group, word.text) for word in gone)
-    return both.take(pa.array(places)), len({word.place for word in gone}), cut
+    return both.take(pa.array(places)), len(gone), Counter(word for cut in gone.values() for word in cut)
 
 
 class _Word(NamedTuple):

@@ -123,8 +123,13 @@ def with_added(streams: Sequence[TagStream], known: LexiconArrays) -> list[TagSt
     return [*streams, *added]
 
 
-def without_barred(streams: Sequence[TagStream], known: LexiconArrays, bits: Ids) -> list[TagStream]:
-    """Return the streams without tags that the black list of a picture's source has. bits: (R,) by row, as `barred`."""
+def without_barred(streams: Sequence[TagStream], known: LexiconArrays, bits: Ids | None) -> list[TagStream]:
+    """Return the streams without tags that the black list of a picture's source has.
+
+    bits: (R,) by row, as `barred`; None: no source has a list.
+    """
+    if bits is None:
+        return list(streams)
     return [stream.where(known.barred[stream.tags] & bits[stream.rows] == 0) for stream in streams]
 
 
