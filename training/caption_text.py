@@ -1,55 +1,20 @@
-"""The caption a sample trains on: prefix, dropout, tags kept in front, warm-up, shuffle, tag dropout.
+"""The caption a sample trains on: dropout, one of several texts, wildcards, kept tags, warm-up, shuffle, tag dropout.
 
-Pure, no torch, no tokenizer. Order of operations after kohya-ss sd-scripts' process_caption. Every draw comes from
-the sample's identity; the warm-up depends on the global step, so it goes on where the last chunk ended.
+Pure, no torch, no tokenizer. The order of operations is that of kohya-ss sd-scripts' process_caption; `compat` gives
+its peculiarities, too. Every draw comes from the sample's identity, so the same showing has the same caption on any
+number of processes; the warm-up depends on the global step, so it goes on where the last chunk ended.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
-
+from training.caption_parts import Part, split_parts, split_segments
+from training.caption_settings import SENTENCE_GROUP, CaptionSettings
 from training.randomness import SampleIdentity, uniform
+from training.wildcards import Segment, expand
 
-
-@dataclass(frozen=True)
-class CaptionSettings:
-    """What happens to captions; by default nothing. Raises ValueError for numbers out of range."""
-
-    separator: str = ", "
-    """Between tags. Parts are stripped and joined with it again, a bare comma as ", "."""
-    shuffle: bool = False
-    """Shuffle the tags that are not kept in front."""
-    keep_first_tags: int = 0
-    """The first so many tags stay in front."""
-    keep_groups: tuple[str, ...] = ()
-    """Then come the tags of these groups, in this order."""
-    never_shuffled: tuple[str, ...] = ()
-    """Then these tags, where a caption has them. All that is kept in front is never dropped or cut, either."""
-    tag_dropout_fraction: float = 0.0
-    """Probability of each other tag to be left out."""
-    caption_dropout_fraction: float = 0.0
-    """Probability of the caption to be empty."""
-    token_warmup_min: int = 1
-    """Tags (after those kept in front) at global step 0 of a warm-up."""
-    token_warmup_steps: int = 0
-    """Global step from which on all tags are used; 0 = no warm-up."""
-    prefix: str = ""
-    """Put before the caption with a space; sticks to the first tag, as there."""
-    suffix: str = ""
-    """Put behind the caption with a space; sticks to the last tag."""
-
-    def __post_init__(self) -> None:
-        for name in ("tag_dropout_fraction", "caption_dropout_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"captions.{name}: must be between 0 and 1, got {getattr(self, name)}")
-        for name in ("keep_first_tags", "token_warmup_min", "token_warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"captions.{name}: must not be negative, got {getattr(self, name)}")
-        if not self.separator.strip():
-            raise ValueError(f"captions.separator: must be more than spaces, got {self.separator!r}")
+__all__ = ["CaptionSettings", "training_caption"]
 
 
 def training_caption(
@@ -62,71 +27,192 @@ def training_caption(
 ) -> str:
     """Return the caption of one showing of a sample; with everything off `text` verbatim.
 
-    groups: the caption's {group, tags} in order, None when unknown. They name the tags for `keep_groups`, and keep a
-    tag with a comma in it in one piece.
+    groups: the caption's {group, tags} in order, None when unknown. They name the tags for the settings that speak of
+    groups, tell tags from sentences, and keep a tag with a comma in it in one piece.
     """
-    if (
-        settings.caption_dropout_fraction > 0
-        and uniform(identity, "caption_dropout") < settings.caption_dropout_fraction
-    ):
+    if _is_dropped(settings, identity):
         return ""
-    is_warming_up = global_step < settings.token_warmup_steps
-    if not (settings.shuffle or is_warming_up or settings.tag_dropout_fraction > 0):
-        return _with_affixes(text, settings)
+    is_kohya = settings.compat == "kohya"
+    if is_kohya:
+        text = f"{settings.prefix} {text}" if settings.prefix else text
+        text = f"{text} {settings.suffix}" if settings.suffix else text
+    text = _line(text, settings, identity)
+    affixes = ("", "") if is_kohya else (settings.prefix, settings.suffix)
+    segments, *around = _expanded([text, *affixes], settings, identity)
+    if settings.takes_apart or (not is_kohya and _has_marks(text, settings)):
+        caption = _rebuilt(segments, () if is_kohya else groups or (), settings, identity, global_step)
+    else:
+        caption = _plain(segments)
+    if is_kohya:
+        if settings.secondary_separator:
+            caption = caption.replace(settings.secondary_separator, settings.separator)
+        return caption
+    return _joined(_plain(around[0]), caption, _plain(around[1]))
 
-    parts = _split(text, groups or (), settings.separator.strip())
+
+def _is_dropped(settings: CaptionSettings, identity: SampleIdentity) -> bool:
+    every = settings.caption_dropout_every_epochs
+    if every and (identity.epoch + 1) % every == 0:
+        return True
+    fraction = settings.caption_dropout_fraction
+    return fraction > 0 and uniform(identity, "caption_dropout") < fraction
+
+
+def _joined(*texts: str) -> str:
+    return " ".join(text for text in texts if text)
+
+
+def _line(text: str, settings: CaptionSettings, identity: SampleIdentity) -> str:
+    if settings.lines == "all" or "\n" not in text:
+        return text
+    lines = text.split("\n")
+    if settings.compat != "kohya":
+        lines = [line.strip() for line in lines if line.strip()] or [""]
+    if settings.lines == "first":
+        return lines[0]
+    weights = settings.line_weights or (1.0,)
+    return lines[_weighted([*weights, *[weights[-1]] * len(lines)][: len(lines)], uniform(identity, "caption_line"))]
+
+
+def _weighted(weights: Sequence[float], number: float) -> int:
+    """Return the place that `number` in [0, 1) falls on. weights: not negative; if all are 0, the first."""
+    sums = list(accumulate(weights))
+    return next((place for place, total in enumerate(sums) if number * sums[-1] < total), 0)
+
+
+def _expanded(texts: Sequence[str], settings: CaptionSettings, identity: SampleIdentity) -> list[list[Segment]]:
+    if not settings.wildcards or not any("{" in text or "}" in text for text in texts):
+        return [[Segment(text, text, False)] for text in texts]
+    draw = identity.generator("caption_wildcards").random
+    found = [expand(text, draw=draw, nested=settings.compat != "kohya") for text in texts]
+    if settings.compat == "kohya":  # which splits only what it has written
+        return [[Segment(_plain(segments), _plain(segments), False)] for segments in found]
+    return found
+
+
+def _plain(segments: Sequence[Segment]) -> str:
+    return "".join(segment.text for segment in segments)
+
+
+def _has_marks(text: str, settings: CaptionSettings) -> bool:
+    return any(mark and mark in text for mark in (settings.keep_separator, settings.secondary_separator))
+
+
+# --- take apart, choose, order, join ---
+
+
+def _rebuilt(
+    segments: list[Segment],
+    groups: Sequence[Mapping[str, Any]],
+    settings: CaptionSettings,
+    identity: SampleIdentity,
+    global_step: int,
+) -> str:
+    is_kohya = settings.compat == "kohya"
+    sections = _kohya_sections(segments, settings) if is_kohya else _sections(segments, groups, settings)
+    parts = [part for section in sections for part in section]
     if not parts:
-        return _with_affixes("", settings)
-    kept = _kept_in_front(parts, groups or (), settings)
-    flexible = [index for index in range(len(parts)) if index not in set(kept)]
-    if is_warming_up:
-        share = global_step * (len(flexible) - settings.token_warmup_min) / settings.token_warmup_steps
-        flexible = flexible[: math.floor(share) + settings.token_warmup_min]
+        return ""
+    sentences = [place for place, part in enumerate(parts) if part.group == SENTENCE_GROUP]
+    front, flexible, tail = _places(sections, settings)
+    if global_step < settings.warmup_steps:
+        # The same numbers as kohya's formula, in whole numbers, so that no rounding can take a tag away.
+        num_more = global_step * (len(flexible) - settings.token_warmup_min) // settings.warmup_steps
+        flexible = flexible[: settings.token_warmup_min + num_more]
+    # A tag's numbers depend on its place in the caption alone, not on what happens to others.
+    ranks, draws = identity.generator("tags").random((2, len(parts))).tolist()
     if settings.shuffle:
         # Sorting uniform numbers needs nothing of numpy that may change; its permutation might.
-        order = np.argsort(identity.generator("tag_shuffle").random(len(flexible)), kind="stable")
-        flexible = [flexible[position] for position in order]
-    if settings.tag_dropout_fraction > 0:
-        draws = identity.generator("tag_dropout").random(len(parts))  # a tag's draw does not depend on its place
-        flexible = [index for index in flexible if draws[index] >= settings.tag_dropout_fraction]
-
-    if settings.prefix:
-        parts[0] = f"{settings.prefix} {parts[0]}"
-    if settings.suffix:
-        parts[-1] = f"{parts[-1]} {settings.suffix}"
-    joint = ", " if settings.separator.strip() == "," else settings.separator
-    return joint.join(parts[index] for index in [*kept, *flexible])
+        flexible.sort(key=ranks.__getitem__)
+    dropped = _dropped(parts, set(flexible), draws, settings)
+    chosen = _with_sentences(front, flexible, tail, sentences, settings, identity)
+    return _written([parts[place].text for place in chosen if place not in dropped], settings)
 
 
-def _with_affixes(text: str, settings: CaptionSettings) -> str:
-    return " ".join(part for part in (settings.prefix, text, settings.suffix) if part)
+def _sections(
+    segments: list[Segment], groups: Sequence[Mapping[str, Any]], settings: CaptionSettings
+) -> list[list[Part]]:
+    """Return the parts of the caption, or those before, between and behind the keep marks."""
+    separator = settings.separator.strip()
+    sections = split_segments(segments, settings.keep_separator) if settings.keep_separator else [segments]
+    parts = [split_parts(section, groups, separator=separator) for section in sections]
+    return [*parts[:2], [part for section in parts[2:] for part in section]] if len(parts) > 1 else parts
 
 
-def _split(text: str, groups: Sequence[Mapping[str, Any]], separator: str) -> list[str]:
-    """Split at the separator, strip, leave out empty parts; tags known from `groups` stay whole."""
-    pieces = [piece.strip() for piece in text.split(separator)]
-    with_separator = {
-        tuple(piece.strip() for piece in tag.split(separator)): tag
-        for group in groups
-        for tag in group["tags"]
-        if separator in tag
-    }
-    lengths = sorted({len(tag_pieces) for tag_pieces in with_separator}, reverse=True)
-    parts, position = [], 0
-    while position < len(pieces):
-        length = next((n for n in lengths if tuple(pieces[position : position + n]) in with_separator), 1)
-        part = with_separator[tuple(pieces[position : position + length])] if length > 1 else pieces[position]
-        if part:
-            parts.append(part)
-        position += length
-    return parts
+def _kohya_sections(segments: list[Segment], settings: CaptionSettings) -> list[list[Part]]:
+    """As kohya splits: empty parts stay, but for captions with a keep mark; a third mark is text."""
+    text, mark = _plain(segments), settings.keep_separator
+    if not mark or mark not in text:
+        return [[Part(tag.strip()) for tag in text.strip().split(settings.separator)]]
+    sections = [
+        [Part(tag.strip()) for tag in section.split(settings.separator) if tag.strip()]
+        for section in text.split(mark, 2)
+    ]
+    return [*sections, []][:3]
 
 
-def _kept_in_front(parts: list[str], groups: Sequence[Mapping[str, Any]], settings: CaptionSettings) -> list[int]:
-    """Return the positions of the parts that stay in front, in their order."""
-    kept = dict.fromkeys(range(min(settings.keep_first_tags, len(parts))))
+def _places(sections: Sequence[Sequence[Part]], settings: CaptionSettings) -> tuple[list[int], list[int], list[int]]:
+    """Return the places of the tags kept in front, in their order, of the flexible ones, and of those kept behind."""
+    parts = [part for section in sections for part in section]
+    tags = [place for place, part in enumerate(parts) if part.group != SENTENCE_GROUP]
+    if len(sections) == 1:
+        front, flexible, tail = tags[: settings.keep_first_tags], tags[settings.keep_first_tags :], []
+    else:
+        middle = len(sections[0])
+        end = middle + len(sections[1])
+        front = [place for place in tags if place < middle]
+        flexible = [place for place in tags if middle <= place < end]
+        tail = [place for place in tags if place >= end]
+    kept: dict[int, None] = {}
     for name in settings.keep_groups:
-        tags = {tag.strip() for group in groups if group["group"] == name for tag in group["tags"]}
-        kept |= dict.fromkeys(index for index, part in enumerate(parts) if part in tags)
-    kept |= dict.fromkeys(index for index, part in enumerate(parts) if part in settings.never_shuffled)
-    return list(kept)
+        kept |= dict.fromkeys(place for place in flexible if parts[place].group == name)
+    if settings.never_shuffled:
+        kept |= dict.fromkeys(place for place in flexible if parts[place].text in settings.never_shuffled)
+    return [*front, *kept], [place for place in flexible if place not in kept], tail
+
+
+def _dropped(parts: Sequence[Part], flexible: set[int], draws: Sequence[float], settings: CaptionSettings) -> set[int]:
+    """Return the places of the parts to leave out. draws: a number in [0, 1) per part."""
+    of_group, by_default = settings.tag_dropout_groups, settings.tag_dropout_fraction
+    if not of_group:
+        return {place for place in flexible if draws[place] < by_default}
+    fractions = (of_group.get(part.group, by_default if place in flexible else 0) for place, part in enumerate(parts))
+    return {place for place, fraction in enumerate(fractions) if draws[place] < fraction}
+
+
+def _with_sentences(
+    front: list[int],
+    flexible: list[int],
+    tail: list[int],
+    sentences: list[int],
+    settings: CaptionSettings,
+    identity: SampleIdentity,
+) -> list[int]:
+    """Return the places of what is trained, in order."""
+    tags = [*front, *flexible, *tail]
+    if not sentences:
+        return tags
+    if not settings.mix:
+        first_tag = min(tags, default=0)
+        return [*(it for it in sentences if it < first_tag), *tags, *(it for it in sentences if it >= first_tag)]
+    which_form, which_sentence = identity.generator("caption_mix").random(2).tolist()
+    sentence = sentences[int(which_sentence * len(sentences))]
+    forms = sorted(settings.mix)
+    form = forms[_weighted([settings.mix[name] for name in forms], which_form)] if tags else "sentences"
+    return {
+        "tags": tags,
+        "sentences": [sentence],
+        "kept_sentences": [*front, *tail, sentence],
+        "sentences_tags": [sentence, *tags],
+        "tags_sentences": [*tags, sentence],
+    }[form]
+
+
+def _written(texts: Sequence[str], settings: CaptionSettings) -> str:
+    if settings.compat == "kohya":
+        return ", ".join(texts)
+    joint = ", " if settings.separator.strip() == "," else settings.separator
+    if settings.secondary_separator:
+        inner = (part.strip() for text in texts for part in text.split(settings.secondary_separator))
+        texts = [part for part in inner if part]
+    return joint.join(texts)
