@@ -125,7 +125,7 @@ def area(pixels, length):
         sums = np.stack([np.interp(edges, np.arange(len(lines) + 1), column) for column in integral.T], axis=1)
         means = np.diff(sums, axis=0) * length / len(lines)
         pixels = np.moveaxis(means.reshape(length, *lines.shape[1:]), 0, axis)
-    return pixels
+    return np.round(pixels)
 
 
 def white_square(pixels):
