@@ -24,6 +24,7 @@ from captioning.plugin import Identity
 from captioning.taggers.base import LABELS_FILE
 from sharding.chunk import chunk_folders
 from sharding.config import ConfigError
+from sharding.files import LEFT_OVER_SECONDS, remove_temporaries
 from sharding.runlog import Progress
 from sharding.schema import Workspace
 from sharding.tables import is_current, list_parts, owned_parts, read_part, write_part
@@ -66,6 +67,8 @@ def annotate(
         for _ in parts:
             pass
         return tally.report(is_dry_run=True)
+    for name in chosen:
+        remove_temporaries(workspace.annotations(name), min_age_seconds=LEFT_OVER_SECONDS)
     _write_labels(workspace, identities | parts.taggers)
     num_workers = _num_workers(config, workers)
     stored = _images_in_tars(config, workspace, chunks)
@@ -137,14 +140,23 @@ class _Parts(Iterator[PartWork]):
 
 
 def _run_all(loops: Sequence[DeviceLoop], parts: _Parts) -> None:
-    """Run the loops side by side; when one fails the others finish the part they are at, then its error is raised."""
+    """Run the loops side by side; when one fails the others finish what they have begun, then its error is raised.
+
+    Ctrl-C does not wait for that.
+    """
     if len(loops) == 1:
         loops[0].run(parts)
         return
     with ThreadPoolExecutor(len(loops), thread_name_prefix="device") as pool:
         futures = [pool.submit(loop.run, parts) for loop in loops]
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
+            ended, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            if error := next((it.exception() for it in ended if it.exception()), None):
+                logger.error("one device has stopped, the others finish the parts that they are at: %s", error)
+        except KeyboardInterrupt:
+            for loop in loops:
+                loop.stop()
+            raise
         finally:
             parts.stop()
     for future in futures:

@@ -1,12 +1,15 @@
 """`python -m captioning COMMAND DATASET.toml`: arguments in, report and exit code out.
 
-Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 bad data. No work is done here.
+Exit codes: 0 done, 1 failed or stopped by Ctrl-C or SIGTERM, 2 bad usage or config, 3 bad data. No work is done here.
 """
 
 import argparse
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -54,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, BAD_USAGE)
     workspace = Workspace(options.workspace or Path("workspace") / config.name)
     try:
-        report = _run(options, config, workspace)
+        with _sigterm_as_ctrl_c():
+            report = _run(options, config, workspace)
     except (ConfigError, ModelError, EditError, FileNotFoundError) as error:
         return _fail(error, BAD_USAGE)
     except (DamagedPartError, AnnotationMissingError, BrokenFractionError) as error:
@@ -62,12 +66,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, WorkerDiedError) as error:
         return _fail(error, FAILED)
     except KeyboardInterrupt:
-        return _fail("interrupted; finished parts stay, run the same command again", FAILED)
+        return _fail("stopped; finished parts stay, run the same command again", FAILED)
     except Exception:
         logger.exception("%s failed", options.command)
         return FAILED
     print(report.summary())
     return DONE
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, by which Slurm asks a job to end, clean up and say what to do, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(options: argparse.Namespace, config: "CaptioningConfig", workspace: "Workspace") -> Report:

@@ -28,6 +28,10 @@ Answer: TypeAlias = tuple[tuple[PartWork, int | None], PreparedImage | None]
 """A part, the place of an image in it, and that image; at the end of the part neither place nor image."""
 
 
+class StoppedError(RuntimeError):
+    """`DeviceLoop.stop` was called."""
+
+
 class DeviceLoop:
     """Runs the models on one device over the parts it is given. Raises what `annotate` raises."""
 
@@ -51,6 +55,11 @@ class DeviceLoop:
         self._num_workers = num_workers
         self._events = EventLog(workspace.events, stage="annotate")
         self._decoders: Decoders | None = None
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Make `run`, in another thread, raise StoppedError at the next image; unfinished parts are left undone."""
+        self._is_stopped = True
 
     def run(self, works: Iterator[PartWork]) -> None:
         """Do what is to do in the parts that `works` hands out, until it has no more."""
@@ -59,6 +68,8 @@ class DeviceLoop:
         with Decoders(self._num_workers, batch_size=given if isinstance(given, int) else 1) as self._decoders:
             stream = self._decoders.in_order(self._tasks(works))
             while (item := self._wait_for(stream)) is not None:
+                if self._is_stopped:
+                    raise StoppedError
                 (work, place), prepared = item
                 if prepared is None or place is None:
                     self._finish(work, batchers)

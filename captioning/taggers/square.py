@@ -17,6 +17,7 @@ from captioning.taggers.resampling import area_mean, lanczos4, to_uint8
 
 Geometry = Literal["demo", "kohya", "kohya_087", "tag_editor"]
 WHITE = (255, 255, 255)
+_BAND_PIXELS = 1 << 24
 _ORIENTATION = 0x0112
 """EXIF tag."""
 
@@ -56,12 +57,28 @@ class SquarePreparer:
         if width > height:
             # Pillow resizes rows first and columns of the result afterwards. White rows stay white in the first pass,
             # so it can be done before they are added: same pixels, without a square of camera size.
-            image = image.resize((self.side, height), Image.Resampling.BICUBIC)
-        if width != height:
-            image = pad(image, longest=max(width, height), is_wide=width > height)
+            image = pad(image.resize((self.side, height), Image.Resampling.BICUBIC), longest=width, is_wide=True)
+        elif height > width:
+            image = self._narrowed(image)
         if image.size != (self.side, self.side):
             image = image.resize((self.side, self.side), Image.Resampling.BICUBIC)
         return np.asarray(image)
+
+    def _narrowed(self, image: Image.Image) -> Image.Image:
+        """Return a tall picture, padded to a square and resized to `side` columns, a band of rows at a time.
+
+        The pass over rows takes each by itself, and a strip of 1,000 x 60,000 pixels would be a square of 14 GB.
+        """
+        width, height = image.size
+        if height * height <= _BAND_PIXELS:
+            return pad(image)
+        narrow = Image.new("RGB", (self.side, height))
+        num_rows = _BAND_PIXELS // height
+        for top in range(0, height, num_rows):
+            band = image.crop((0, top, width, min(top + num_rows, height)))
+            padded = pad(band, longest=height, is_wide=False)
+            narrow.paste(padded.resize((self.side, band.height), Image.Resampling.BICUBIC), (0, top))
+        return narrow
 
     def _area(self, image: Image.Image) -> Pixels:
         """Shrink along the longer side first; the lines that are missing along the other one are white."""

@@ -297,6 +297,20 @@ annotate(config, Workspace(Path({str(lab.workspace.root)!r})))
     assert digests(lab) == expected
 
 
+def test_what_killed_writers_left_is_removed_when_it_is_old(lab, model_tables):
+    lab.keep(lab.save(lab.png(64, 64)))
+    folder = lab.workspace.annotations("wd")
+    folder.mkdir(parents=True)
+    old, of_another_task = (folder / f"{part_name(0)}.partial-{n}" for n in range(2))
+    old.write_bytes(b"PAR1")
+    of_another_task.write_bytes(b"PAR1")
+    os.utime(old, (0, 0))
+
+    annotate(lab.annotate_config(model_tables), lab.workspace, models=["wd"])
+
+    assert not old.exists() and of_another_task.exists()
+
+
 def test_a_damaged_part_is_made_again(lab, model_tables):
     lab.keep(lab.save(lab.png(64, 64)))
     config = lab.annotate_config(model_tables)
@@ -328,12 +342,13 @@ def test_a_date_alone_needs_no_pictures(lab):
 
 
 def test_huge_tiny_and_transparent_pictures_pass_through_every_model(lab, model_tables):
-    records = lab.save(lab.png(1, 1), lab.png(3000, 500), lab.png(40, 900, mode="RGBA"), lab.png(5, 5))
+    strips = lab.png(20_000, 1), lab.png(1, 9_000)  # their shorter side enlarged to 224, they would be 4 and 2 GB
+    records = lab.save(lab.png(1, 1), lab.png(3000, 500), lab.png(40, 900, mode="RGBA"), lab.png(5, 5), *strips)
     lab.keep(records)
 
     report = annotate(lab.annotate_config(model_tables), lab.workspace)
 
-    assert report.without_result == {} and report.num_decodes == 4
+    assert report.without_result == {} and report.num_decodes == 6
 
 
 def test_scaled_decoding_is_another_preprocessing_with_nearly_the_same_scores(lab, model_tables):
@@ -396,21 +411,82 @@ def test_a_mistake_in_a_preparer_names_the_picture_that_shows_it(lab):
     assert caught.value.__notes__ == [f"while preparing {task.key} {task.path}"]
 
 
-class KillTheWorker:
-    """A preparer that takes its process down, as the kernel does when memory runs out."""
+class OutOfMemory:
+    """A preparer that needs more memory than there is."""
 
     min_side = 1
 
     def prepare(self, image):
-        os.kill(os.getpid(), signal.SIGKILL)
+        raise MemoryError
 
 
-def test_a_worker_that_dies_ends_the_run_with_its_image_and_never_hangs(lab):
-    (record,) = lab.save(lab.png(64, 64))
-    task = ImageTask(record["key"], lab.pictures / record["path"], record["num_bytes"], {"x": KillTheWorker()})
+def test_a_picture_too_large_to_prepare_has_no_result_and_stops_nothing(lab):
+    (record,) = lab.save(lab.png(64, 48))
+    task = ImageTask(record["key"], lab.pictures / record["path"], record["num_bytes"], {"x": OutOfMemory()})
 
-    with Decoders(1, batch_size=1) as decoders, pytest.raises(WorkerDiedError, match=record["key"]):
-        list(decoders.in_order((number, task) for number in range(3)))
+    prepared = decode.prepare_image(task)
+
+    assert (prepared.status, prepared.detail) == ("out_of_memory", "preparing 64x48 pixels")
+
+
+class KillTheWorker:
+    """A preparer that takes its process down, as the kernel does when memory runs out, at pictures of one width."""
+
+    min_side = 1
+
+    def __init__(self, width):
+        self.width = width
+
+    def prepare(self, image):
+        if image.width == self.width:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.array(image)
+
+
+def tasks_of(lab, records, preparer):
+    return [ImageTask(it["key"], lab.pictures / it["path"], it["num_bytes"], {"x": preparer}) for it in records]
+
+
+def test_a_picture_that_kills_its_worker_costs_only_itself(lab, caplog):
+    records = lab.save(*(lab.png(8 + n, 8) for n in range(6)))
+    items = list(enumerate(tasks_of(lab, records, KillTheWorker(10))))
+    items.insert(3, ("end of a part", None))
+
+    with Decoders(1, batch_size=1) as decoders:
+        answers = list(decoders.in_order(items))
+
+    assert [companion for companion, _ in answers] == [0, 1, 2, "end of a part", 3, 4, 5]
+    statuses = [prepared.status if prepared else None for _, prepared in answers]
+    assert statuses == ["ok", "ok", "worker_died", None, "ok", "ok", "ok"]
+    assert "a decode worker died" in caplog.text
+
+
+def test_workers_that_die_whatever_they_are_given_end_the_run_and_never_hang(lab, monkeypatch):
+    monkeypatch.setattr(decode, "_MOST_DEATHS", 2)  # each one is a process that starts
+    records = lab.save(*(lab.png(8, 8 + n) for n in range(3)))
+    first = ", ".join(it["key"] for it in records[:2])
+
+    with Decoders(1, batch_size=1) as decoders, pytest.raises(WorkerDiedError, match=f"at the images {first}, one"):
+        list(decoders.in_order(enumerate(tasks_of(lab, records, KillTheWorker(8)))))
+
+
+class Slow:
+    """A preparer that takes its time."""
+
+    min_side = 1
+
+    def prepare(self, image):
+        time.sleep(60)
+
+
+def test_who_is_stopped_does_not_wait_for_a_slow_picture(lab):
+    with pytest.raises(KeyboardInterrupt), Decoders(1, batch_size=1) as decoders:
+        stream = decoders.in_order([(0, None), *enumerate(tasks_of(lab, lab.save(lab.png(8, 8)), Slow()))])
+        next(stream)
+        started = time.monotonic()
+        raise KeyboardInterrupt
+
+    assert time.monotonic() - started < 10
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):

@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+import threading
 
 import pytest
 
+import captioning.annotate as annotate_module
 from captioning.annotate import annotate
 from captioning.batch_size import find_batch_size
+from captioning.device_loop import DeviceLoop
 from captioning.devices import parse_devices, split_device, torch_name
 from captioning.onnx_session import open_session, provider_of
 from captioning.plugin import ModelError
@@ -42,16 +45,34 @@ def test_devices_share_the_parts_and_give_the_same_bytes(lab, model_tables):
     assert report.num_rows == {"wd": 6, "quality": 6, "date": 6}
 
 
-def test_an_error_on_one_device_ends_the_run(lab, model_tables):
+def test_an_error_on_one_device_ends_the_run(lab, model_tables, caplog):
     lab.keep(*(lab.save(b"no image %d" % n) for n in range(4)))
     config = lab.annotate_config({"wd": model_tables["wd"]}, max_broken_fraction=0.01)
 
-    with pytest.raises(BrokenFractionError):
+    with pytest.raises(BrokenFractionError), caplog.at_level("ERROR"):
         annotate(config, lab.workspace, devices=("cpu", "cpu"))
+    assert "one device has stopped, the others finish the parts that they are at: " in caplog.text
     with pytest.raises(ModelError, match="sees no such device"):
         tables = {"quality": model_tables["quality"]}
         lab.keep(lab.save(lab.png(60, 60)))
         annotate(lab.annotate_config(tables), lab.workspace, devices=("cuda:0", "cuda:1"))
+
+
+def test_ctrl_c_does_not_wait_until_all_devices_have_finished_their_parts(lab, model_tables, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    was_stopped = threading.Event()
+    originals = DeviceLoop.stop, DeviceLoop._wait_for
+    monkeypatch.setattr(annotate_module, "wait", interrupted)
+    monkeypatch.setattr(DeviceLoop, "stop", lambda self: (originals[0](self), was_stopped.set()))
+    monkeypatch.setattr(DeviceLoop, "_wait_for", lambda self, it: (was_stopped.wait(10), originals[1](self, it))[1])
+    lab.keep(*([row] for row in lab.save(*(lab.png(60 + n, 60) for n in range(4)))))
+
+    with pytest.raises(KeyboardInterrupt):
+        annotate(lab.annotate_config({"wd": model_tables["wd"]}), lab.workspace, devices=("cpu", "cpu"))
+
+    assert was_stopped.is_set() and len(list(lab.workspace.annotations("wd").glob("part-*"))) < 2
 
 
 def test_names_of_devices():

@@ -1,5 +1,6 @@
 """Exit codes, help and the whole line from kept parts to tables of counts."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -175,6 +176,16 @@ def test_a_picture_that_vanished_is_counted_and_has_a_row_with_the_reason(lab, d
     }
     events = lab.workspace.events.read_text()
     assert f'"event": "no_result", "key": "{gone.stem}"' in events
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_say_what_to_do(lab, dataset, monkeypatch, capsys, sent):
+    monkeypatch.setattr(cli, "_run", lambda *_: signal.raise_signal(sent))
+    before = signal.getsignal(signal.SIGTERM)
+
+    assert run("annotate", dataset, "--workspace", lab.workspace.root) == 1
+    assert the_error(capsys) == "error: stopped; finished parts stay, run the same command again"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_too_many_broken_pictures_are_exit_code_3(lab, dataset, capsys):

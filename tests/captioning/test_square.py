@@ -16,7 +16,7 @@ from PIL import Image
 
 from captioning.decode import ImageTask, prepare_image
 from captioning.taggers import wd
-from captioning.taggers.square import OpaquePreparer, SquarePreparer
+from captioning.taggers.square import OpaquePreparer, SquarePreparer, pad
 
 KOHYA_087 = {
     (97, 61): ("1ce01319775bf550", [133, 144, 90]),
@@ -127,3 +127,11 @@ def test_every_way_of_preparing_is_an_identity_of_its_own(demo_models):
     ]
 
     assert len({wd.identify(it).digest for it in settings}) == 8
+
+
+@pytest.mark.parametrize(("width", "height"), [(17, 4_500), (4_200, 4_300)])
+def test_a_tall_picture_in_bands_is_the_same_as_in_one_piece(width, height):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    whole = np.asarray(pad(image).resize((64, 64), Image.Resampling.BICUBIC))[:, :, ::-1]
+
+    assert np.array_equal(SquarePreparer(64).prepare(image), whole)
