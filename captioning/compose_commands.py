@@ -45,16 +45,19 @@ def run_compose(
     options: argparse.Namespace, config: "CaptioningConfig", workspace: "Workspace", *, policy: str
 ) -> _Report:
     """Compose, or compare two policies. Raises as those do, ConfigError for options that do not go together."""
+    from sharding.config import ConfigError
+
     part = {"part_index": options.part_index, "num_parts": options.num_parts}
     if options.diff is None:
         from captioning.compose import compose
-        from sharding.config import ConfigError
 
         if options.json:
             raise ConfigError("--json goes with --diff A B only")
         return compose(config, workspace, policy=policy, dry_run=options.dry_run, **part)
     from captioning.policy_diff import diff_policies
 
+    if options.policy:
+        raise ConfigError("--diff A B names both policies; leave --policy out")
     before, after = options.diff
     report = diff_policies(config, workspace, before=before, after=after, num_examples=max(options.examples, 0), **part)
     return _Text(report.as_json()) if options.json else report

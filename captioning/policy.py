@@ -27,7 +27,8 @@ class TokensConfig(Config):
     """The length of a caption in tokens of a CLIP text encoder."""
 
     max_tokens: int = Field(0, ge=0)
-    """Longest caption, without begin and end token (75 per window); 0: no limit."""
+    """Longest caption, without begin and end token (75 per window); 0: no limit. Sentences of a captioner are neither
+    counted nor cut."""
     tokenizer: str = "training/stage_c/clip_bpe/bpe_simple_vocab_16e6.txt.gz"
     """OpenAI's vocabulary file, a folder with tokenizer.json or vocab.json and merges.txt, or a hub id."""
     cut_first: tuple[str, ...] = ()

@@ -2,7 +2,8 @@
 
 A list is TOML's own or a .txt file with one tag a line. A map (tag → tag) and lists by tag (tag → tags) are tables,
 .toml files of the same form, or .csv files with two columns, one pair a line, further columns ignored. A name without
-an ending is one of the tables that come with the package (`tag_tables/NAME.toml`). Files are read when the
+an ending is one of the tables that come with the package (`tag_tables/NAME.toml`). A line of a .txt or .csv that begins
+with "# " is a comment; without the space it is a tag (`#compass`). Files are read when the
 policy is, so that their content, not their name, decides whether captions are current. Tags are in underscore form.
 """
 
@@ -22,7 +23,7 @@ def _read_list(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     lines = _text(Path(value), endings=(".txt",)).splitlines()
-    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+    return tuple(line.strip() for line in lines if line.strip() and not _is_comment(line))
 
 
 def _read_map(value: Any) -> Any:
@@ -33,8 +34,10 @@ def _read_map(value: Any) -> Any:
         return _toml(path)
     rows = _rows(path)
     if rows and all(len(row) == _NUM_COMPLETION_COLUMNS and row[1].isdigit() for row in rows):
-        # A list for tag completion: tag, category, count, "alias,alias".
-        return {alias.strip(): row[0] for row in reversed(rows) for alias in row[3].split(",") if alias.strip()}
+        # A list for tag completion: tag, category, count, "alias,alias". What it lists as a tag is no other name.
+        tags = {row[0] for row in rows}
+        pairs = [(alias.strip(), row[0]) for row in reversed(rows) for alias in row[3].split(",")]
+        return {alias: tag for alias, tag in pairs if alias and alias not in tags}
     return {row[0]: row[1] for row in rows}
 
 
@@ -78,6 +81,10 @@ def _text(path: Path, *, endings: tuple[str, ...]) -> str:
         raise ValueError(f"{path}: cannot be read as a table of tags: {error}") from error
 
 
+def _is_comment(line: str) -> bool:
+    return line == "#" or line.startswith("# ")
+
+
 @lru_cache(maxsize=8)
 def _toml(path: Path) -> dict[str, Any]:
     try:
@@ -88,7 +95,7 @@ def _toml(path: Path) -> dict[str, Any]:
 
 def _rows(path: Path) -> list[list[str]]:
     text = _text(path, endings=(".toml", ".csv"))
-    rows = [row for row in csv.reader(text.splitlines()) if row and not row[0].startswith("#")]
+    rows = [row for row in csv.reader(text.splitlines()) if row and not _is_comment(row[0])]
     for row in rows:
         if len(row) < 2 or not row[0].strip():
             raise ValueError(f"{path}: {','.join(row)!r} is not two columns separated by a comma")

@@ -26,15 +26,15 @@ def general(lab, *tags, key="a", **values):
 
 def test_tables_may_be_files_and_their_content_decides_what_is_current(lab):
     (lab.folder / "alias.csv").write_text("# old, new\nlonghair,long_hair\n")
-    (lab.folder / "drop.txt").write_text("watermark\n\n# comment\n")
+    (lab.folder / "drop.txt").write_text("watermark\n\n# comment\n#compass\n")
     (lab.folder / "replace.toml").write_text('"long hair" = "hair, long"\nsolo = ""\n'.replace(", long", " of length"))
     files = {name: str(lab.folder / name) for name in ("alias.csv", "drop.txt", "replace.toml")}
-    record = general(lab, "longhair", "watermark", "solo", "long_hair")
+    record = general(lab, "longhair", "watermark", "solo", "long_hair", "#compass")
     rules = {"tags": {"alias": files["alias.csv"], "drop_tags": files["drop.txt"]}, "replace": files["replace.toml"]}
 
     texts, _ = captions(lab, [record], **rules)
     _, again = captions(lab, [record], **rules)
-    (lab.folder / "drop.txt").write_text("watermark\nlong_hair\n")
+    (lab.folder / "drop.txt").write_text("watermark\nlong_hair\n#compass\n")
     changed, report = captions(lab, [record], **rules)
 
     assert texts == ["hair of length"] and again.num_parts_written == 0
@@ -43,11 +43,19 @@ def test_tables_may_be_files_and_their_content_decides_what_is_current(lab):
 
 def test_a_list_for_tag_completion_gives_its_aliases(lab):
     path = lab.folder / "danbooru.csv"
-    path.write_text('long_hair,0,4350743,"/lh,longhair"\nsolo,0,5000954,"female_solo"\nrare,0,1,\n')
+    rows = [
+        'long_hair,0,4350743,"/lh,longhair"',
+        'solo,0,5000954,"female_solo,rare"',
+        "rare,0,1,solo",
+        "#compass,3,1,compass",
+    ]
+    path.write_text("\n".join(rows))
+    record = general(lab, "longhair", "female_solo", "/lh", "compass", "rare")
 
-    texts, _ = captions(lab, [general(lab, "longhair", "female_solo", "/lh")], tags={"alias": str(path)})
+    texts, _ = captions(lab, [record], tags={"alias": str(path)})
 
-    assert texts == ["long hair, solo"]
+    # `rare` is a tag of the list, so it is no other name of solo
+    assert texts == ["long hair, solo, #compass, rare"]
 
 
 def test_black_lists_are_exact_unless_asked_otherwise(lab):

@@ -67,10 +67,11 @@ def test_the_command_prints_text_or_json(lab, capsys):
     place = ["compose", str(path), "--workspace", str(lab.workspace.root)]
 
     codes = [cli.main([*place, "--diff", "default", "other", *more]) for more in ([], ["--json"])]
-    refused = cli.main([*place, "--json"])
+    refused = [cli.main([*place, *wrong]) for wrong in (["--json"], ["--diff", "a", "b", "--policy", "other"])]
 
-    output = capsys.readouterr().out
-    assert codes == [0, 0] and refused == 2
+    output, errors = capsys.readouterr()
+    assert codes == [0, 0] and refused == [2, 2]
+    assert "--diff A B names both policies; leave --policy out" in errors
     assert "− sky\n  + heaven" in output
     assert json.loads(output.splitlines()[-1])["num_different"] == 1
 
