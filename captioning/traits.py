@@ -52,7 +52,7 @@ class TraitsReport:
     def summary(self) -> str:
         """Return a few lines for people."""
         return (
-            f"traits: {len(self.traits):,} of {self.num_characters:,} characters in {self.seconds:.1f} s\n"
+            f"{len(self.traits):,} traits of {self.num_characters:,} characters in {self.seconds:.1f} s\n"
             f'  written to {self.output}; look at it, then name it in the policy: traits = "{self.output}"'
         )
 
