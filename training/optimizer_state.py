@@ -6,6 +6,7 @@ optimizer keeps for a parameter: `exp_avg`, Adafactor's rows and columns, bitsan
 For optimizers whose state lies whole in one process; a sharded engine gathers first.
 """
 
+import math
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-OWNED_BY_THE_LAUNCH = frozenset({"lr", "foreach", "fused", "capturable", "differentiable"})
-"""Group options that a launch sets itself: the schedule is a function of the step, the others of the machine."""
+from training.optim.one_by_one import unwrapped
+
+OWNED_BY_THE_LAUNCH = frozenset({"lr", "peak_rate", "part", "foreach", "fused", "capturable", "differentiable"})
+"""Group options that a launch sets itself: rates come from config and step, the others from the machine."""
 
 _SCALARS = (bool, int, float, str, type(None))
 
@@ -30,6 +33,7 @@ def optimizer_tensors(optimizer: Optimizer, names: Mapping[Parameter, str]) -> t
     The tensors are the optimizer's own, not copies (`take_snapshot` copies). names: of every parameter in its groups.
     Raises OptimizerStateError for a parameter without a name or a slot of an unknown kind.
     """
+    optimizer = unwrapped(optimizer)
     tensors: dict[str, Tensor] = {}
     slots: dict[str, dict[str, Any]] = {}
     groups = []
@@ -68,6 +72,7 @@ def load_optimizer_tensors(
     Nothing is changed when OptimizerStateError is raised: another optimizer, other parameters, shapes or groups, a
     missing slot or one too many.
     """
+    optimizer = unwrapped(optimizer)
     if facts["optimizer"] != type(optimizer).__name__:
         raise OptimizerStateError(f"the state is from {facts['optimizer']}, this is {type(optimizer).__name__}")
     members = [[_name_of(p, names, n) for p in group["params"]] for n, group in enumerate(optimizer.param_groups)]
@@ -101,7 +106,7 @@ def load_optimizer_tensors(
     for group, saved_group in zip(optimizer.param_groups, facts["groups"], strict=True):
         for option, value in saved_group["options"].items():
             if option not in keep:
-                group[option] = tuple(value) if isinstance(value, list) else value
+                group[option] = _restored(value)
 
 
 def _placed(tensor: Tensor, slot: str, parameter: Parameter, group: Mapping[str, Any]) -> Tensor:
@@ -134,8 +139,20 @@ def _options(group: Mapping[str, Any], number: int) -> dict[str, Any]:
         items = value if isinstance(value, tuple | list) else [value]
         if not all(isinstance(item, _SCALARS) for item in items):
             raise OptimizerStateError(f"option {option!r} of optimizer group {number}: cannot save {value!r}")
-        options[option] = list(value) if isinstance(value, tuple) else value
+        saved = [_saved(item) for item in items]
+        options[option] = saved if isinstance(value, tuple | list) else saved[0]
     return options
+
+
+def _saved(value: Any) -> Any:
+    """Return the value as strict JSON has a word for it: Prodigy's growth rate is infinite."""
+    return {"float": repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_restored(item) for item in value)
+    return float(value["float"]) if isinstance(value, dict) else value
 
 
 def _some(names: Container[str] | set[str]) -> str:

@@ -1,11 +1,29 @@
-"""Optimizers by name, and learning-rate schedules as pure functions of the global step."""
+"""Optimizers by name, their parameter groups, and the learning rate of a step.
 
-import math
-from collections.abc import Iterable, Mapping
+Formulas are the libraries' own, except Lion's (`training.optim.lion`). Which parameters are in which part is decided in
+`training.optim.selection`; 16-bit weights and updates inside backward are `training.optim.one_by_one`'s.
+"""
+
+import importlib
+from collections.abc import Collection, Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+
+from training.optim.lion import Lion
+from training.optim.one_by_one import OneByOne
+from training.schedules import rate_factor
+
+__all__ = ["MissingPackageError", "make_optimizer", "rate_factor", "set_rates"]
+
+_EIGHT_BIT = {"adam8bit": "Adam8bit", "adamw8bit": "AdamW8bit", "lion8bit": "Lion8bit"}
+NAMES = ("adamw", "adafactor", "lion", *_EIGHT_BIT, "prodigy", "schedule_free")
+
+
+class MissingPackageError(ValueError):
+    """An optimizer needs a package that is not here, or that cannot do it on this machine."""
 
 
 def make_optimizer(
@@ -13,57 +31,106 @@ def make_optimizer(
     parts: Mapping[str, Iterable[nn.Parameter]],
     *,
     learning_rates: Mapping[str, float],
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    betas: tuple[float, float] | None = None,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    undecayed: Collection[nn.Parameter] = frozenset(),
+    adafactor_eps: float = 1e-30,
+    adafactor_clip_threshold: float = 1.0,
+    prodigy_d_coef: float = 1.0,
+    prodigy_bias_correction: bool = False,
+    prodigy_safeguard_warmup: bool = False,
 ) -> torch.optim.Optimizer:
-    """Return an optimizer with one parameter group per part; each group remembers its `part` and `peak_rate`.
+    """Return an optimizer with a parameter group per part, two where some of its parameters do not decay.
 
-    name: "adamw" or "adafactor" (constant-rate: relative_step, scale_parameter, warmup_init off, as in the seed).
-    Raises ValueError for another name.
+    Each group remembers its `part` and `peak_rate`. name: one of NAMES. betas: default (0.9, 0.999), for Lion
+    (0.9, 0.99). Schedule-free comes in its training mode. Raises ValueError for another name, MissingPackageError.
     """
+    groups = _groups(parts, learning_rates, weight_decay=weight_decay, undecayed=undecayed)
+    rate, first = groups[0]["lr"], groups[0]["params"][0]
+    betas = betas or ((0.9, 0.99) if name in ("lion", "lion8bit") else (0.9, 0.999))
+    if name == "adamw":
+        return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=first.is_cuda or None)
+    if name == "lion":
+        return Lion(groups, betas=betas)
+    if name in _EIGHT_BIT:
+        kind = getattr(_eight_bit_library(first.device), _EIGHT_BIT[name])
+        optimizer: torch.optim.Optimizer = kind(groups, betas=betas, **({} if name == "lion8bit" else {"eps": eps}))
+    elif name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        optimizer = Adafactor(
+            groups, lr=rate, eps=(adafactor_eps, 1e-3), clip_threshold=adafactor_clip_threshold,
+            scale_parameter=False, relative_step=False, warmup_init=False,
+        )  # fmt: skip
+    elif name == "prodigy":
+        optimizer = _library("prodigyopt", extra="optimizers").Prodigy(
+            groups, lr=rate, betas=betas, eps=eps, d_coef=prodigy_d_coef,
+            use_bias_correction=prodigy_bias_correction, safeguard_warmup=prodigy_safeguard_warmup,
+        )  # fmt: skip
+    elif name == "schedule_free":
+        free = _library("schedulefree", extra="optimizers").AdamWScheduleFree(groups, lr=rate, betas=betas, eps=eps)
+        free.train()
+        optimizer = free
+    else:
+        raise ValueError(f"optimizer.name: {name!r} is not one of {', '.join(NAMES)}")
+    return optimizer
+
+
+def _groups(
+    parts: Mapping[str, Iterable[nn.Parameter]],
+    learning_rates: Mapping[str, float],
+    *,
+    weight_decay: float,
+    undecayed: Collection[nn.Parameter],
+) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
     for part, parameters in parts.items():
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        if trained:
-            rate = learning_rates[part]
-            groups.append({"params": trained, "lr": rate, "peak_rate": rate, "part": part})
-    if name == "adamw":
-        is_cuda = groups[0]["params"][0].is_cuda
-        return torch.optim.AdamW(groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=is_cuda or None)
-    if name == "adafactor":
-        from transformers.optimization import Adafactor
-
-        adafactor: torch.optim.Optimizer = Adafactor(
-            groups,
-            lr=groups[0]["lr"],
-            weight_decay=weight_decay,
-            scale_parameter=False,
-            relative_step=False,
-            warmup_init=False,
-        )
-        return adafactor
-    raise ValueError(f"optimizer.name: {name!r} is not one of adamw, adafactor")
+        decayed = [parameter for parameter in trained if not weight_decay or parameter not in undecayed]
+        exempt = [parameter for parameter in trained if weight_decay and parameter in undecayed]
+        for members, decay in ((decayed, weight_decay), (exempt, 0.0)):
+            if members:
+                rate = learning_rates[part]
+                groups.append({"params": members, "lr": rate, "peak_rate": rate, "part": part, "weight_decay": decay})
+    if not groups:
+        raise ValueError("nothing is trained: every parameter of the recipe is frozen")
+    return groups
 
 
-def rate_factor(name: str, *, global_step: int, warmup_steps: int, total_steps: int | None) -> float:
-    """Return the share of the peak learning rate at a global step, counted from 0 over the whole run.
+def _library(package: str, *, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"optimizer.name: {package} is not installed ({error}): run `pip install -e '.[{extra}]'`"
+        ) from error
 
-    Warm-up is linear and its first step is not 0: (step + 1) / warmup_steps. "linear" and "cosine" end at 0 at
-    total_steps and stay there.
+
+def _eight_bit_library(device: torch.device) -> ModuleType:
+    """Return bitsandbytes.optim, after an update of one parameter on the device where that is the CPU."""
+    library = _library("bitsandbytes", extra="gpu")
+    if device.type == "cpu":
+        parameter = nn.Parameter(torch.zeros(4096))
+        parameter.grad = torch.ones(4096)
+        try:
+            library.optim.AdamW8bit([parameter]).step()
+        except (NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
+            raise MissingPackageError(
+                f"optimizer.name: bitsandbytes {library.__version__} has no 8-bit optimizers for the CPU ({error}); "
+                "use a GPU, another optimizer, or bitsandbytes 0.50 or newer: run `pip install -U -e '.[gpu]'`"
+            ) from error
+    module: ModuleType = library.optim
+    return module
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float, *, global_step: int | None = None) -> dict[str, float]:
+    """Set each group's learning rate to its peak times `factor`; return the rates by part.
+
+    global_step: of the step that comes, counted from 0 over the run; an optimizer that rounds by chance counts by it.
     """
-    if name != "constant" and global_step < warmup_steps:
-        return (global_step + 1) / warmup_steps
-    if name in ("constant", "constant_with_warmup"):
-        return 1.0
-    if total_steps is None:
-        raise ValueError(f"schedule {name!r} needs total_steps")
-    progress = min(1.0, (global_step - warmup_steps) / (total_steps - warmup_steps))
-    return 1.0 - progress if name == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Set each group's learning rate to its peak times `factor`; return the rates by part."""
+    if isinstance(optimizer, OneByOne) and global_step is not None:
+        optimizer.begin_step(global_step)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_rate"] * factor
     return {str(group["part"]): float(group["lr"]) for group in optimizer.param_groups}

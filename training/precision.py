@@ -1,8 +1,10 @@
-"""Devices, thread counts and determinism of a training process."""
+"""Devices, number formats, thread counts and determinism of a training process."""
 
 import os
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -30,3 +32,27 @@ def set_exact(*, exact: bool, num_threads: int | None) -> int:
         torch.use_deterministic_algorithms(True, warn_only=False)
         torch.backends.cudnn.benchmark = False
     return torch.get_num_threads()
+
+
+def set_weights(module: nn.Module, name: str) -> None:
+    """Give every floating parameter of a module the format "fp32", "bf16" or "fp16"; buffers keep theirs.
+
+    Parameters stay the same objects. Raises ValueError, naming the parameter, when a value is too large for fp16.
+    """
+    dtype = DTYPES[name]
+    for parameter_name, parameter in module.named_parameters():
+        if not parameter.is_floating_point() or parameter.dtype == dtype:
+            continue
+        converted = parameter.detach().to(dtype)
+        if name == "fp16" and bool((torch.isinf(converted) & torch.isfinite(parameter)).any()):
+            largest = float(parameter.detach().abs().max())
+            raise ValueError(
+                f'precision.weights "fp16": {parameter_name} holds {largest:.6g}, more than 65504; use "bf16"'
+            )
+        parameter.data = converted
+
+
+def total_norm(gradients: Sequence[Tensor]) -> float:
+    """Return the 2-norm of all gradients, summed in fp32 whatever their format; 0 for none."""
+    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

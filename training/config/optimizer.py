@@ -1,47 +1,138 @@
-"""Settings of a run: the optimizer, its learning rate, and number formats."""
+"""Settings of a run: the optimizer, its learning rate, number formats, and the running average of weights."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from sharding.config import Config
+from sharding.config import Config, Name
+from training.schedules import NEEDS_HORIZON, parse_rules
+
+OptimizerName = Literal["adamw", "adafactor", "lion", "adam8bit", "adamw8bit", "lion8bit", "prodigy", "schedule_free"]
+ScheduleName = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "piecewise_constant",
+]
+
+NEEDS_ALL_GRADIENTS = frozenset({"prodigy", "schedule_free"})
+"""Optimizers whose step cannot be taken parameter by parameter: they keep one number for all of them."""
+_ADAM_LIKE = frozenset({"adamw", "adam8bit", "adamw8bit", "prodigy", "schedule_free"})
+_LION_LIKE = frozenset({"lion", "lion8bit"})
+_READ_BY = {
+    "betas": _ADAM_LIKE | _LION_LIKE,
+    "eps": _ADAM_LIKE,
+    "adafactor_eps": {"adafactor"},
+    "adafactor_clip_threshold": {"adafactor"},
+    "prodigy_d_coef": {"prodigy"},
+    "prodigy_bias_correction": {"prodigy"},
+    "prodigy_safeguard_warmup": {"prodigy"},
+}
+
+
+class PartConfig(Config):
+    """Parameters with a learning rate of their own."""
+
+    name: Name
+    """Name of the part, for the chart `lr/NAME`."""
+    parameters: tuple[str, ...] = Field(min_length=1)
+    """Patterns of parameter names."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
 
 
 class OptimizerConfig(Config):
-    """The optimizer."""
+    """The optimizer. A pattern is a glob over parameter names (`network.clip_*`), or `re:` and a regular expression
+    that is found anywhere in the name; one that matches nothing is an error."""
 
-    name: Literal["adamw", "adafactor"] = "adamw"
-    """`adafactor` is the factored one of the seed: relative_step, scale_parameter and warmup_init off."""
+    name: OptimizerName = "adamw"
+    """`adafactor` is the factored one of the seed: relative_step, scale_parameter and warmup_init off. The 8-bit ones
+    need bitsandbytes, `prodigy` and `schedule_free` the packages of the extra `optimizers`."""
     learning_rate: float = Field(1e-5, gt=0)
-    """Peak learning rate of the main network."""
+    """Peak learning rate of the main network; `prodigy` multiplies its own estimate by it: 1.0."""
     text_encoder_learning_rate: float | None = Field(None, gt=0)
     """Learning rate of the text encoder when it is trained; default: learning_rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's; Adafactor has its own constants (beta2 = 1 - step^-0.8, clip threshold 1)."""
+    parts: tuple[PartConfig, ...] = ()
+    """Tables of name, parameters, learning_rate: parameters that get a rate of their own."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that are not trained."""
+    betas: tuple[float, float] | None = None
+    """Default: (0.9, 0.999), for Lion (0.9, 0.99); Adafactor has its own (beta2 = 1 - step^-0.8)."""
     eps: float = Field(1e-8, gt=0)
-    """AdamW's."""
+    """Of the Adam family: added to the root of the second moment."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled, times the learning rate."""
+    """Decoupled, times the learning rate. (In bitsandbytes so is adam8bit's: it is adamw8bit by another name.)"""
+    decay_vectors: bool = False
+    """Let parameters of one dimension decay, too: biases and the scales of norms."""
+    no_decay: tuple[str, ...] = ()
+    """Patterns of more parameters that do not decay."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are clipped to this norm; 0 does not clip."""
+    fused_backward: bool = False
+    """Update each parameter inside the backward pass and free its gradient at once: no memory for gradients. One
+    process, one micro-batch per step, max_grad_norm 0."""
+    adafactor_eps: float = Field(1e-30, gt=0)
+    """Adafactor: added to squared gradients."""
+    adafactor_clip_threshold: float = Field(1.0, gt=0)
+    """Adafactor: the largest root mean square of a parameter's update, in learning rates."""
+    prodigy_d_coef: float = Field(1.0, gt=0)
+    """Prodigy: factor on its estimate of the step size."""
+    prodigy_bias_correction: bool = False
+    """Prodigy: Adam's bias correction."""
+    prodigy_safeguard_warmup: bool = False
+    """Prodigy: keep a warm-up's small rates out of the estimate; advised with warm-up."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_are_shares(cls, betas: tuple[float, float] | None) -> tuple[float, float] | None:
+        if betas is not None and not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"both must be at least 0 and below 1, got {list(betas)}")
+        return betas
+
+    @model_validator(mode="after")
+    def _keys_are_read(self) -> "OptimizerConfig":
+        for key, readers in _READ_BY.items():
+            if self.name not in readers and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is set, but {self.name} does not read it; it is for {_names(readers)}")
+        if doubled := _doubled([part.name for part in self.parts]):
+            raise ValueError(f"parts: two are named {doubled!r}")
+        return self
 
 
 class ScheduleConfig(Config):
-    """Learning rate as a pure function of the global step over the whole run."""
+    """Learning rate as a pure function of the global step over the whole run. Formulas: `training.schedules`."""
 
-    name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
-    """Shape of the rate; only `constant` has no warm-up."""
+    name: ScheduleName = "constant_with_warmup"
+    """Shape of the rate; `constant` and `piecewise_constant` have no warm-up."""
     warmup_steps: int = Field(100, ge=0)
     """Steps from 0 to the peak, once per run, not once per chunk."""
     total_steps: int | None = Field(None, gt=0)
-    """Horizon of `linear` and `cosine`; `python -m training plan` prints the run's number of steps."""
+    """Horizon of `linear`, `cosine`, `cosine_with_restarts`, `polynomial`; `python -m training plan` prints the run's
+    number of steps."""
+    end_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the peak that those four end with."""
+    restarts: int = Field(1, ge=1)
+    """`cosine_with_restarts`: how many times it falls from the peak."""
+    power: float = Field(1.0, gt=0)
+    """`polynomial`: its exponent; 1 is `linear`."""
+    rules: str = ""
+    """`piecewise_constant`: "1:1000,0.1:2000,0.01" is the peak before step 1000, a tenth before 2000, then 1 %."""
 
     @model_validator(mode="after")
     def _horizon(self) -> "ScheduleConfig":
-        if self.name in ("linear", "cosine") and self.total_steps is None:
+        if self.name in NEEDS_HORIZON and self.total_steps is None:
             raise ValueError(f'name "{self.name}" needs total_steps: `python -m training plan` prints the number')
         if self.total_steps is not None and self.total_steps <= self.warmup_steps:
             raise ValueError(f"total_steps {self.total_steps} must be greater than warmup_steps {self.warmup_steps}")
+        readers = {"end_fraction": NEEDS_HORIZON, "restarts": {"cosine_with_restarts"}, "power": {"polynomial"}}
+        for key, names in {**readers, "rules": {"piecewise_constant"}}.items():
+            if self.name not in names and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is set, but {self.name} does not read it; it is for {_names(names)}")
+        if self.name == "piecewise_constant":
+            parse_rules(self.rules)
         return self
 
 
@@ -50,9 +141,124 @@ class PrecisionConfig(Config):
 
     FREE: ClassVar = frozenset({"num_threads"})
 
-    autocast: Literal["no", "bf16"] = "bf16"
-    """Compute format of the trained forward; weights stay fp32."""
+    autocast: Literal["no", "bf16", "fp16"] = "bf16"
+    """Compute format of the trained forward. `fp16` scales the loss, and halves the scale when gradients overflow."""
+    weights: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Format of trained weights and their gradients. `bf16` halves both; `fp16` is what kohya's --full_fp16 does, and
+    loses small updates."""
+    rounding: Literal["nearest", "stochastic", "kahan"] | None = None
+    """How an updated bf16 weight is rounded: `stochastic` (the default for bf16), `kahan` keeps what rounding lost in
+    another bf16, `nearest` loses it."""
     exact: bool | None = None
     """Fixed-order gradient reduction and deterministic kernels: bit-equal resume. Default: on a CPU only."""
     num_threads: int | None = Field(None, gt=0)
     """Pinned CPU threads per process; default: OMP_NUM_THREADS, else 1 in exact mode."""
+
+    @property
+    def weight_rounding(self) -> Literal["nearest", "stochastic", "kahan"]:
+        """How updated weights are rounded, the default resolved."""
+        return self.rounding or ("stochastic" if self.weights == "bf16" else "nearest")
+
+    @model_validator(mode="after")
+    def _formats_fit(self) -> "PrecisionConfig":
+        if self.weights != "fp32" and self.autocast != self.weights:
+            raise ValueError(f'weights "{self.weights}" need autocast "{self.weights}", got "{self.autocast}"')
+        if self.rounding in ("stochastic", "kahan") and self.weights != "bf16":
+            why = {
+                "fp32": "fp32 weights are not rounded",
+                "fp16": "what fp16 loses first is range, in gradients below 6e-8 and weights above 65504",
+            }[self.weights]
+            raise ValueError(f'rounding "{self.rounding}" is for weights = "bf16": {why}')
+        return self
+
+
+class EmaConfig(Config):
+    """A running average of the trained weights, in fp32, for previews and exports. Formulas: `training.ema`."""
+
+    FREE: ClassVar = frozenset({"device"})
+
+    enabled: bool = False
+    """Keep an average; previews and exports then show it."""
+    decay: float = Field(0.9999, ge=0, lt=1)
+    """Share of the old average that a step keeps, at most."""
+    min_decay: float = Field(0.0, ge=0, lt=1)
+    """The same, at least; from the second averaged step on."""
+    warmup: Literal["simple", "power"] = "simple"
+    """Decay while the run is young: (1 + n) / (10 + n), or 1 - (1 + n / warmup_gamma)^-warmup_power."""
+    warmup_gamma: float = Field(1.0, gt=0)
+    """Of warmup = "power"."""
+    warmup_power: float = Field(2 / 3, gt=0)
+    """Of warmup = "power": 2/3 reaches 0.999 at 31,600 steps and 0.9999 at 1 M, 3/4 at 10,000 and 215,000."""
+    start_step: int = Field(0, ge=0)
+    """Up to this global step the average is a copy of the weights."""
+    update_every: int = Field(1, ge=1)
+    """Average every n-th step, with decay^n: the average reaches as far back, at less cost."""
+    device: Literal["same", "cpu"] = "same"
+    """Where it is kept: beside the weights, or in CPU memory (4 bytes per parameter)."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> "EmaConfig":
+        if self.min_decay > self.decay:
+            raise ValueError(f"min_decay {self.min_decay} is greater than decay {self.decay}")
+        fields = type(self).model_fields
+        if self.warmup != "power" and any(
+            getattr(self, key) != fields[key].default for key in ("warmup_gamma", "warmup_power")
+        ):
+            raise ValueError('warmup_gamma and warmup_power are read with warmup = "power" only')
+        return self
+
+
+def optimizer_problems(
+    optimizer: OptimizerConfig, schedule: ScheduleConfig, precision: PrecisionConfig, ema: EmaConfig
+) -> list[str]:
+    """Return what does not go together in these tables, one sentence each; empty when all is well."""
+    name, problems = optimizer.name, []
+    if name in NEEDS_ALL_GRADIENTS and precision.weights != "fp32":
+        problems.append(
+            f'optimizer.name "{name}" and precision.weights "{precision.weights}": its state is as fine as the weights '
+            'are, and it needs all of them at once; use weights = "fp32"'
+        )
+    if name == "prodigy":
+        rates = {optimizer.learning_rate, optimizer.text_encoder_learning_rate or optimizer.learning_rate}
+        if len(rates | {part.learning_rate for part in optimizer.parts}) > 1:
+            problems.append('optimizer.name "prodigy" has one learning rate for all: give no other rates')
+        if optimizer.learning_rate < 0.01:
+            problems.append(
+                f"optimizer.learning_rate {optimizer.learning_rate:g}: prodigy multiplies its own estimate by it; 1.0"
+            )
+    if name == "schedule_free":
+        if schedule.name not in ("constant", "constant_with_warmup"):
+            problems.append(f'optimizer.name "schedule_free" replaces schedule.name "{schedule.name}": use a constant')
+        if optimizer.betas is not None and optimizer.betas[0] == 0:
+            problems.append("optimizer.betas: schedule_free divides by the first one; it must be greater than 0")
+        if ema.enabled:
+            problems.append('optimizer.name "schedule_free" averages weights itself: switch ema.enabled off')
+    return problems
+
+
+def fused_backward_problems(
+    optimizer: OptimizerConfig, precision: PrecisionConfig, *, micro_batches_per_step: int, world_size: int = 1
+) -> list[str]:
+    """Return every reason why parameters cannot be updated inside backward; empty when they can or need not."""
+    if not optimizer.fused_backward:
+        return []
+    problems = []
+    if micro_batches_per_step != 1:
+        problems.append(f"a step has {micro_batches_per_step} micro-batches: set batch_size = micro_batch_size")
+    if world_size != 1:
+        problems.append(f"{world_size} processes would each make their own update: launch one")
+    if optimizer.max_grad_norm > 0:
+        problems.append(f"max_grad_norm {optimizer.max_grad_norm:g} needs all gradients first: set it to 0")
+    if optimizer.name in NEEDS_ALL_GRADIENTS:
+        problems.append(f"{optimizer.name} needs all gradients at once: use another optimizer")
+    if precision.autocast == "fp16":
+        problems.append('precision.autocast "fp16" must see all gradients before an update: use "bf16"')
+    return [f"optimizer.fused_backward: {problem}" for problem in problems]
+
+
+def _names(names: Any) -> str:
+    return ", ".join(sorted(names))
+
+
+def _doubled(names: list[str]) -> str | None:
+    return next((name for name in names if names.count(name) > 1), None)

@@ -1,0 +1,1 @@
+"""Parts of optimizers: which parameters, which update, how it is rounded, and how the loss is scaled."""
