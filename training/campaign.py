@@ -80,6 +80,31 @@ def is_done(name: str, records: Mapping[str, ChunkRecord]) -> bool:
     return name in records and records[name].status == "done"
 
 
+def chunk_range(names: Sequence[str], span: str) -> list[str]:
+    """Return the chunks from A to B, both included, for `A:B`; each is a name or its number in the run from 0.
+
+    Left out, A is the first and B the last; `7:` is all from the eighth on. Raises ChunkError for a chunk that is not
+    in the run, ConfigError for anything else.
+    """
+    first, colon, last = span.partition(":")
+    if not colon:
+        raise ConfigError(f"--chunks {span}: give two chunks, as in newest/0000:newest/0009, 0:9 or 10:")
+    start = _number_of(first, names) if first else 0
+    end = _number_of(last, names) if last else len(names) - 1
+    if end < start:
+        raise ConfigError(f"--chunks {span}: {names[end]} comes before {names[start]} in this run")
+    return list(names[start : end + 1])
+
+
+def _number_of(place: str, names: Sequence[str]) -> int:
+    if place.isdigit():
+        if int(place) >= len(names):
+            raise ConfigError(f"--chunks: there is no chunk number {place}; the run has {len(names)}, from 0")
+        return int(place)
+    require_in_campaign(place, names)
+    return list(names).index(place)
+
+
 def require_not_held_out(name: str) -> None:
     """Raise ConfigError if a chunk's name, or a pattern, is that of a dataset's held-out chunk."""
     if name.rpartition("/")[2] == HELD_OUT_NAME:

@@ -38,8 +38,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description="Train one run over many chunks.")
     commands = parser.add_subparsers(required=True, metavar="plan|run|status|export|preview")
 
-    run = _command(commands, "run", _run, "train a chunk; run the same command again to resume")
+    run = _command(commands, "run", _run, "train a chunk, or several; run the same command again to resume")
     run.add_argument("--chunk", help="default: the first chunk of the run that is not done")
+    run.add_argument(
+        "--chunks", metavar="A:B", help="from chunk A to B, both included, in one process; names or numbers from 0"
+    )
     run.add_argument("--processes", type=int, help="refuse to start unless the launcher started this many")
 
     plan = _command(commands, "plan", _plan, "show buckets, steps and exposures of a chunk; trains nothing")
@@ -93,6 +96,7 @@ def _run(options: argparse.Namespace) -> int:
         _load(options),
         options.run_dir,
         chunk_name=options.chunk,
+        chunks=options.chunks,
         num_processes=options.processes,
         dry_run=options.dry_run,
     )

@@ -6,13 +6,14 @@ from sharding.files import DiskFullError
 from sharding.images import ImageError
 from sharding.tables import DamagedPartError
 from training.buckets import BucketError
+from training.errors import BrokenDataError, NonFiniteError
 from training.ledger import LedgerError
 from training.lock import LockHeldError, LockLostError
 from training.metrics_file import MetricsError
 
 DONE, FAILED, BAD_USAGE, BAD_DATA, STOPPED = 0, 1, 2, 3, 75
 
-_BAD_DATA = (ChunkError, DamagedPartError, LedgerError, MetricsError, ImageError, BucketError)
+_BAD_DATA = (ChunkError, DamagedPartError, LedgerError, MetricsError, ImageError, BucketError, BrokenDataError)
 _BAD_USAGE = (ConfigError, LockHeldError, FileNotFoundError)
 
 
@@ -25,17 +26,12 @@ def code_of(error: BaseException) -> int:
     if not isinstance(error, ValueError):
         return FAILED
     # These modules import torch: a refused launch should not wait for that.
-    from training.loop import BrokenDataError
     from training.stage_c.weight_files import WeightsError
     from training.state_folder import StateError
 
-    return BAD_DATA if isinstance(error, BrokenDataError | WeightsError | StateError) else BAD_USAGE
+    return BAD_DATA if isinstance(error, WeightsError | StateError) else BAD_USAGE
 
 
 def is_foreseen(error: BaseException) -> bool:
     """Tell whether an error's message says all: one line for the user; anything else gets its traceback."""
-    if code_of(error) != FAILED or isinstance(error, DiskFullError | LockLostError):
-        return True
-    from training.loop import NonFiniteError
-
-    return isinstance(error, NonFiniteError)
+    return code_of(error) != FAILED or isinstance(error, DiskFullError | LockLostError | NonFiniteError)

@@ -1,4 +1,4 @@
-"""One launch: train one chunk of a run, from wherever it stands, and leave the run folder consistent.
+"""One launch: train a chunk of a run, or several, from wherever it stands, and leave the run folder consistent.
 
     lock → freeze run.toml → ledger → the run's copy of the chunk → newest verified state → loop → final state →
     previews → weights → complete.json → chunk_done
@@ -8,22 +8,20 @@ Every rank runs this; only rank 0 writes. To resume, run the same command again.
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sharding.chunk import Chunk
-from training.campaign import Campaign, is_done, read_campaign, require_parent_done
+from sharding.config import ConfigError
+from training.campaign import Campaign, chunk_range, is_done, read_campaign, require_parent_done
 from training.config import FREE_KEYS, RunConfig
 from training.exit_codes import DONE, FAILED, code_of
 from training.frozen_config import freeze_config
 from training.ledger import Ledger, LedgerError
 from training.lock import LockLostError, RunLock
+from training.position import Position
 from training.run_dir import RunDir
-
-if TYPE_CHECKING:
-    from training.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -35,65 +33,78 @@ def launch(
     root: Path,
     *,
     chunk_name: str | None = None,
+    chunks: str | None = None,
     num_processes: int | None = None,
     dry_run: bool = False,
 ) -> int:
-    """Train a chunk; return 0 when it is done, 75 when the launch was asked to stop and a state is saved.
+    """Train a chunk, or several in a row; return 0 when done, 75 when asked to stop and a state is saved.
 
-    chunk_name: default: the first chunk that is not done. num_processes: refuse to start with another number.
-    A chunk that is done returns 0 at once, without loading anything. On rank 0 the code, also of an error, is written
-    to last_exit.json, except that a launch refused because another holds the run leaves that one's file alone.
+    chunk_name: default: the first chunk that is not done. chunks: `A:B`, see `training.campaign.chunk_range`.
+    num_processes: refuse to start with another number. Chunks that are done are left out; where all are, 0 is returned
+    at once, without loading anything. On rank 0 the code, also of an error, is written to last_exit.json, except that a
+    launch refused because another holds the run leaves that one's file alone.
 
     Raises ConfigError, ConfigChangedError, LockHeldError, ChunkError, StateError, BrokenDataError, NonFiniteError.
     """
     run_dir = RunDir(root)
-    code, chunk, number = DONE, None, 0
+    code, coming = DONE, list[tuple[int, Chunk]]()
     try:
         campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir)
-        if (name := _chunk_to_train(campaign, root, chunk_name)) is not None:
-            chunk, number = campaign.chunk(name), campaign.names.index(name)
+        names = _chunks_to_train(campaign, root, chunk_name, chunks)
+        coming = [(campaign.names.index(name), campaign.chunk(name)) for name in names]
     except Exception as error:
         code = code_of(error)
         raise
     finally:
-        is_answered = code != DONE or chunk is None
+        is_answered = code != DONE or not coming
         if is_answered and _is_main() and root.is_dir() and run_dir.last_exit_code() != code:
             _write_last_exit(run_dir, code, chunk_name)
-    if chunk is None:
+    if not coming:
         return DONE
     if dry_run:
         from training.inspect_run import plan_text
 
-        print(plan_text(config, root, chunk_name=chunk.name))
+        for _, chunk in coming:
+            print(plan_text(config, root, chunk_name=chunk.name))
         return DONE
-    return _train(config, run_dir, chunk, number, num_processes)
+    return _train(config, run_dir, coming, num_processes)
 
 
-def _chunk_to_train(campaign: Campaign, root: Path, asked_for: str | None) -> str | None:
-    """Return the chunk that this launch trains; None when there is nothing to do."""
-    name = asked_for or campaign.next
-    if name is None:
+def _chunks_to_train(campaign: Campaign, root: Path, name: str | None, span: str | None) -> list[str]:
+    """Return the chunks that this launch trains, in order; none when there is nothing to do."""
+    if name is not None and span is not None:
+        raise ConfigError("--chunk and --chunks exclude each other")
+    if span is not None:
+        asked_for = chunk_range(campaign.names, span)
+    else:
+        asked_for = [name] if name is not None else [campaign.next] if campaign.next is not None else []
+    names = [one for one in asked_for if not is_done(one, campaign.records)]
+    if names:
+        require_parent_done(names[0], campaign.names, campaign.records)
+    elif asked_for:
+        logger.info("%s done already; nothing to do", _listing(asked_for))
+    else:
         logger.info("all %d chunks of %s are done; nothing to do", len(campaign.names), root)
-        return None
-    if is_done(name, campaign.records):
-        logger.info("chunk %s is done already; nothing to do", name)
-        return None
-    require_parent_done(name, campaign.names, campaign.records)
-    return name
+    return names
 
 
-def _train(config: RunConfig, run_dir: RunDir, chunk: Chunk, number: int, num_processes: int | None) -> int:
+def _listing(names: Sequence[str]) -> str:
+    return f"chunk {names[0]} is" if len(names) == 1 else f"chunks {names[0]} to {names[-1]} are"
+
+
+def _train(config: RunConfig, run_dir: RunDir, chunks: Sequence[tuple[int, Chunk]], num_processes: int | None) -> int:
     def run_session(ledger: Ledger | None, guard: Callable[[], None]) -> int:
         from training.session import Session  # torch is imported only now: a refused launch answers in a moment
 
         session: Session | None = None
         try:
-            session = Session(config, run_dir, chunk, number, ledger=ledger, guard=guard, num_processes=num_processes)
+            session = Session(config, run_dir, ledger=ledger, guard=guard, num_processes=num_processes)
             with closing(session):
-                return session.run()
+                return session.run(chunks)
         except BaseException as error:
             if ledger is not None:
-                _append_failed(ledger, chunk.name, session, error)
+                position = session.position if session is not None else None
+                _append_failed(ledger, chunks[0][1].name, position, error)
             raise
 
     if not _is_main():
@@ -109,7 +120,7 @@ def _train(config: RunConfig, run_dir: RunDir, chunk: Chunk, number: int, num_pr
         finally:
             with suppress(LockLostError):  # then the file is another launch's
                 lock.check()
-                _write_last_exit(run_dir, code, chunk.name)
+                _write_last_exit(run_dir, code, chunks[-1][1].name)
     return code
 
 
@@ -122,9 +133,11 @@ def _open_run(config: RunConfig, run_dir: RunDir, *, guard: Callable[[], None]) 
     return run_dir.open_ledger(guard=guard)
 
 
-def _append_failed(ledger: Ledger, chunk: str, session: "Session | None", error: BaseException) -> None:
+def _append_failed(ledger: Ledger, chunk: str, position: Position | None, error: BaseException) -> None:
     reason = f"{type(error).__name__}: {error}"[:_REASON_LENGTH]
-    global_step = session.position.global_step if session is not None else None
+    if position is not None:
+        chunk = position.chunk
+    global_step = position.global_step if position is not None else None
     try:
         ledger.append("failed", chunk=chunk, global_step=global_step, reason=reason)
     except (LockLostError, LedgerError, OSError) as second:  # the first error is the one to show

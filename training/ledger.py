@@ -387,6 +387,21 @@ def steps_to_pass_over(lines: Iterable[Line], chunk: str) -> frozenset[int]:
     return frozenset(steps)
 
 
+def undone_states(lines: Iterable[Line], chunk: str) -> frozenset[str]:
+    """Return the manifest digests of the chunk's states that a rollback went behind: nothing starts from them."""
+    saved: dict[str, int] = {}
+    undone: set[str] = set()
+    for line in lines:
+        if line.event not in ("state_saved", "chunk_done", "rolled_back") or line.fields["chunk"] != chunk:
+            continue
+        if line.event == "rolled_back":
+            undone |= {digest for digest, step in saved.items() if step > line.fields["global_step"]}
+        else:
+            saved[line.fields["manifest_digest"]] = line.fields["global_step"]
+            undone.discard(line.fields["manifest_digest"])
+    return frozenset(undone)
+
+
 def has_state(lines: Iterable[Line], manifest_digest: str) -> bool:
     """Tell whether a state has its line. One that has none was saved by a launch killed before it could write it:
 

@@ -6,7 +6,7 @@ with steps that a durable state covers.
 
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,53 +17,56 @@ from sharding.config import ConfigError
 from training.batch_plan import BatchPlan
 from training.config import RunConfig
 from training.ledger import Ledger, has_state, parent_of
-from training.loop import Position
 from training.metrics_file import append_metrics, read_metrics, trim_metrics
+from training.position import Position
 from training.preview import read_pictures
 from training.run_dir import RunDir, StartedChunk
-from training.state_folder import LoadedState, load_state
+from training.state_folder import load_state, read_manifest
+from training.step_report import StepReport
 from training.trackers import TensorBoard, Tracker, Trackers, WandB
 
 logger = logging.getLogger(__name__)
 
 
 class Records:
-    """The records of one launch of one chunk. Make it early; `open` once the state to start from is loaded."""
+    """The records of one launch. `start_chunk` once the state to start from is known."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, ledger: Ledger, chunk_name: str) -> None:
+    def __init__(self, config: RunConfig, run_dir: RunDir, ledger: Ledger) -> None:
         self.ledger = ledger
         self._config = config
         self._run_dir = run_dir
-        self._chunk_name = chunk_name
+        self._chunk_name = ""
         self._trace_path = run_dir.root / "trace.jsonl"
         self._trackers: Trackers | None = None
         self._unfed_rows: list[dict[str, Any]] = []
         self._covered_step = 0
 
-    def open(
+    def start_chunk(
         self,
         chunk: StartedChunk,
         plans: Sequence[BatchPlan],
         *,
         number: int,
         position: Position,
-        state: LoadedState | None,
+        resumed_from: Path | None,
         machine: Mapping[str, Any],
-        frozen_weights: Mapping[str, str],
+        frozen_weights: Callable[[], Mapping[str, str]],
     ) -> None:
-        """Trim metrics to the loaded state, write the `started` line, open the trackers.
+        """Trim metrics to the state that training starts from, write the `started` line, open the trackers.
 
-        number: the chunk's place in the run. machine: what bit-equality depends on; its `devices` goes into the line.
-        frozen_weights: digests of weights that no state holds, by config key.
-        Raises ConfigError when a frozen weights file is not what the run was started with.
+        number: the chunk's place in the run. resumed_from: folder of that state. machine: what bit-equality depends on;
+        its `devices` goes into the line. frozen_weights: gives digests of weights that no state holds, by config key;
+        asked once a launch. Raises ConfigError when a frozen weights file is not what the run was started with.
         """
-        for path in (self._run_dir.metrics_path, self._trace_path):
-            trim_metrics(path, after_step=position.global_step)
-        self._require_same_frozen_weights(frozen_weights)
-        run_json = self._describe_machine(machine)
-        if state is not None and not has_state(self.ledger.lines, state.manifest.digest):
-            # saved by a launch that was killed before it could say so
-            self.state_saved(state.folder, state.manifest.digest)
+        self._chunk_name = chunk.name
+        if self._trackers is None:
+            self._trim(position)
+            self._require_same_frozen_weights(frozen_weights())
+            wandb_id = self._describe_machine(machine)["wandb_id"]
+        if resumed_from is not None:
+            manifest_digest = read_manifest(resumed_from).digest
+            if not has_state(self.ledger.lines, manifest_digest):
+                self.state_saved(resumed_from, manifest_digest)  # by a launch that was killed before it could say so
         self.ledger.append(
             "started",
             chunk=chunk.name,
@@ -76,14 +79,19 @@ class Records:
             images_planned=sum(plan.num_images for plan in plans),
             images_left_out=[asdict(drop) for drop in plans[0].drops],
             global_step=position.global_step,
-            resumed_from=self._run_dir.relative(state.folder) if state is not None else None,
+            resumed_from=self._run_dir.relative(resumed_from) if resumed_from is not None else None,
             devices=machine["devices"],
         )
-        self._trackers = Trackers(self._make_trackers(run_json["wandb_id"]), self._run_dir.root / "trackers.json")
         self._covered_step = position.global_step
-        rows = read_metrics(self._run_dir.metrics_path)
-        self._unfed_rows = [row for row in rows if row["global_step"] > self._trackers.fed]
+        if self._trackers is None:
+            self._trackers = Trackers(self._make_trackers(wandb_id), self._run_dir.root / "trackers.json")
+            rows = read_metrics(self._run_dir.metrics_path)
+            self._unfed_rows = [row for row in rows if row["global_step"] > self._trackers.fed]
         self.feed_trackers()
+
+    def _trim(self, position: Position) -> None:
+        for path in (self._run_dir.metrics_path, self._trace_path):
+            trim_metrics(path, after_step=position.global_step)
 
     def close(self) -> None:
         """Flush and close the trackers; what a durable state covers reaches them first."""
@@ -94,26 +102,44 @@ class Records:
 
     # --- while training ---
 
-    def step_done(self, metrics: Mapping[str, Any], trace: Mapping[str, Any]) -> None:
-        """Append a step's row to metrics.jsonl, and to trace.jsonl when the run is traced."""
+    def step_done(self, report: StepReport) -> None:
+        """Append a step's row to metrics.jsonl, to trace.jsonl when traced, and what went wrong to the ledger."""
+        if report.broken:
+            self._broken(report)
+        if report.problem:
+            self._skipped(report)
+        metrics = report.metrics()
         append_metrics(self._run_dir.metrics_path, [metrics])
-        self._unfed_rows.append(dict(metrics))
+        self._unfed_rows.append(metrics)
         if self._config.trackers.trace:
-            append_metrics(self._trace_path, [trace])
+            append_metrics(self._trace_path, [report.trace()])
 
-    def skipped(self, position: Position, keys: Sequence[str], reason: str, not_finite_keys: Sequence[str]) -> None:
-        """Record a step without an update."""
-        suspects = f" ({', '.join(not_finite_keys)})" if not_finite_keys else ""
-        logger.warning("%s step %d is passed over: %s%s", position.chunk, position.step, reason, suspects)
-        fields = {"keys": list(keys), "reason": reason, "not_finite_keys": list(not_finite_keys)}
-        self.ledger.append("skipped", **_step_fields(position), **fields)
+    def _skipped(self, report: StepReport) -> None:
+        place, suspects = _step_fields(report.before), report.not_finite_keys
+        logger.warning(
+            "%s step %d is passed over: %s%s", place["chunk"], place["step"], report.problem,
+            f" ({', '.join(suspects)})" if suspects else "",
+        )  # fmt: skip
+        self.ledger.append("skipped", **place, keys=report.keys, reason=report.problem, not_finite_keys=suspects)
 
-    def broken(self, position: Position, images: Sequence[tuple[str, str]]) -> None:
-        """Record (key, reason) of images that failed at run time."""
-        for key, reason in images:
-            logger.warning("%s: image %s is left out: %s", position.chunk, key, reason)
-        keys, reasons = [key for key, _ in images], [reason for _, reason in images]
-        self.ledger.append("broken", **_step_fields(position), keys=keys, reasons=reasons)
+    def _broken(self, report: StepReport) -> None:
+        for key, reason in report.broken:
+            logger.warning("%s: image %s is left out: %s", report.before.chunk, key, reason)
+        keys, reasons = [key for key, _ in report.broken], [reason for _, reason in report.broken]
+        self.ledger.append("broken", **_step_fields(report.before), keys=keys, reasons=reasons)
+
+    def rolled_back(self, failed_at: Position, position: Position, *, folder: Path, pass_over: Sequence[int]) -> None:
+        """Record that training goes back to the state in `folder`, and forget the metrics of what is undone."""
+        self.ledger.append(
+            "rolled_back", chunk=failed_at.chunk, from_global_step=failed_at.global_step,
+            global_step=position.global_step, path=self._run_dir.relative(folder), pass_over=list(pass_over),
+        )  # fmt: skip
+        self._trim(position)
+        self._unfed_rows = [row for row in self._unfed_rows if row["global_step"] <= position.global_step]
+        logger.warning(
+            "%s: back from global step %s to %s; steps %s to %s are not tried again",
+            failed_at.chunk, f"{failed_at.global_step:,}", folder, f"{pass_over[0]:,}", f"{pass_over[-1]:,}",
+        )  # fmt: skip
 
     def before_save(self) -> None:
         """Make the metrics of all steps so far durable: a state must not be ahead of them."""

@@ -258,6 +258,12 @@ def remove_partials(folder: Path) -> list[Path]:
     return left_over
 
 
+def remove_states(folders: Iterable[Path]) -> None:
+    """Remove states that are not to be gone on from, such as those that a rollback went behind."""
+    for folder in folders:
+        _remove(folder)
+
+
 def _remove(folder: Path) -> None:
     """Delete a state so that one killed half-way is a partial folder, never a damaged state."""
     doomed = folder.with_name(f"{folder.name}{TEMPORARY_MARK}removed-{os.getpid()}")

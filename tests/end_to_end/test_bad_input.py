@@ -20,19 +20,29 @@ def last_exit(run) -> int:
     return json.loads((run.root / "last_exit.json").read_text())["code"]
 
 
-def nan_at(steps: tuple[int, ...]) -> None:
-    """In the training process: the losses of these steps of a chunk are not numbers."""
+def nan_at(steps: tuple[int, ...], epochs: tuple[int, ...] = (0, 1)) -> None:
+    """In the training process: the losses of these steps of these epochs are not numbers."""
     from training.recipes.stage_c import StageC
 
     loss = StageC.loss
 
     def poisoned(self, model, batch):
         found = loss(self, model, batch)
-        if batch.step in steps:
+        if batch.step in steps and batch.identities[0].epoch in epochs:
             return type(found)(found.per_sample * torch.nan, found.weights, found.scalars)
         return found
 
     StageC.loss = poisoned
+
+
+def die_before_undone_states_go() -> None:
+    """In the training process: losses make it roll back, and it is killed when the ledger has said so."""
+    import os
+
+    from training import chunk_run
+
+    nan_at((3, 4), (0,))
+    chunk_run.remove_states = lambda folders: os._exit(9)
 
 
 def disk_full_from(state_name: str) -> None:
@@ -51,15 +61,10 @@ def disk_full_from(state_name: str) -> None:
 
 def miscount() -> None:
     """In the training process: every step says that it trained an image more."""
-    from training import loop
+    from training.position import Position
 
-    advance = loop._advance
-
-    def advance_too_far(position, step, **facts):
-        after = advance(position, step, **facts)
-        return loop.replace(after, chunk_images_trained=after.chunk_images_trained + 1)
-
-    loop._advance = advance_too_far
+    advance = Position.after_step
+    Position.after_step = lambda self, *, num_images, **facts: advance(self, num_images=num_images + 1, **facts)
 
 
 def test_a_chunk_whose_images_do_not_add_up_is_not_done(make_run, tmp_path):
@@ -213,6 +218,49 @@ def test_many_losses_in_a_row_that_are_no_numbers_end_the_launch_and_the_next_go
     assert len(errors) == 1 and "2 steps in a row without a finite update" in errors[0]
     assert run.events("failed")[0]["global_step"] == 4
     assert "Traceback" not in run.log.read_text()
+
+
+def test_after_losses_that_are_no_numbers_a_run_goes_back_once_and_passes_over_the_steps(make_run, tmp_path):
+    run = make_run(tmp_path / "run", "max_skipped_steps=1", "preview.prompts=[]")
+
+    code = run.train("--chunk", FIRST, prepare=partial(nan_at, (3, 4), (0,)))
+
+    assert code == 0, run.log.read_text()
+    (back,) = run.events("rolled_back")
+    assert (back["from_global_step"], back["global_step"], back["pass_over"]) == (5, 2, [3, 4, 5])
+    assert back["path"].endswith("state-00000002")
+    passed_over = [line for line in run.events("skipped") if line["reason"] == "passed_over"]
+    assert [line["global_step"] for line in passed_over] == [3, 4, 5]
+    assert [row["global_step"] for row in run.rows("metrics.jsonl")] == list(range(1, 11))
+    assert [row["global_step"] for row in run.rows("trace.jsonl")] == list(range(1, 11))
+    (done,) = run.events("chunk_done")
+    assert done["images_trained"] == 36 - sum(len(line["keys"]) for line in passed_over)
+    assert done["applied_updates"] == 7
+
+
+def test_a_run_that_gets_into_the_same_trouble_again_ends(make_run, tmp_path):
+    run = make_run(tmp_path / "run", "max_skipped_steps=1", "preview.prompts=[]")
+
+    code = run.train("--chunk", FIRST, prepare=partial(nan_at, (3, 4)))
+
+    assert code == 1
+    assert len(run.events("rolled_back")) == 1
+    assert "2 steps in a row without a finite update" in run.errors()[0]
+    assert run.train("--chunk", FIRST) == 0, "the last finite state is intact"
+
+
+def test_a_kill_in_the_middle_of_a_rollback_does_not_bring_the_undone_states_back(make_run, tmp_path):
+    run = make_run(tmp_path / "run", "max_skipped_steps=1", "preview.prompts=[]")
+
+    run.train("--chunk", FIRST, prepare=die_before_undone_states_go)
+    folder = run.root / "chunks" / FIRST
+    assert sorted(path.name for path in folder.glob("state-*")) == ["state-00000002", "state-00000004"]
+    code = run.train("--chunk", FIRST)
+
+    assert code == 0, run.log.read_text()
+    assert run.events("started")[1]["resumed_from"].endswith("state-00000002")
+    passed_over = [line for line in run.events("skipped") if line["reason"] == "passed_over"]
+    assert [line["global_step"] for line in passed_over] == [3, 4, 5]
 
 
 def test_a_kill_before_old_states_went_leaves_them_to_the_next_chunk(make_run, tmp_path):

@@ -55,6 +55,35 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(make_run, unint
     assert_equal_runs(run, uninterrupted)
 
 
+def told(run):
+    """The ledger without what differs between any two runs: hashes, times, the state files' digests (they hold times)."""
+    left_out = ("manifest_digest", "busy_seconds")
+    return [
+        (line["event"], {name: value for name, value in line["fields"].items() if name not in left_out})
+        for line in run.rows("ledger.jsonl")
+    ]
+
+
+def test_one_process_for_all_chunks_equals_a_launch_per_chunk(make_run, uninterrupted, tmp_path):
+    run = make_run(tmp_path / "run", "data.workers=1")
+
+    code = run.train("--chunks", "0:")
+
+    assert code == 0, run.log.read_text()
+    assert_equal_runs(run, uninterrupted)
+    assert told(run) == told(uninterrupted)
+
+
+def test_a_kill_in_the_second_of_several_chunks_costs_nothing(make_run, uninterrupted, tmp_path):
+    run = make_run(tmp_path / "run", "data.workers=1")
+
+    code = run.launch("--chunks", f"{FIRST}:{SECOND}").kill_when(lambda: run.last_step() >= 13)
+    assert code == -signal.SIGKILL
+    assert run.train("--chunks", ":") == 0
+
+    assert_equal_runs(run, uninterrupted)
+
+
 def test_three_kills_in_one_chunk_with_loader_workers(make_run, uninterrupted, tmp_path):
     run = make_run(tmp_path / "run", "data.workers=1")
 

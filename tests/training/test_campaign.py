@@ -7,6 +7,7 @@ from sharding.chunk import ChunkError
 from sharding.config import ConfigError
 from training.campaign import (
     StatusRow,
+    chunk_range,
     chunk_rows,
     image_rows,
     next_chunk,
@@ -142,3 +143,23 @@ def test_what_is_held_out_is_never_offered_whatever_its_folder_is_called(run_tom
     assert read_campaign(workspace, ["made/*"], None).names == ("made/0000",)
     with pytest.raises(ConfigError, match=r"made/held-out: it is held out for validation and no run trains it"):
         read_campaign(workspace, ["made/*", "made/held-out"], None)
+
+
+@pytest.mark.parametrize(
+    ("span", "expected"),
+    [("0:1", ["a/0000", "a/0001"]), ("a/0001:", ["a/0001", "b/0000"]), (":a/0000", ["a/0000"]), (":", "all"),
+     ("2:2", ["b/0000"])],
+)  # fmt: skip
+def test_a_range_of_chunks_includes_both_ends(span, expected):
+    names = ["a/0000", "a/0001", "b/0000"]
+
+    assert chunk_range(names, span) == (names if expected == "all" else expected)
+
+
+@pytest.mark.parametrize(
+    ("span", "message"),
+    [("1", "give two chunks"), ("2:1", "comes before"), ("0:3", "no chunk number 3"), ("c/0000:", "not in this run")],
+)
+def test_a_range_that_is_none_is_refused(span, message):
+    with pytest.raises(ValueError, match=message):
+        chunk_range(["a/0000", "a/0001", "b/0000"], span)

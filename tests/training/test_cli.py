@@ -10,9 +10,9 @@ from sharding.chunk import ChunkError
 from sharding.files import DiskFullError
 from training.buckets import BucketError
 from training.cli import main
+from training.errors import BrokenDataError, NonFiniteError
 from training.exit_codes import code_of, is_foreseen
 from training.lock import LockHeldError, LockLostError, RunLock
-from training.loop import BrokenDataError, NonFiniteError
 from training.run_dir import RunDir
 from training.stage_c.weight_files import WeightsError
 from training.state_folder import StateError
@@ -145,7 +145,7 @@ def test_export_without_a_state_says_so(capsys, run_toml, tmp_path):
         (FileNotFoundError("x"), 2, True),
         (ValueError("x"), 2, True),
         (DiskFullError("x"), 1, True),
-        (NonFiniteError("x"), 1, True),
+        (NonFiniteError("x", range(3, 5)), 1, True),
         (LockLostError("x"), 1, True),
         (RuntimeError("x"), 1, False),
         (KeyError("x"), 1, False),

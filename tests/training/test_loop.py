@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.training.toy import ToyRecipe, run_toy, toy_batches, toy_config, toy_plan
-from training.loop import BrokenDataError, NonFiniteError, Position
+from training.errors import BrokenDataError, NonFiniteError
+from training.position import Position
 
 
 def gradients_by_hand(config, *, broken=()):
@@ -102,6 +103,28 @@ def test_a_step_without_a_readable_image_is_passed_over():
 def test_many_steps_in_a_row_without_a_finite_update_end_the_run():
     with pytest.raises(NonFiniteError, match="2 steps in a row without a finite update"):
         run_toy(toy_config(max_skipped_steps=1), nan_keys=tuple(f"{key:04d}" for key in range(14)))
+
+
+def test_steps_that_are_passed_over_are_counted_but_not_tried():
+    config = toy_config()
+    plan = toy_plan(config)
+    keys = sorted(s.key for micro_batch in plan.steps[1].micro_batches for s in micro_batch.samples)
+
+    run = run_toy(config, pass_over=(2,), nan_keys=tuple(keys), broken=tuple(keys[:1]))
+
+    assert run.recorder.events == [("skipped", 1, keys, "passed_over", [])]
+    assert run.position.chunk_images_skipped == len(keys) == run.position.skipped_steps * plan.steps[1].num_images
+    assert run.recorder.traces[1]["samples"] == [] and "train/loss" not in run.recorder.rows[1]
+    assert len(run.gradients) == len(plan.steps) - 1
+
+
+def test_a_stop_in_previews_is_honoured_with_a_state():
+    config = toy_config(preview={"every_steps": 1})
+
+    run = run_toy(config, stop_in_preview_at=2)
+
+    assert (run.position.step, run.reason) == (2, "asked in previews")
+    assert run.recorder.events == [("preview", 1), ("preview", 2), ("save", 2)]
 
 
 def test_too_many_broken_images_end_the_run():

@@ -14,10 +14,13 @@ from training.buckets import BucketSettings
 from training.chunk_data import Batch
 from training.config import RunConfig
 from training.engines.plain import PlainEngine
-from training.loop import Position, train_epoch
+from training.loop import train_epoch
 from training.optimizers import make_optimizer
+from training.position import Position
 from training.recipes.base import Loss
 from training.stage_c.gdf import AdaptiveLossWeight
+from training.step_report import StepReport
+from training.trained import Trained
 
 
 def toy_config(**changes: Any) -> RunConfig:
@@ -130,27 +133,28 @@ class ListRecorder:
     """Writes down what the loop tells. stop_at: ask to stop once so many steps are done."""
 
     stop_at: int | None = None
+    stop_in_preview_at: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     traces: list[dict[str, Any]] = field(default_factory=list)
     events: list[tuple[Any, ...]] = field(default_factory=list)
 
-    def step_done(self, position: Position, metrics: Any, trace: Any) -> None:
-        self.rows.append(dict(metrics))
-        self.traces.append(dict(trace))
-
-    def skipped(self, position: Position, keys: Any, reason: str, not_finite_keys: Any) -> None:
-        self.events.append(("skipped", position.global_step, sorted(keys), reason, list(not_finite_keys)))
-
-    def broken(self, position: Position, images: Any) -> None:
-        self.events.append(("broken", position.global_step, list(images)))
+    def step_done(self, report: StepReport) -> None:
+        self.rows.append(report.metrics())
+        self.traces.append(report.trace())
+        done = report.before.global_step
+        if report.broken:
+            self.events.append(("broken", done, list(report.broken)))
+        if report.problem:
+            self.events.append(("skipped", done, sorted(report.keys), report.problem, report.not_finite_keys))
 
     def save(self, position: Position) -> None:
         self.events.append(("save", position.global_step))
 
     def poll(self) -> None: ...
 
-    def preview(self, position: Position) -> None:
+    def preview(self, position: Position) -> str:
         self.events.append(("preview", position.global_step))
+        return "asked in previews" if position.global_step == self.stop_in_preview_at else ""
 
     def stop_reason(self) -> str:
         return "asked" if self.stop_at is not None and len(self.rows) + 1 >= self.stop_at else ""
@@ -177,13 +181,18 @@ def run_toy(
     nan_keys: tuple[str, ...] = (),
     dropout: float = 0.0,
     stop_at: int | None = None,
+    stop_in_preview_at: int | None = None,
+    pass_over: tuple[int, ...] = (),
     position: Position | None = None,
     optimizer: str = "sgd",
 ) -> ToyRun:
     """Train the toy plan in this process, as one rank of however many there are."""
     position = position or Position(chunk="toy/0000")
     engine = WatchedEngine(Accelerator(cpu=True), exact=exact)
-    recipe, recorder = ToyRecipe(adaptive=adaptive, nan_keys=nan_keys, dropout=dropout), ListRecorder(stop_at)
+    recipe, recorder = (
+        ToyRecipe(adaptive=adaptive, nan_keys=nan_keys, dropout=dropout),
+        ListRecorder(stop_at, stop_in_preview_at),
+    )
     rate = config.optimizer.learning_rate
     if optimizer == "sgd":
         groups = [{"params": list(recipe.module.parameters()), "lr": rate, "peak_rate": rate, "part": "network"}]
@@ -196,8 +205,8 @@ def run_toy(
     plan = toy_plan(config)
     batches = toy_batches(plan, rank=engine.rank, world_size=engine.world_size, first_step=position.step, broken=broken)
     end, reason = train_epoch(
-        plan, batches, position=position, config=config, recipe=recipe, engine=engine,  # type: ignore[arg-type]
-        model=engine.prepare(recipe.module, made), optimizer=made, recorder=recorder,
+        plan, batches, position=position, config=config, recorder=recorder, pass_over=pass_over,
+        trained=Trained(recipe, engine, engine.prepare(recipe.module, made), made, {}),  # type: ignore[arg-type]
     )  # fmt: skip
     table = None if recipe.adaptive is None else recipe.adaptive.state_dict()["losses"]
     weights = {name: tensor.detach().clone() for name, tensor in recipe.module.state_dict().items()}

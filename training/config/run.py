@@ -30,7 +30,7 @@ class RunConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
     max_skipped_steps: int = Field(10, ge=0)
-    """Consecutive steps with a non-finite loss or gradient passed over before the run stops (exit code 1)."""
+    """Consecutive steps with a non-finite loss or gradient passed over before the run goes back to an earlier state."""
     data: DataConfig
     batch: BatchConfig = BatchConfig()
     buckets: BucketConfig = BucketConfig()

@@ -8,7 +8,7 @@ first step, which changes sums from three processes on); exact=False lets DDP ov
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ _REDUCE_ELEMENTS = 32 << 20  # gradients are copied together in groups of at mos
 
 
 class PlainEngine:
-    """Drives one module and one optimizer. See `training.loop` for the order of calls within a step."""
+    """See `training.engines.base.Engine`."""
 
     def __init__(self, accelerator: Accelerator, *, exact: bool) -> None:
         self.accelerator = accelerator
@@ -31,6 +31,10 @@ class PlainEngine:
         self._module: nn.Module | None = None
         self._prepared: nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def _uses_ddp(self) -> bool:
+        return self._prepared is not self._module
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Move the module to the device and return what forward must be called on."""
@@ -46,18 +50,26 @@ class PlainEngine:
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add this micro-batch's gradients; on the last one of the step the sum over ranks is complete."""
-        uses_ddp = self._prepared is not self._module
-        with self._prepared.no_sync() if uses_ddp and not is_last else nullcontext():  # type: ignore[union-attr,operator]
-            (loss * self.world_size if uses_ddp else loss).backward()  # DDP divides by the number of ranks
-        if is_last and self.world_size > 1 and not uses_ddp:
-            for group in self._gradient_groups():
-                flat = torch.cat([gradient.reshape(-1) for gradient in group])
-                dist.all_reduce(flat)
-                parts = torch.split(flat, [gradient.numel() for gradient in group])
-                for gradient, part in zip(group, parts, strict=True):
-                    gradient.copy_(part.view_as(gradient))
+    @contextmanager
+    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
+        """Return the context of one forward and backward; DDP decides in forward whether backward will reduce."""
+        with nullcontext() if is_last or not self._uses_ddp else self._prepared.no_sync():  # type: ignore[union-attr,operator]
+            yield
+        if is_last and self.world_size > 1 and not self._uses_ddp:
+            self._reduce()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of this micro-batch."""
+        (loss * self.world_size if self._uses_ddp else loss).backward()  # DDP divides by the number of ranks
+
+    def _reduce(self) -> None:
+        """Sum gradients over ranks in a fixed order."""
+        for group in self._gradient_groups():
+            flat = torch.cat([gradient.reshape(-1) for gradient in group])
+            dist.all_reduce(flat)
+            parts = torch.split(flat, [gradient.numel() for gradient in group])
+            for gradient, part in zip(group, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients, once, before the norm is taken (used when images failed at run time)."""

@@ -1,0 +1,300 @@
+"""One chunk on one rank: from the state that it starts from to its `chunk_done` line.
+
+    ChunkRun(…)   the run's copy of the chunk, the state to start from, the plans; loader workers start
+    train         load the state, train what is left of the plans, begin to write the final state
+    finish        previews, weights, complete.json, the `chunk_done` line
+
+Every rank does all of it; what is written is rank 0's. The rest of a launch is `training.session`'s.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from sharding.chunk import Chunk, ChunkError
+from training.chunk_data import Batch, ChunkData, ChunkSource, make_loader
+from training.errors import NonFiniteError
+from training.exit_codes import DONE, STOPPED
+from training.ledger import chunk_records, steps_to_pass_over
+from training.loop import train_epoch
+from training.plans import batch_plan, caption_settings, pixel_settings
+from training.position import Position
+from training.precision import DTYPES
+from training.preview import write_pictures
+from training.rank import Rank
+from training.run_dir import StartedChunk
+from training.start_state import state_before, state_to_start_from
+from training.state import check_room, state_bytes, take_snapshot
+from training.state_folder import LoadedState, StateError, load_state, read_manifest, remove_states, retain_states
+from training.step_report import StepReport
+from training.trained import Trained
+
+logger = logging.getLogger(__name__)
+
+
+class ChunkRun:
+    """See the module. number: the chunk's place in the run. after: where its parent has just ended in this process.
+
+    Raises ChunkError, StateError, ConfigError.
+    """
+
+    def __init__(self, rank: Rank, chunk: Chunk, number: int, *, after: Position | None = None) -> None:
+        self._rank = rank
+        self._config = rank.config
+        self._run_dir = rank.run_dir
+        self._number = number
+        self._trained: Trained | None = None
+        self.position = Position(chunk=chunk.name)
+        """Where training stands; after an error, where it was last known to stand."""
+
+        self._chunk = self._copy_of(chunk)
+        folder = rank.from_main(lambda: state_to_start_from(rank, chunk.name)) if after is None else None
+        self._state: LoadedState | None = load_state(folder, is_verified=True) if folder is not None else None
+        self.position = after.at_start_of(chunk.name) if after is not None else self._start_position(self._state)
+        self._parent_folder = rank.run_dir.final_folder(after.chunk) if after is not None else None
+        self._make_plans()
+        self._batches = self._iterate_batches()
+        self._loader = next(self._batches, None)  # its workers start while the networks load
+
+    def _copy_of(self, chunk: Chunk) -> StartedChunk:
+        started = self._run_dir.start_chunk(chunk) if self._rank.is_main else None
+        self._rank.engine.barrier()
+        started = started or self._run_dir.started_chunk(chunk.name, chunk_folder=chunk.folder)
+        if started is None:
+            raise ChunkError(
+                f"chunk {chunk.name}: rank 0 copied it to {self._run_dir.root}, this rank cannot see it there"
+            )
+        return started
+
+    def _make_plans(self) -> None:
+        index, name = self._chunk.read_index(), self._chunk.name
+        epochs = range(self._config.data.epochs)
+        self._plans = [batch_plan(index, name, config=self._config, epoch=epoch) for epoch in epochs]
+        self._plan_digests = [plan.digest for plan in self._plans]
+        state = self._state
+        if state is not None and self._is_own(state) and state.facts["plan_digests"] != self._plan_digests:
+            raise StateError(
+                f"chunk {name}: the batch plan is not the one that {state.folder} was trained with "
+                "(index, batch, bucket or seed settings changed); put them back to finish this chunk"
+            )
+        position = self.position
+        if position.epoch < len(self._plans) and position.step == len(self._plans[position.epoch].steps):
+            self.position = position.next_epoch()  # stopped at its end
+
+    def _iterate_batches(self) -> Iterator[Iterator[Batch]]:
+        """Yield one iterator of batches per epoch that is left, from the position on."""
+        start, engine = self.position, self._rank.engine
+        first_global_step = start.global_step - start.step
+        for plan in self._plans[start.epoch :]:
+            data = ChunkData(
+                ChunkSource.of_chunk(self._chunk),
+                plan,
+                rank=engine.rank,
+                world_size=engine.world_size,
+                first_step=start.step if plan.epoch == start.epoch else 0,
+                first_global_step=first_global_step,
+                captions=caption_settings(self._config),
+                pixels=pixel_settings(self._config),
+            )
+            first_global_step += len(plan.steps)
+            if len(data):
+                yield iter(make_loader(data, workers=self._config.data.workers, prefetch=self._config.data.prefetch))
+
+    def _is_own(self, state: LoadedState) -> bool:
+        chunk: str = state.facts["position"]["chunk"]
+        return chunk == self._chunk.name
+
+    def _start_position(self, state: LoadedState | None) -> Position:
+        """Return where to go on: inside this chunk, or at its start with the counters of its parent."""
+        if state is None:
+            return Position(chunk=self._chunk.name)
+        position = Position(**state.facts["position"])
+        return position if self._is_own(state) else position.at_start_of(self._chunk.name)
+
+    # --- training ---
+
+    def train(self, trained: Trained) -> int:
+        """Train to the end of the chunk and begin to write its final state, or stop with one; return 0 or 75."""
+        self._trained = trained
+        if self._state is not None:
+            trained.load(self._state)
+            position = self.position
+            logger.info(
+                "resuming at chunk %s, epoch %d, step %d (global step %s) from %s",
+                position.chunk, position.epoch, position.step, f"{position.global_step:,}", self._state.folder,
+            )  # fmt: skip
+        elif self._parent_folder is None:
+            logger.info("chunk %s: starting from the weights that the config names", self._chunk.name)
+        self._tell_start(trained)
+        while True:
+            try:
+                reason = self._train_epochs(trained)
+                break
+            except NonFiniteError as error:
+                self._roll_back(trained, error)
+        if reason:
+            return self._finish_stopped(reason)
+        self._require_all_accounted_for()
+        final = self._run_dir.final_folder(self._chunk.name)
+        if self._state is None or self._state.folder != final:
+            self._save(final)
+        return DONE
+
+    def _tell_start(self, trained: Trained) -> None:
+        if self._rank.records is not None:
+            self._rank.records.start_chunk(
+                self._chunk, self._plans, number=self._number, position=self.position,
+                resumed_from=self._state.folder if self._state is not None else self._parent_folder,
+                machine=self._rank.machine, frozen_weights=trained.recipe.frozen_digests,
+            )  # fmt: skip
+        num_present = len(self._run_dir.state_folders(self._chunk.name))
+        num_bytes, keep_last = state_bytes(trained.tensors()), self._config.save.keep_states
+        logger.info(check_room(self._run_dir.root, num_bytes, keep_last=keep_last, num_present=num_present))
+
+    def _train_epochs(self, trained: Trained) -> str:
+        pass_over = self._rank.from_main(lambda: steps_to_pass_over(self._rank.ledger.lines, self._chunk.name))
+        while self._loader is not None:
+            self.position, reason = train_epoch(
+                self._plans[self.position.epoch], self._loader, position=self.position, config=self._config,
+                trained=trained, recorder=self, pass_over=pass_over,
+            )  # fmt: skip
+            if reason:
+                return reason
+            self.position = self.position.next_epoch()
+            self._loader = next(self._batches, None)
+        return ""
+
+    def _roll_back(self, trained: Trained, error: NonFiniteError) -> None:
+        """Go back to the last state from before the trouble; its steps are not tried again. Once per chunk.
+
+        The trouble is the steps without a finite update and the update before them. Raises `error` when it happens
+        again, and when there is no state to go back to.
+        """
+        rank, name = self._rank, self._chunk.name
+        rank.saver.drain()
+        folder = rank.from_main(lambda: state_before(rank, name, step=error.steps.start - 1))
+        if folder is None:
+            raise error
+        state = load_state(folder, is_verified=True)
+        failed_at, self.position = self.position, self._start_position(state)
+        if rank.records is not None:
+            pass_over = range(error.steps.start - 1, error.steps.stop)
+            rank.records.rolled_back(failed_at, self.position, folder=state.folder, pass_over=pass_over)
+            own = self._run_dir.state_folders(name)
+            remove_states([one for one in own if read_manifest(one).global_step > self.position.global_step])
+        rank.engine.barrier()
+        trained.load(state)
+        self._state = state
+        self._batches = self._iterate_batches()
+        self._loader = next(self._batches, None)
+
+    def _finish_stopped(self, reason: str) -> int:
+        self._rank.saver.drain()
+        if self._rank.records is not None:
+            self._rank.records.stopped(self.position, reason)
+        self._rank.engine.barrier()
+        return STOPPED
+
+    # --- the end ---
+
+    def finish(self) -> int:
+        """Make previews and weights while the final state is written, then say that the chunk is done."""
+        name, config, rank = self._chunk.name, self._config, self._rank
+        reason = self.preview(self.position) if config.preview.at_chunk_end else ""
+        rank.saver.drain()
+        if reason := reason or rank.agreed_stop():
+            return self._finish_stopped(reason)  # the final state is there: the next launch makes these again
+        every = config.save.export_every_chunks
+        if every and (self._number + 1) % every == 0:
+            self._export()
+        if rank.records is not None:
+            final = self._run_dir.final_folder(name)
+            rank.records.chunk_done(self._chunk, self.position, final=final, plan_digests=self._plan_digests)
+            self._retain()
+        rank.engine.barrier()
+        return DONE
+
+    def _require_all_accounted_for(self) -> None:
+        """Raise StateError unless each planned image was trained, passed over or broken: a done chunk says so."""
+        position, planned = self.position, sum(plan.num_images for plan in self._plans)
+        counts = (position.chunk_images_trained, position.chunk_images_skipped, position.chunk_images_broken)
+        if sum(counts) != planned:
+            raise StateError(
+                f"chunk {self._chunk.name}: {planned:,} images were planned, but {counts[0]:,} trained + "
+                f"{counts[1]:,} skipped + {counts[2]:,} broken are {sum(counts):,}; the state does not fit the plan"
+            )
+
+    def _export(self) -> None:
+        assert self._trained is not None
+        if self._rank.records is not None:
+            metadata = {
+                "chunkline.run": self._run_dir.read_run_json()["run_id"],
+                "chunkline.chunk": self._chunk.name,
+                "chunkline.global_step": str(self.position.global_step),
+                "chunkline.images_seen": str(self.position.images_seen),
+            }
+            folder, dtype = self._run_dir.weights_folder(self._chunk.name), DTYPES[self._config.save.export_dtype]
+            for file in self._trained.recipe.export(folder, dtype=dtype, metadata=metadata):
+                logger.info("weights %s", file)
+        self._rank.engine.barrier()
+
+    def _retain(self) -> None:
+        """A done chunk's final state stands for its others, also where a kill came first; keep the newest of these."""
+        trusted, finals = self._rank.saver.trusted, []
+        for name, record in chunk_records(self._rank.ledger.lines).items():
+            if record.status == "done":
+                folders = self._run_dir.state_folders(name)
+                retain_states(folders, keep_last=1, trusted=trusted)
+                finals += [folder for folder in folders if folder.name == "final"]
+        retain_states(finals, keep_last=self._config.save.keep_chunks, trusted=trusted)
+
+    # --- what the loop tells (training.loop.Recorder) ---
+
+    def step_done(self, report: StepReport) -> None:
+        self.position = report.after
+        if self._rank.records is not None:
+            self._rank.records.step_done(report)
+
+    def save(self, position: Position) -> None:
+        self._save(self._run_dir.state_folder(position.chunk, position.global_step))
+
+    def _save(self, folder: Path) -> None:
+        """Begin to save a state in `folder`; every rank has the same, rank 0 writes it."""
+        if self._rank.records is None:
+            return
+        assert self._trained is not None
+        self._rank.records.before_save()
+        facts = {
+            "global_step": self.position.global_step,
+            "position": asdict(self.position),
+            "plan_digests": self._plan_digests,
+            "chunk_digest": self._chunk.info.digest,
+            **self._trained.facts(),
+        }
+        self._rank.saver.save(folder, take_snapshot(self._trained.tensors(), facts))
+
+    def poll(self) -> None:
+        if self._rank.records is not None:
+            self._rank.saver.poll()
+            self._rank.records.feed_trackers()
+
+    def preview(self, position: Position) -> str:
+        """Make previews on every rank, in eval mode and the run's compute format; rank 0 writes them when all are made.
+
+        Returns why the ranks agreed to stop between two of them, or "".
+        """
+        assert self._trained is not None
+        pictures = []
+        for prompt in self._config.preview.prompts:
+            if reason := self._rank.agreed_stop():
+                return reason
+            with self._rank.engine.autocast():
+                pictures += self._trained.recipe.preview([prompt])
+        if pictures and self._rank.records is not None:
+            write_pictures(self._run_dir.previews_folder(position.chunk), position.global_step, pictures)
+        self._rank.engine.barrier()
+        return ""
+
+    def stop_reason(self) -> str:
+        return self._rank.stop_reason()
