@@ -36,7 +36,7 @@ class Processor:
 
     @classmethod
     def read(cls, folder: Path) -> "Processor":
-        """Read it. Raises ModelError when it is missing, not JSON, or without mean and standard deviation."""
+        """Read it. Raises ModelError when it is missing, not JSON, or does not resize, scale and normalise."""
         path = folder / "preprocessor_config.json"
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -46,6 +46,10 @@ class Processor:
             raise ModelError(f"{path}: not valid JSON ({error})") from error
         if missing := [name for name in ("size", "image_mean", "image_std") if name not in values]:
             raise ModelError(f"{path}: {', '.join(missing)} missing")
+        if off := [name for name in ("do_resize", "do_rescale", "do_normalize") if not values.get(name, True)]:
+            raise ModelError(
+                f"{path}: {', '.join(off)} is off, which no model of this kind has; its scores would be off"
+            )
         return cls(values, path)
 
     def sides(self, name: str, *keys: str) -> list[int]:

@@ -34,6 +34,8 @@ _VERSIONS: dict[CropRounding, str] = {
     "transformers": "clip-centre-crop/1",
     "openai": "clip-centre-crop-openai/1",
 }
+_BICUBIC = 3
+"""Pillow's number."""
 
 
 class ClipHeadSettings(ModelFilesSettings):
@@ -84,6 +86,9 @@ class Clip:
     batch_size = None
 
     def __init__(self, model: Any, *, processor: Processor, crop: CropRounding, device: str) -> None:
+        values = processor.values
+        if not values.get("do_center_crop", True) or values.get("resample", _BICUBIC) != _BICUBIC:
+            raise ModelError(f"{processor.path}: expected a bicubic resize and a centre crop, as CLIP has them")
         (shortest,), (side,) = processor.sides("size", "shortest_edge"), processor.sides("crop_size", "height")
         self.preparer = CentreCrop(shortest, side, crop)
         self._processor = processor

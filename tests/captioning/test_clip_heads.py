@@ -4,7 +4,9 @@ The linear head and the ten embeddings (mean ViT-L/14 embedding of the pictures 
 see data/laion/LICENSE. The improved predictor is 3.7 MB: give its folder in CHUNKLINE_LAION_HEADS to test it.
 """
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -246,8 +248,6 @@ def test_another_crop_or_other_files_are_another_backbone(lab, l14_models, embed
 
 
 def test_the_same_clip_in_another_folder_is_the_same_backbone(lab, l14_models, embeds, clip_768, tmp_path):
-    import shutil
-
     shutil.copytree(clip_768, tmp_path / "copy")
     l14_models["clip-nsfw"]["clip"] = str(tmp_path / "copy")
     lab.keep(lab.save(lab.png(40, 50)))
@@ -283,6 +283,24 @@ def test_a_head_on_the_wrong_clip_is_an_error_before_it_is_loaded(lab, tmp_path,
 
     with pytest.raises(ModelError, match=r"annotate\.models\.nsfw: .*projection_dim is 512, the head takes 768"):
         annotate(lab.annotate_config(tables), lab.workspace)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resample": 2}, "expected a bicubic resize and a centre crop"),
+        ({"do_center_crop": False}, "expected a bicubic resize and a centre crop"),
+        ({"do_normalize": False}, "do_normalize is off"),
+    ],
+)
+def test_a_processor_that_is_not_clips_is_an_error(tmp_path, clip_768, change, message):
+    shutil.copytree(clip_768, tmp_path / "clip")
+    path = tmp_path / "clip" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    head = settings_of("laion_aesthetic", LAION / "sa_0_4_vit_l_14_linear.pth", tmp_path / "clip")
+
+    with pytest.raises(ModelError, match=message):
+        laion_aesthetic.load(head, device="cpu").backbone.load(device="cpu")
 
 
 def test_a_pth_that_runs_code_is_refused(tmp_path):
