@@ -115,9 +115,8 @@ class Composer:
         rules = self.rules
         found.captions = apply_edits(found.captions, edits, groups=rules.groups)
         if self._counter is not None:
-            keys = edits.column("key").unique()
             found.captions, found.num_cut_edited, cut = cut_edited(
-                found.captions, keys, counter=self._counter, tokens=rules.tokens, groups=rules.groups
+                found.captions, edits, counter=self._counter, tokens=rules.tokens, groups=rules.groups
             )
             found.cut.update(cut)
 

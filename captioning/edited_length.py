@@ -1,6 +1,7 @@
 """Cut captions that people have edited to the policy's number of tokens, by the rule that `compose` cuts all others.
 
-For the few captions that have edits: a cut before them would make an edit's preview wrong. Sentences are not counted.
+But what people have added goes last. For the few captions that have edits: a cut before them would make an edit's
+preview wrong. Sentences are not counted.
 """
 
 from collections import Counter
@@ -19,17 +20,27 @@ from captioning.word_table import Entries, fitting
 from captioning.words import Words
 from sharding.schema import CAPTIONS
 
+_ADDED = ""
+"""Stands for a group of its own, the last one to be cut; no group has this name."""
+
 
 def cut_edited(
-    captions: pa.Table, keys: pa.Array, *, counter: TokenCounter, tokens: TokensConfig, groups: Sequence[str]
+    captions: pa.Table, edits: pa.Table, *, counter: TokenCounter, tokens: TokensConfig, groups: Sequence[str]
 ) -> tuple[pa.Table, int, Counter[tuple[str, str]]]:
-    """Return the captions with those of `keys` cut, how many were too long, and the (group, word) that went.
+    """Return the captions with the edited ones cut, how many were too long, and the (group, word) that went.
 
-    captions: CAPTIONS. groups: the policy's order; a group that only edits know comes behind.
+    captions: CAPTIONS, with the edits (EDITS) applied. groups: the policy's order; a group that only edits know comes
+    behind.
     """
-    is_edited = np.asarray(pc.is_in(captions.column("key"), value_set=keys))
+    is_edited = np.asarray(pc.is_in(captions.column("key"), value_set=edits.column("key").unique()))
     rows = captions.filter(pa.array(is_edited)).to_pylist()
-    words = [_Word(place, *it) for place, row in enumerate(rows) for it in _words(row) if it[0] != SENTENCE_GROUP]
+    added = {(edit["key"], word) for edit in edits.to_pylist() for word in edit["after"] if word not in edit["before"]}
+    words = [
+        _Word(place, group, word, is_added=(row["key"], word) in added)
+        for place, row in enumerate(rows)
+        for group, word in _words(row)
+        if group != SENTENCE_GROUP
+    ]
     stays = _fitting(words, counter=counter, tokens=tokens, groups=groups)
     gone: dict[int, set[tuple[str, str]]] = {}
     for word, fits in zip(words, stays, strict=True):
@@ -47,6 +58,8 @@ class _Word(NamedTuple):
     place: int
     group: str
     text: str
+    is_added: bool
+    """By people."""
 
 
 def _words(row: dict[str, Any]) -> list[tuple[str, str]]:
@@ -56,9 +69,9 @@ def _words(row: dict[str, Any]) -> list[tuple[str, str]]:
 def _fitting(
     given: Sequence[_Word], *, counter: TokenCounter, tokens: TokensConfig, groups: Sequence[str]
 ) -> list[bool]:
-    order = tuple(dict.fromkeys([*groups, *(word.group for word in given)]))
+    order = tuple(dict.fromkeys([_ADDED, *groups, *(word.group for word in given)]))
     words = Words()
-    numbers = [(it.place, order.index(it.group), words.number(it.text)) for it in given]
+    numbers = [(it.place, order.index(_ADDED if it.is_added else it.group), words.number(it.text)) for it in given]
     entries = Entries(*np.array(numbers, dtype=np.int64).reshape(-1, 3).T)
     ranks = keep_ranks(order, tokens.cut_first)
     kept: list[bool] = fitting(entries, counter=counter.of(words), max_tokens=tokens.max_tokens, ranks=ranks).tolist()

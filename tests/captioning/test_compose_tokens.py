@@ -103,7 +103,7 @@ def test_every_caption_fits_and_is_as_long_as_it_can_be(lab):
             assert whole.startswith(text) and length(text) <= limit < length(longer)
 
 
-def test_an_edited_caption_is_cut_as_any_other_and_the_sentence_stays(lab, caplog):
+def test_of_an_edited_caption_what_was_added_is_cut_last_and_the_sentence_stays(lab, caplog):
     # One token each, and one for each comma: of nine tokens five words are left.
     records = [
         lab.record("a", tags_general=["red", "blue", "sky"], tags_character=["rin"], tags_copyright=["fate"]),
@@ -115,7 +115,7 @@ def test_an_edited_caption_is_cut_as_any_other_and_the_sentence_stays(lab, caplo
     first = compose(config, lab.workspace, policy="default")
     assert (first.num_cut, first.num_cut_edited) == (1, 0)
 
-    add_green = add_tags(["green"], place="head", group="rest")
+    add_green = add_tags(["green"], place="tail", group="rest")
     edit_captions(config, lab.workspace, add_green, policy="default", description="x", dry_run=False)
     with_edits = lab.texts()
     diff = diff_policies(config, lab.workspace, before="default", after="default")
@@ -123,9 +123,9 @@ def test_an_edited_caption_is_cut_as_any_other_and_the_sentence_stays(lab, caplo
     again = compose(config, lab.workspace, policy="default")
 
     assert with_edits == [
-        "rin, fate, green, red, blue, A girl with a very long sentence about her.",
-        "rin, green, red, blue, sky",
-        "green, red, blue, sky, sea",
+        "rin, fate, red, blue, green, A girl with a very long sentence about her.",
+        "rin, red, blue, sky, green",
+        "red, blue, sky, sea, green",
     ]
     assert lab.texts() == with_edits and diff.num_different == 0
     assert (again.num_cut, again.num_cut_edited) == (1, 2)
@@ -133,6 +133,18 @@ def test_an_edited_caption_is_cut_as_any_other_and_the_sentence_stays(lab, caplo
     assert again.cut == {("rest", "top"): 1, ("rest", "sky"): 1, ("rest", "sun"): 1}
     assert "edited captions cut to tokens.max_tokens: 2" in again.summary()
     assert "2 edited captions were longer" in caplog.text
+
+
+def test_too_many_added_words_are_cut_from_the_end(lab):
+    config = config_of(lab, [lab.record("a", tags_general=["red"], tags_character=["rin"])], max_tokens=5)
+    compose(config, lab.workspace, policy="default")
+
+    for words in (["green", "blue"], ["sea", "sun"]):
+        edit_captions(
+            config, lab.workspace, add_tags(words, group="rest"), policy="default", description="x", dry_run=False
+        )
+
+    assert lab.texts() == ["green, blue, sea"]
 
 
 def test_an_edit_that_leaves_nothing_leaves_nothing(lab):
