@@ -9,13 +9,11 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-from accelerate import Accelerator
-
 from sharding.chunk import Chunk
 from sharding.config import ConfigError
 from training.chunk_run import ChunkRun
 from training.config import RunConfig
-from training.engines.plain import PlainEngine
+from training.engines.choose import make_engine
 from training.exit_codes import DONE
 from training.ledger import Ledger, LedgerError
 from training.lock import LockLostError
@@ -47,10 +45,7 @@ class Session:
         device = choose_device(config.device)
         exact = config.precision.exact if config.precision.exact is not None else device.type == "cpu"
         num_threads = set_exact(exact=exact, num_threads=config.precision.num_threads)
-        accelerator = Accelerator(
-            cpu=device.type == "cpu", mixed_precision="no" if config.precision.autocast == "no" else "bf16"
-        )
-        engine = PlainEngine(accelerator, exact=exact)
+        engine = make_engine(config, device=device, exact=exact)
         _require_world_size(engine.world_size, num_processes)
         assert (engine.rank == 0) == (ledger is not None)
         records = Records(config, run_dir, ledger) if ledger is not None else None
