@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed or stopped by Ctrl-C or SIGTERM, 2 bad usage or con
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -70,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         logger.exception("%s failed", options.command)
         return FAILED
-    print(report.summary())
+    try:
+        print(report.summary(), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return DONE
 
 

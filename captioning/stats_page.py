@@ -26,13 +26,13 @@ h3 { margin: 1rem 0 .4rem; font-size: .95rem } header p { margin: .2rem 0 1rem; 
 main { columns: 26rem; column-gap: .75rem }
 section { break-inside: avoid; margin: 0 0 .75rem; padding: .8rem 1rem; background: var(--card);
   border: 1px solid var(--line); border-radius: .5rem }
-.wide { column-span: all } .scroll { overflow: auto; max-height: 40rem }
+.wide { column-span: all } .scroll { overflow: auto; max-height: 60rem }
 table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { padding: .2rem .6rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line) }
 td { max-width: 16rem; overflow-wrap: break-word } td.rule { color: var(--soft); white-space: nowrap }
 th { color: var(--soft); font-weight: 500; white-space: nowrap } .changed { font-weight: 600 }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-td.bar { width: 25%; min-width: 3rem; padding-right: 0 } .bar svg { display: block; fill: var(--bar) }
+td.bar { width: 20%; min-width: 2.5rem; padding-right: 0 } .bar svg { display: block; fill: var(--bar) }
 .chart { display: block; width: 100%; height: auto; border-radius: .3rem } .charts { display: grid; gap: .75rem;
   grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); align-items: end }
 @media (prefers-color-scheme: dark) { .chart { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen } }

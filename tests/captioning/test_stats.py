@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -405,6 +407,18 @@ def test_paths_that_cannot_be_written_say_what_to_name(lab, run):
     assert code == 2 and "is a folder; name a file in it" in output
     code, output = run("--png", lab.folder / "stats.toml")
     assert code == 2 and "is a file; name a folder" in output
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure(lab, run):
+    arguments = ["stats", str(lab.folder / "stats.toml"), "--workspace", str(lab.workspace.root), "--json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "captioning", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+
+    error = process.stderr.read().decode()
+
+    assert (process.wait(), error) == (0, "")
 
 
 def test_a_what_if_before_annotate_is_exit_code_3(lab, run):
