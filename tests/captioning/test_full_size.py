@@ -81,6 +81,43 @@ def test_heads_have_the_sizes_of_their_files(shapes, megabytes):
     assert numbers * 4 / 1e6 == pytest.approx(megabytes, rel=0.03)
 
 
+VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CAPTIONERS = {
+    # Salesforce/blip-image-captioning-large, microsoft/git-large-textcaps and Florence-2-large, config.json
+    "Blip": (
+        446,
+        {
+            "text_config": {"hidden_size": 768, "vocab_size": 30524, "encoder_hidden_size": 1024},
+            "vision_config": {**VISION, "image_size": 384, "patch_size": 16},
+        },
+    ),
+    "Git": (394, {"vision_config": {**VISION, "image_size": 224, "patch_size": 14}, "vocab_size": 30522}),
+    "Florence2": (
+        777,
+        {
+            "text_config": {
+                "model_type": "bart", "d_model": 1024, "vocab_size": 51289, "max_position_embeddings": 4096,
+                **{f"{side}_layers": 12 for side in ("encoder", "decoder")},
+            },
+            "vision_config": {
+                "embed_dim": [256, 512, 1024, 2048], "depths": [1, 1, 9, 1], "projection_dim": 1024,
+                **{name: [8, 16, 32, 64] for name in ("num_heads", "num_groups")},
+            },
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CAPTIONERS)
+def test_the_auto_class_makes_published_captioners_of_their_size(name):
+    millions, values = CAPTIONERS[name]
+    config = getattr(transformers, f"{name}Config")(**values)
+
+    model = on_meta(transformers.AutoModelForImageTextToText.from_config, config)
+
+    assert num_parameters(model) / 1e6 == pytest.approx(millions, abs=1)
+
+
 # --- ONNX ---
 
 RATINGS = ("general", "sensitive", "questionable", "explicit")
