@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from sys import intern
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -57,7 +58,7 @@ def caption_rows(
         dataset = config.file_under(source, years[place] or None)[0] if source in config.sources else ""
         yield CaptionRow(
             key=row["key"],
-            words=tuple((entry["group"], word) for entry in row["groups"] for word in entry["tags"]),
+            words=tuple((entry["group"], intern(word)) for entry in row["groups"] for word in entry["tags"]),
             text=row["text"],
             source=source or "",
             dataset=dataset,
