@@ -57,7 +57,8 @@ def annotate(
     chosen = _chosen_models(config, models)
     kept = list_parts(workspace.kept)
     if not kept:
-        raise FileNotFoundError(f"{workspace.kept}: no parts; run `python -m sharding dedupe` first")
+        alone = " (of chunks alone make a source, with the importer webdataset, and scan it)" if chunks else ""
+        raise FileNotFoundError(f"{workspace.kept}: no parts; run `python -m sharding dedupe` first{alone}")
     owned = owned_parts(kept, part_index, num_parts)
     names = list(devices or [config.annotate.device])
     identities = {name: identify(name, config.annotate) for name in chosen}

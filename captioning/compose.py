@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from captioning.composer import Composer, PartCaptions
 from captioning.config import CaptioningConfig
 from captioning.edit_table import edits_digest, edits_of, read_edits
-from captioning.part_input import AnnotationMissingError, input_digest, policy_digest
+from captioning.part_input import AnnotationMissingError, check_revisions, input_digest, policy_digest
 from sharding.files import digest_of
 from sharding.runlog import EventLog, Progress
 from sharding.schema import Workspace
@@ -119,13 +119,14 @@ def compose(
     """Write the captions of each owned part that is not current.
 
     Raises ConfigError for an unknown policy, FileNotFoundError without kept parts, AnnotationMissingError when
-    `annotate` has to run first.
+    `annotate` has to run first, or has been stopped before all parts were those of one revision.
     """
     composer = Composer(config, workspace, policy=policy)
     kept = list_parts(workspace.kept)
     if not kept:
         raise FileNotFoundError(f"{workspace.kept}: no parts; run `python -m sharding dedupe` first")
     owned = owned_parts(kept, part_index, num_parts)
+    check_revisions(workspace, owned, composer.rules)
     digest = policy_digest(config, composer.rules)
     all_edits = read_edits(workspace, policy)
     started = time.monotonic()

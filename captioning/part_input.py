@@ -1,6 +1,6 @@
 """What a part of captions is made of: its records and what models said, aligned by key; and the digest of all that."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +82,23 @@ def check_model(workspace: Workspace, part: Path, tagger: str, *, model_digest: 
             f"{path}: made by another model than {LABELS_FILE}; run "
             f"`python -m captioning annotate --models {tagger}` until all parts are current"
         )
+
+
+def check_revisions(workspace: Workspace, parts: Sequence[Path], rules: PolicyConfig) -> None:
+    """Raise AnnotationMissingError when one model's annotations of these kept parts are of two revisions or settings.
+
+    So it is when `annotate` was stopped before it had replaced all; a threshold cannot hold for both.
+    """
+    first: dict[str, tuple[Path, str]] = {}
+    for part in parts:
+        for name, path in annotation_parts(workspace, part, rules).items():
+            digest = part_metadata(path).get("model_digest", "")
+            known, expected = first.setdefault(name, (path, digest))
+            if digest != expected:
+                raise AnnotationMissingError(
+                    f"{path}: made by another model, or with other settings, than {known.name} beside it; run "
+                    f"`python -m captioning annotate --models {name}` until all parts are current"
+                )
 
 
 def policy_digest(config: CaptioningConfig, rules: PolicyConfig) -> str:

@@ -89,6 +89,23 @@ def test_a_new_model_or_setting_runs_alone(lab, model_tables):
     assert all(prob >= 0.5 for row in lab.rows("wd").values() for prob in row["tag_probs"])
 
 
+def test_captions_are_not_made_of_two_revisions_of_a_scorer(lab, model_tables):
+    from captioning.compose import compose
+    from captioning.part_input import AnnotationMissingError
+
+    tiers = {"quality": {"model": "quality", "comparison": ">", "steps": [[-1.0, "scored"]]}}
+    policies = {"default": {"groups": ["quality"], "tiers": tiers}}
+    lab.keep(lab.save(lab.png(64, 64)), lab.save(lab.png(65, 64)))
+    annotate(lab.annotate_config({"quality": model_tables["quality"]}), lab.workspace)
+    config = lab.annotate_config({"quality": model_tables["quality"] | {"clip_crop": "openai"}}, policies=policies)
+    annotate(config, lab.workspace, part_index=0, num_parts=2)
+
+    with pytest.raises(AnnotationMissingError, match=r"quality/part-00001.*another model, or .*, than part-00000"):
+        compose(config, lab.workspace, policy="default")
+    annotate(config, lab.workspace)
+    assert compose(config, lab.workspace, policy="default").num_captions == 2
+
+
 def test_only_added_keys_are_decoded_and_old_rows_stay(lab, model_tables, decodes):
     old = lab.save(lab.png(64, 64, seed=1), lab.png(70, 64, seed=2))
     lab.keep(old)

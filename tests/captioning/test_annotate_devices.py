@@ -20,6 +20,7 @@ from sharding.chunk import Sample, commit_chunk, write_shard
 from sharding.config import ConfigError
 from sharding.files import sha256_file
 from sharding.images import BrokenFractionError
+from sharding.schema import Workspace
 
 
 def digests(lab):
@@ -248,5 +249,7 @@ def test_what_is_not_in_the_chunks_is_read_from_its_file_and_damage_is_recorded(
     annotate(lab.annotate_config({"wd": model_tables["wd"]}), lab.workspace, chunks=["all"])
 
     assert [row["status"] for row in lab.rows("wd").values()] == ["unreadable", "ok", "ok"]
+    with pytest.raises(FileNotFoundError, match=r"of chunks alone make a source, with the importer webdataset"):
+        annotate(lab.annotate_config({"wd": model_tables["wd"]}), Workspace(lab.folder / "other"), chunks=["all"])
     with pytest.raises(ConfigError, match=r"--chunks boards/0009: no such chunk in .*; there are boards/0000"):
         annotate(lab.annotate_config({"wd": model_tables["wd"]}), lab.workspace, chunks=["boards/0009"])

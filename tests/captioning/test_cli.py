@@ -207,6 +207,7 @@ def test_a_damaged_part_is_named_and_exit_code_3(lab, dataset, capsys):
     assert run("compose", *place) == 3
     assert f"{scores}: not a readable part" in the_error(capsys)
 
+    assert run("annotate", *place) == 0
     kept.write_bytes(kept.read_bytes()[:100])
     for command in ("annotate", "compose"):
         assert run(command, *place) == 3
