@@ -104,7 +104,7 @@ def nice_bins(low: float, high: float, *, is_whole: bool) -> tuple[float, float,
         steps = [step for step in [1.0, *steps] if step >= 1]
     for step in steps:
         start = math.floor(low / step) * step
-        num_bins = math.floor((high - start) / step) + 1
+        num_bins = max(math.floor((high - start) / step) + 1, 1)  # rounding may put start a hair above low
         if num_bins <= MAX_BINS:
             return start, step, num_bins
     raise AssertionError(f"no bins for {low} … {high}")

@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -211,6 +211,7 @@ def test_stats_of_captions_that_are_not_current_say_so(lab, scored):
 
 @settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.booleans())
+@example(695.0, 0.0, False)
 def test_bins_hold_all_scores_between_round_borders(low, span, is_whole):
     low, high = (float(np.floor(low)), float(np.floor(low + span))) if is_whole else (low, low + span)
 
