@@ -96,11 +96,16 @@ CAPTIONERS = {
         777,
         {
             "text_config": {
-                "model_type": "bart", "d_model": 1024, "vocab_size": 51289, "max_position_embeddings": 4096,
+                "model_type": "bart",
+                "d_model": 1024,
+                "vocab_size": 51289,
+                "max_position_embeddings": 4096,
                 **{f"{side}_layers": 12 for side in ("encoder", "decoder")},
             },
             "vision_config": {
-                "embed_dim": [256, 512, 1024, 2048], "depths": [1, 1, 9, 1], "projection_dim": 1024,
+                "embed_dim": [256, 512, 1024, 2048],
+                "depths": [1, 1, 9, 1],
+                "projection_dim": 1024,
                 **{name: [8, 16, 32, 64] for name in ("num_heads", "num_groups")},
             },
         },
