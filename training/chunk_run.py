@@ -227,16 +227,17 @@ class ChunkRun:
 
     def _export(self) -> None:
         assert self._trained is not None
-        if self._rank.records is not None:
-            metadata = {
-                "chunkline.run": self._run_dir.read_run_json()["run_id"],
-                "chunkline.chunk": self._chunk.name,
-                "chunkline.global_step": str(self.position.global_step),
-                "chunkline.images_seen": str(self.position.images_seen),
-            }
-            folder, dtype = self._run_dir.weights_folder(self._chunk.name), DTYPES[self._config.save.export_dtype]
-            for file in self._trained.recipe.export(folder, dtype=dtype, metadata=metadata):
-                logger.info("weights %s", file)
+        with self._trained.shown():
+            if self._rank.records is not None:
+                metadata = {
+                    "chunkline.run": self._run_dir.read_run_json()["run_id"],
+                    "chunkline.chunk": self._chunk.name,
+                    "chunkline.global_step": str(self.position.global_step),
+                    "chunkline.images_seen": str(self.position.images_seen),
+                }
+                folder, dtype = self._run_dir.weights_folder(self._chunk.name), DTYPES[self._config.save.export_dtype]
+                for file in self._trained.recipe.export(folder, dtype=dtype, metadata=metadata):
+                    logger.info("weights %s", file)
         self._rank.engine.barrier()
 
     def _retain(self) -> None:
@@ -286,11 +287,12 @@ class ChunkRun:
         """
         assert self._trained is not None
         pictures = []
-        for prompt in self._config.preview.prompts:
-            if reason := self._rank.agreed_stop():
-                return reason
-            with self._rank.engine.autocast():
-                pictures += self._trained.recipe.preview([prompt])
+        with self._trained.shown():
+            for prompt in self._config.preview.prompts:
+                if reason := self._rank.agreed_stop():
+                    return reason
+                with self._rank.engine.autocast():
+                    pictures += self._trained.recipe.preview([prompt])
         if pictures and self._rank.records is not None:
             write_pictures(self._run_dir.previews_folder(position.chunk), position.global_step, pictures)
         self._rank.engine.barrier()

@@ -19,10 +19,11 @@ from training.batch_plan import BatchPlan, rank_share
 from training.chunk_data import Batch
 from training.config import RunConfig
 from training.errors import BrokenDataError, NonFiniteError
-from training.optimizers import rate_factor, set_rates
+from training.optimizers import set_rates
 from training.position import Position
 from training.randomness import step_seed
 from training.recipes.base import Loss, SampleResult
+from training.schedules import rate_factor
 from training.step_report import StepReport
 from training.trained import Trained
 
@@ -65,18 +66,11 @@ def train_epoch(
 
     Raises NonFiniteError, BrokenDataError; the last saved state stays intact.
     """
-    engine, schedule, skipped_in_a_row = trained.engine, config.schedule, 0
+    engine, schedule, skipped_in_a_row = trained.engine, config.schedule.model_dump(), 0
     for step in plan.steps[position.step :]:
         started = time.monotonic()
-        rates = set_rates(
-            trained.optimizer,
-            rate_factor(
-                schedule.name,
-                global_step=position.global_step,
-                warmup_steps=schedule.warmup_steps,
-                total_steps=schedule.total_steps,
-            ),
-        )
+        factor = rate_factor(**schedule, global_step=position.global_step)
+        rates = set_rates(trained.optimizer, factor, global_step=position.global_step)
         is_tried = position.global_step + 1 not in pass_over
 
         # --- forward and backward, micro-batch by micro-batch ---
@@ -120,9 +114,9 @@ def train_epoch(
         else:
             if config.optimizer.max_grad_norm > 0:
                 engine.clip(norm, config.optimizer.max_grad_norm)
-            engine.step()
-            trained.recipe.after_step(results)
+            trained.update(results)
             skipped_in_a_row = 0
+        trained.step_over(position.global_step + 1)
 
         # --- tell ---
         seconds, before = time.monotonic() - started, position

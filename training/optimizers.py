@@ -14,9 +14,6 @@ from torch import nn
 
 from training.optim.lion import Lion
 from training.optim.one_by_one import OneByOne
-from training.schedules import rate_factor
-
-__all__ = ["MissingPackageError", "make_optimizer", "rate_factor", "set_rates"]
 
 _EIGHT_BIT = {"adam8bit": "Adam8bit", "adamw8bit": "AdamW8bit", "lion8bit": "Lion8bit"}
 NAMES = ("adamw", "adafactor", "lion", *_EIGHT_BIT, "prodigy", "schedule_free")

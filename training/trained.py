@@ -1,6 +1,7 @@
-"""What a run trains, as one thing: networks, optimizer and loss tables, prepared, saved and loaded together."""
+"""What a run trains, as one thing: networks, optimizer, running average and loss tables, saved and loaded together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from training.config import RunConfig
+from training.ema import Ema, make_ema, weights_to_show
 from training.engines.base import Engine
+from training.engines.scaled import ScaledEngine
+from training.optim.from_config import optimizer_from_config
 from training.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from training.optimizers import make_optimizer
-from training.recipes.base import Recipe, load_recipe
+from training.precision import set_weights
+from training.recipes.base import Recipe, SampleResult, load_recipe
 from training.state_folder import LoadedState
 
 
@@ -24,17 +28,35 @@ class Trained:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     names: Mapping[nn.Parameter, str]
+    ema: Ema | None = None
+
+    def update(self, results: Sequence[SampleResult]) -> None:
+        """Apply the gradients of a step, and let the recipe take note of its losses."""
+        self.engine.step()
+        self.recipe.after_step(results)
+
+    def step_over(self, global_step: int) -> None:
+        """Take note that step `global_step`, counted from 1, is over, with an update or without."""
+        if self.ema is not None:
+            self.ema.update(global_step)
+
+    def shown(self) -> AbstractContextManager[None]:
+        """Return a context with the weights that previews, validation and exports show. Every rank has to enter it."""
+        return weights_to_show(self.optimizer, self.ema)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return a state's components: {component: {name: tensor}}. Not copies."""
         optimizer, _ = optimizer_tensors(self.optimizer, self.names)
         own = {"model": self.engine.model_state(), "optimizer": optimizer, "recipe": self.recipe.state_tensors()}
+        if self.ema is not None:
+            own["ema"] = self.ema.tensors()
         return {name: part for name, part in own.items() if part or name != "recipe"}
 
     def facts(self) -> dict[str, Any]:
-        """Return what a state holds about the optimizer besides tensors."""
-        _, facts = optimizer_tensors(self.optimizer, self.names)
-        return {"optimizer": facts}
+        """Return what a state holds besides tensors: options of the optimizer, the loss scale."""
+        _, optimizer = optimizer_tensors(self.optimizer, self.names)
+        scale = {"loss_scale": self.engine.loss_scale.facts()} if isinstance(self.engine, ScaledEngine) else {}
+        return {"optimizer": optimizer, **scale}
 
     def load(self, state: LoadedState) -> None:
         """Take over a state. Raises ValueError or StateError when it does not fit these networks."""
@@ -42,19 +64,20 @@ class Trained:
         load_optimizer_tensors(self.optimizer, state.component("optimizer"), state.facts["optimizer"], self.names)
         if "recipe" in state.components:
             self.recipe.load_state_tensors(state.component("recipe"))
+        if self.ema is not None:
+            self.ema.load(state.component("ema"))
+        if isinstance(self.engine, ScaledEngine):
+            self.engine.loss_scale.load(state.facts["loss_scale"])
 
 
 def load_trained(config: RunConfig, engine: Engine) -> Trained:
     """Load the networks that the config names, make their optimizer, and hand both to the engine."""
-    recipe, settings = load_recipe(config), config.optimizer
+    recipe = load_recipe(config)
     recipe.load(engine.device)
-    optimizer = make_optimizer(
-        settings.name,
-        recipe.parts(),
-        learning_rates=recipe.learning_rates(),
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-    )
-    names = {parameter: name for name, parameter in recipe.trainable().named_parameters()}
-    return Trained(recipe, engine, engine.prepare(recipe.trainable(), optimizer), optimizer, names)
+    module = recipe.trainable()
+    set_weights(module, config.precision.weights)
+    optimizer = optimizer_from_config(config, module, recipe.parts, learning_rates=recipe.learning_rates())
+    model = engine.prepare(module, optimizer)
+    parameters = dict(module.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
+    return Trained(recipe, engine, model, optimizer, names, make_ema(config.ema, parameters))

@@ -1,14 +1,22 @@
-"""Use a run's state outside a launch: export weights, make pictures. One process; the run is not changed."""
+"""Use a run's state outside a launch: export weights, make pictures. One process; the run is not changed.
+
+What is shown is what the run itself shows: the running average where it keeps one, else what is trained.
+"""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from training.config import RunConfig
-from training.precision import DTYPES, choose_device
+from training.engines.plain import PlainEngine
+from training.precision import DTYPES, choose_device, set_weights
 from training.preview import write_pictures
 from training.recipes.base import Recipe, load_recipe
 from training.run_dir import RunDir
 from training.state_folder import LoadedState, load_state, newest_verified
+from training.trained import load_trained
 
 
 def export_weights(
@@ -18,15 +26,15 @@ def export_weights(
 
     Raises StateError when there is no verified state.
     """
-    state, recipe = _load(config, root, chunk_name)
-    metadata = {
-        "chunkline.run": str(RunDir(root).read_run_json().get("run_id", "")),
-        "chunkline.chunk": str(state.facts["position"]["chunk"]),
-        "chunkline.global_step": str(state.facts["global_step"]),
-        "chunkline.images_seen": str(state.facts["position"]["images_seen"]),
-    }
-    for file in recipe.export(output, dtype=DTYPES[dtype_name or config.save.export_dtype], metadata=metadata):
-        yield str(file)
+    with _shown(config, root, chunk_name) as (state, recipe):
+        metadata = {
+            "chunkline.run": str(RunDir(root).read_run_json().get("run_id", "")),
+            "chunkline.chunk": str(state.facts["position"]["chunk"]),
+            "chunkline.global_step": str(state.facts["global_step"]),
+            "chunkline.images_seen": str(state.facts["position"]["images_seen"]),
+        }
+        for file in recipe.export(output, dtype=DTYPES[dtype_name or config.save.export_dtype], metadata=metadata):
+            yield str(file)
 
 
 def make_previews(config: RunConfig, root: Path, output: Path, *, chunk_name: str | None = None) -> Iterator[str]:
@@ -36,17 +44,27 @@ def make_previews(config: RunConfig, root: Path, output: Path, *, chunk_name: st
     """
     if not config.preview.prompts:
         raise ValueError("preview.prompts is empty: there is nothing to draw")
-    state, recipe = _load(config, root, chunk_name)
-    pictures = recipe.preview(config.preview.prompts)
+    with _shown(config, root, chunk_name) as (state, recipe):
+        pictures = recipe.preview(config.preview.prompts)
     for path in write_pictures(output, state.facts["global_step"], pictures):
         yield str(path)
 
 
-def _load(config: RunConfig, root: Path, chunk_name: str | None) -> tuple[LoadedState, Recipe]:
-    run_dir = RunDir(root)
-    folder, _ = newest_verified(run_dir.state_folders(chunk_name))
+@contextmanager
+def _shown(config: RunConfig, root: Path, chunk_name: str | None) -> Iterator[tuple[LoadedState, Recipe]]:
+    folder, _ = newest_verified(RunDir(root).state_folders(chunk_name))
     state = load_state(folder, is_verified=True)
+    device = choose_device(config.device)
+    if config.optimizer.name == "schedule_free":  # its average is made from what the optimizer keeps
+        trained = load_trained(config, PlainEngine(Accelerator(cpu=device.type == "cpu"), exact=False))
+        trained.load(state)
+        with trained.shown():
+            yield state, trained.recipe
+        return
     recipe = load_recipe(config)
-    recipe.load(choose_device(config.device))
+    recipe.load(device)
+    set_weights(recipe.trainable(), config.precision.weights)
     recipe.trainable().load_state_dict(state.component("model"), strict=True)
-    return state, recipe
+    if config.ema.enabled:
+        recipe.trainable().load_state_dict(state.component("ema"), strict=False)
+    yield state, recipe

@@ -56,7 +56,7 @@ def test_a_killed_run_ends_with_the_bits_of_an_uninterrupted_one(make_run, unint
 
 
 def told(run):
-    """The ledger without what differs between any two runs: hashes, times, the state files' digests (they hold times)."""
+    """The ledger without what differs between any two runs: hashes, times, digests of files that hold times."""
     left_out = ("manifest_digest", "busy_seconds")
     return [
         (line["event"], {name: value for name, value in line["fields"].items() if name not in left_out})

@@ -12,7 +12,14 @@ from pydantic import BaseModel, Field, model_validator
 from sharding.config import Config, Name
 from training.config.captions import CaptionConfig
 from training.config.data import BatchConfig, BucketConfig, DataConfig
-from training.config.optimizer import OptimizerConfig, PrecisionConfig, ScheduleConfig
+from training.config.optimizer import (
+    EmaConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    ScheduleConfig,
+    fused_backward_problems,
+    optimizer_problems,
+)
 from training.config.saving import SaveConfig
 from training.config.stage_c import StageCConfig
 from training.config.watching import PreviewConfig, TrackerConfig
@@ -38,6 +45,7 @@ class RunConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    ema: EmaConfig = EmaConfig()
     save: SaveConfig = SaveConfig()
     preview: PreviewConfig = PreviewConfig()
     trackers: TrackerConfig = TrackerConfig()
@@ -49,6 +57,16 @@ class RunConfig(Config):
             raise ValueError(f"buckets.step {self.buckets.step} must be a multiple of 32, the encoder's stride")
         if self.preview.prompts and self.stage_c.previewer is None:
             raise ValueError("preview.prompts are given, but stage_c.previewer is not: no picture can be made")
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> "RunConfig":
+        problems = optimizer_problems(self.optimizer, self.schedule, self.precision, self.ema)
+        problems += fused_backward_problems(
+            self.optimizer, self.precision, micro_batches_per_step=self.batch.micro_batches_per_step
+        )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
