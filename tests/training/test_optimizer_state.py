@@ -140,6 +140,20 @@ def test_the_learning_rate_stays_the_launchs_and_other_group_options_are_restore
     assert (fresh.param_groups[0]["lr"], fresh.param_groups[0]["d"]) == (0.5, 2.25)
 
 
+def test_options_that_are_not_finite_come_back_from_strict_json():
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    optimizer.param_groups[0].update(growth_rate=float("inf"), bounds=(0.5, float("-inf")), peak_rate=1.0)
+    _, facts = optimizer_tensors(optimizer, names_of(model))
+
+    fresh = torch.optim.SGD(model.parameters(), lr=1e-2)
+    fresh.param_groups[0]["peak_rate"] = 3.0
+    load_optimizer_tensors(fresh, {}, json.loads(json.dumps(facts, allow_nan=False)), names_of(model))
+
+    group = fresh.param_groups[0]
+    assert (group["growth_rate"], group["bounds"], group["peak_rate"]) == (float("inf"), (0.5, float("-inf")), 3.0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

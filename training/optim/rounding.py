@@ -12,7 +12,7 @@ import json
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 20  # elements hashed at a time: temporaries stay in the CPU's cache
+_BLOCK = 1 << 16  # elements hashed at a time: temporaries stay in the CPU's cache
 _LOW_16 = 0xFFFF
 
 
