@@ -1,22 +1,29 @@
 """Assign images to resolution buckets: which size a picture is resized to, and what is cropped off.
 
 Pure functions, no torch. Buckets depend on a run's resolution, so they are computed at training time and never
-stored. Which pixels are cut (centre or random) is decided in `chunk_data`.
-
-Three families:
-    no_upscale  the bucket follows the image: never enlarged, fitted into an area, each side floored to the step
-    area        a fixed list of about equal area; the nearest ratio is taken, small images are enlarged
-    ratios      a fixed list of aspect ratios at one area; ratios = (1.0,) is the plain square
+stored. Which buckets there are is in `bucket_list`; which pixels are cut is decided in `chunk_data`.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
-STABLE_CASCADE_RATIOS = (1 / 1, 1 / 2, 1 / 3, 2 / 3, 3 / 4, 1 / 5, 2 / 5, 3 / 5, 4 / 5, 1 / 6, 5 / 6, 9 / 16)
-"""Aspect ratios of the official Stable Cascade training configs; each stands for its inverse, too."""
+from training.bucket_list import STABLE_CASCADE_RATIOS, Bucket, BucketSettings, listed_buckets
+
+__all__ = [
+    "STABLE_CASCADE_RATIOS",
+    "Bucket",
+    "BucketError",
+    "BucketSettings",
+    "Placement",
+    "listed_buckets",
+    "nearest_bucket",
+    "placement",
+    "placement_in",
+    "ratio_distance",
+]
 
 
 class BucketError(ValueError):
@@ -28,17 +35,6 @@ class BucketError(ValueError):
         self.detail = detail
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Bucket:
-    """A size shared by all images of a micro-batch, in pixels."""
-
-    width: int
-    height: int
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}"
-
-
 @dataclass(frozen=True, slots=True)
 class Placement:
     """How an image gets into its bucket: resized to (resized_width, resized_height), then cropped to the bucket."""
@@ -48,77 +44,6 @@ class Placement:
     resized_height: int
     crop_loss_fraction: float
     """Share of the resized image's pixels that the crop cuts off."""
-
-
-@dataclass(frozen=True)
-class BucketSettings:
-    """Which buckets there are. Raises ValueError when the numbers cannot go together."""
-
-    family: Literal["no_upscale", "area", "ratios"] = "no_upscale"
-    resolution_area: int = 1024 * 1024
-    """Largest width × height of a bucket, in pixels as the encoder sees them."""
-    step: int = 64
-    """Sides are multiples of this. The official Stable Cascade buckets have 32."""
-    min_side: int = 256
-    """Shortest side of a bucket; family `area` only."""
-    max_side: int = 4096
-    """Longest side of a bucket; family `area` only."""
-    ratios: tuple[float, ...] = STABLE_CASCADE_RATIOS
-    """Aspect ratios, inverses implied; family `ratios` only."""
-    source_scale: float = 1.0
-    """Pictures are taken as this much smaller before a bucket is chosen: Stable Cascade's encoder sees 3/4 of a
-    picture's sides. Above 1 is refused: it would invent pixels."""
-
-    def __post_init__(self) -> None:
-        if self.family not in ("no_upscale", "area", "ratios"):
-            raise ValueError(f"buckets.family: must be no_upscale, area or ratios, got {self.family!r}")
-        if not 0 < self.source_scale <= 1:
-            raise ValueError(f"buckets.source_scale: must be above 0 and at most 1, got {self.source_scale}")
-        if self.step < 1 or self.resolution_area < self.step**2:
-            raise ValueError(
-                f"buckets.resolution_area ({self.resolution_area:,}) must hold at least one step × step"
-                f" (buckets.step = {self.step})"
-            )
-        if self.family == "area" and not self.step <= self.min_side <= math.isqrt(self.resolution_area):
-            raise ValueError(
-                f"buckets.min_side ({self.min_side}) must lie between buckets.step ({self.step}) and the side of a"
-                f" square of buckets.resolution_area ({math.isqrt(self.resolution_area)})"
-            )
-        if self.family == "area" and self.max_side < math.isqrt(self.resolution_area):
-            raise ValueError(
-                f"buckets.max_side ({self.max_side}) must be at least the side of a square of"
-                f" buckets.resolution_area ({math.isqrt(self.resolution_area)})"
-            )
-        if self.family == "ratios" and (not self.ratios or min(self.ratios) <= 0):
-            raise ValueError(f"buckets.ratios: must be positive numbers, got {self.ratios}")
-
-
-@lru_cache(maxsize=16)
-def listed_buckets(settings: BucketSettings) -> tuple[Bucket, ...]:
-    """Return the fixed buckets of families `area` and `ratios`, sorted; () for `no_upscale`, which has no list.
-
-    `area`: for every width from min_side to max_side in steps the largest height that fits the area, both ways
-    round, and the square (the rule of kohya-ss sd-scripts). `ratios`: sides sqrt(area · ratio) and
-    sqrt(area / ratio), floored to the step (the rule of Stability's Bucketeer, whose factor is 32).
-    """
-    step, area = settings.step, settings.resolution_area
-    buckets = set()
-    if settings.family == "area":
-        square = math.isqrt(area) // step * step
-        buckets.add(Bucket(square, square))
-        for width in range(settings.min_side, settings.max_side + 1, step):
-            height = min(settings.max_side, area // width // step * step)
-            if height >= settings.min_side:
-                buckets |= {Bucket(width, height), Bucket(height, width)}
-    elif settings.family == "ratios":
-        for ratio in settings.ratios:
-            # 1e-9: the square of an exact side must not be floored a step down by rounding.
-            long, short = (
-                int(math.sqrt(area * r) / step + 1e-9) * step for r in (max(ratio, 1 / ratio), min(ratio, 1 / ratio))
-            )
-            if short > 0:
-                buckets |= {Bucket(long, short), Bucket(short, long)}
-    return tuple(sorted(buckets))
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
@@ -140,15 +65,16 @@ def ratio_distance(width: int, height: int, bucket: Bucket) -> float:
 def placement(width: int, height: int, *, settings: BucketSettings) -> Placement:
     """Return bucket, size after resizing and crop loss of an image of width × height pixels (upright).
 
-    Raises BucketError `below_bucket_step` when a side would be shorter than one step.
+    Raises BucketError `below_bucket_step` when a side would be shorter than one step, and `below_min_side` when
+    `no_upscale` would need a bucket shorter than min_side.
     """
     if width < 1 or height < 1:
         raise BucketError("below_bucket_step", f"{width}x{height} pixels")
     if settings.family == "no_upscale":
-        return _placement_without_upscale(width, height, settings.resolution_area, settings.step)
-    buckets = listed_buckets(settings)
+        return _placement_without_upscale(width, height, settings)
+    buckets = _Ratios.of(settings)
     exact = Bucket(width, height)
-    return placement_in(width, height, exact if exact in buckets else nearest_bucket(width, height, buckets))
+    return placement_in(width, height, exact if exact in buckets.all else buckets.nearest(width, height))
 
 
 def placement_in(width: int, height: int, bucket: Bucket) -> Placement:
@@ -159,11 +85,40 @@ def placement_in(width: int, height: int, bucket: Bucket) -> Placement:
     return _placed(bucket, resized_width, resized_height)
 
 
-def _placement_without_upscale(width: int, height: int, area: int, step: int) -> Placement:
-    """The rule of kohya-ss sd-scripts' --bucket_no_upscale, with its rounding (half up, then floor to the step)."""
+@dataclass(frozen=True)
+class _Ratios:
+    """A family's list, ordered so that the nearest ratio is found without looking at all."""
+
+    all: frozenset[Bucket]
+    logarithms: tuple[float, ...]
+    buckets: tuple[Bucket, ...]
+
+    @staticmethod
+    @lru_cache(maxsize=16)
+    def of(settings: BucketSettings) -> "_Ratios":
+        ordered = sorted(listed_buckets(settings), key=lambda b: (math.log(b.width / b.height), b))
+        logarithms = tuple(math.log(b.width / b.height) for b in ordered)
+        return _Ratios(frozenset(ordered), logarithms, tuple(ordered))
+
+    def nearest(self, width: int, height: int) -> Bucket:
+        """Return what nearest_bucket gives, of the entries within rounding of the two next to the ratio."""
+        ratio = math.log(width / height)
+        above = min(bisect_left(self.logarithms, ratio), len(self.logarithms) - 1)
+        reach = min(abs(self.logarithms[index] - ratio) for index in (max(above - 1, 0), above)) + 1e-9
+        first, last = (bisect_left(self.logarithms, limit) for limit in (ratio - reach, ratio + reach))
+        return nearest_bucket(width, height, self.buckets[first:last])
+
+
+def _placement_without_upscale(width: int, height: int, settings: BucketSettings) -> Placement:
+    """The rule of kohya-ss sd-scripts' --bucket_no_upscale, with its rounding (half up, then floor to the step).
+
+    A longest side bounds the area, too: the one at which an image of this ratio is as long as that.
+    """
+    step, (shortest, longest) = settings.step, settings.bounds
+    ratio = width / height
+    area = min(settings.resolution_area, longest * longest * min(ratio, 1 / ratio))
     resized_width, resized_height = width, height
     if width * height > area:
-        ratio = width / height
         ideal_width = math.sqrt(area * ratio)
         ideal_height = area / ideal_width
         # A: floor the width, the height follows. B: floor the height. The smaller error of the ratio wins.
@@ -174,7 +129,7 @@ def _placement_without_upscale(width: int, height: int, area: int, step: int) ->
         if min(width_a, height_a, width_b, height_b) == 0:
             raise BucketError(
                 "below_bucket_step",
-                f"{width}x{height} fitted into {area:,} pixels is {ideal_width:.0f}x{ideal_height:.0f}",
+                f"{width}x{height} fitted into {area:,.0f} pixels is {ideal_width:.0f}x{ideal_height:.0f}",
             )
         if abs(width_a / height_a - ratio) < abs(width_b / height_b - ratio):
             resized_width, resized_height = width_a, int(width_a / ratio + 0.5)
@@ -183,6 +138,8 @@ def _placement_without_upscale(width: int, height: int, area: int, step: int) ->
     bucket = Bucket(resized_width // step * step, resized_height // step * step)
     if bucket.width == 0 or bucket.height == 0:
         raise BucketError("below_bucket_step", f"{resized_width}x{resized_height} has a side below {step}")
+    if min(bucket.width, bucket.height) < shortest:
+        raise BucketError("below_min_side", f"{resized_width}x{resized_height} has a side below {shortest}")
     return _placed(bucket, resized_width, resized_height)
 
 

@@ -4,36 +4,70 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from sharding.chunk import Chunk
 from training.campaign import chunk_rows, image_rows, read_campaign, render_rows
 from training.config import RunConfig
 from training.ledger import totals
+from training.plan_report import PlanReport, plan_report
+from training.plan_totals import run_totals
 from training.plans import batch_plan
 from training.run_dir import RunDir
 
 
-def plan_text(config: RunConfig, root: Path | None, *, chunk_name: str | None) -> str:
-    """Return buckets, steps and exposures of a chunk, and the steps of the whole run.
+class PlanRefusedError(ValueError):
+    """A run that cannot work, or would train something else than its settings say."""
 
-    Raises ChunkError for a chunk that is not in the run.
+
+def inspect_plan(
+    config: RunConfig,
+    root: Path | None,
+    *,
+    chunk_name: str | None,
+    num_processes: int | None = None,
+    with_state: bool = False,
+) -> PlanReport | None:
+    """Count what a chunk of the run is about to do, and the run as a whole; None when all chunks are done.
+
+    root: the run's folder; None when there is none yet. chunk_name: default is the next one. with_state: how large a
+    state is, too, which needs torch and takes seconds.
+    Raises ChunkError for a chunk that is not in the run, ValueError for buckets that cannot be.
     """
-    campaign = read_campaign(
-        config.data.workspace, config.data.chunks, RunDir(root) if root is not None else None
-    )  # fmt: skip
+    run_dir = RunDir(root) if root is not None else None
+    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir)
     name = chunk_name or campaign.next
     if name is None:
-        return f"all {len(campaign.names)} chunks of {root} are done"
-    index = campaign.chunk(name).read_index()
-    epochs, num_steps = config.data.epochs, 0
-    for chunk in campaign.chunks.values():
-        num_steps += epochs * len(batch_plan(chunk.read_index(), chunk.name, config=config, epoch=0).steps)
+        return None
+
+    def chunk_of(each: str) -> Chunk:
+        started = run_dir.started_chunk(each, check_shards=False) if run_dir is not None else None
+        return started or campaign.chunk(each)
+
+    index = chunk_of(name).read_index()
     plan = batch_plan(index, name, config=config, epoch=0)
-    return "\n".join(
-        [
-            plan.summary(),
-            *(f"left out: {drop.key} {drop.reason} ({drop.detail})" for drop in plan.drops),
-            f"the run: {len(campaign.chunks)} chunks, {epochs} epoch{'s' * (epochs > 1)} each, {num_steps:,} steps",
-        ]
+    return plan_report(
+        plan,
+        index,
+        run_totals((chunk_of(each) for each in campaign.names), config=config),
+        config=config,
+        num_processes=num_processes,
+        state=_state(config) if with_state else None,
     )
+
+
+def plan_text(config: RunConfig, root: Path | None, *, chunk_name: str | None, with_state: bool = False) -> str:
+    """Return the report as text. Raises PlanRefusedError, listing why, for a run that must not start."""
+    report = inspect_plan(config, root, chunk_name=chunk_name, with_state=with_state)
+    if report is None:
+        return f"all chunks of {root} are done"
+    if report.refusals:
+        raise PlanRefusedError("\n".join(finding.text for finding in report.refusals))
+    return report.text()
+
+
+def _state(config: RunConfig) -> tuple[int, str]:
+    from training.memory.report import state_bytes
+
+    return state_bytes(config)
 
 
 def status_text(config: RunConfig, root: Path) -> str:

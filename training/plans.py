@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from training.batch_plan import BatchPlan, make_batch_plan
-from training.buckets import BucketSettings
+from training.buckets import Bucket, BucketSettings
 from training.caption_text import CaptionSettings
 from training.config import RunConfig
 
 if TYPE_CHECKING:
     from training.chunk_data import PixelSettings
+
+SIDE_MULTIPLE = 32
+"""Sides of a bucket must be multiples of this: pixels that the image encoder makes one latent position of."""
+LATENT_CHANNELS = 16
 
 
 def bucket_settings(config: RunConfig) -> BucketSettings:
@@ -23,6 +27,8 @@ def bucket_settings(config: RunConfig) -> BucketSettings:
         step=config.buckets.step,
         min_side=config.buckets.min_side,
         max_side=config.buckets.max_side,
+        long_side=round(max(width, height) * scale),
+        ratios=config.buckets.ratios,
         source_scale=scale,
     )
 
@@ -52,3 +58,8 @@ def pixel_settings(config: RunConfig) -> "PixelSettings":
     from training.chunk_data import PixelSettings
 
     return PixelSettings(crop=config.data.crop, flip_fraction=0.5 if config.data.horizontal_flip else 0.0)
+
+
+def latent_bytes(bucket: Bucket) -> int:
+    """Return the size of the latent of an image in this bucket, in fp16."""
+    return LATENT_CHANNELS * (bucket.width // SIDE_MULTIPLE) * (bucket.height // SIDE_MULTIPLE) * 2

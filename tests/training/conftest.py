@@ -20,6 +20,8 @@ batch_size = 4
 micro_batch_size = 2
 [buckets]
 resolution = [256, 256]
+[schedule]
+name = "constant"
 [stage_c]
 network = "{workspace}/none.safetensors"
 text_encoder = "{workspace}/none"

@@ -60,13 +60,15 @@ def test_no_upscale_never_enlarges_and_always_covers(width, height):
     assert 0 <= placed.crop_loss_fraction < 1
 
 
-@given(width=sides, height=sides, family=st.sampled_from(["area", "ratios"]))
+@given(width=sides, height=sides, family=st.sampled_from(["area", "ratios", "long_side"]))
 def test_listed_families_cover_the_nearest_bucket(width, height, family):
     settings = BucketSettings(family=family, step=32)
 
     placed = placement(width, height, settings=settings)
 
-    assert placed.bucket in listed_buckets(settings)
+    buckets = listed_buckets(settings)
+    exact = Bucket(width, height)
+    assert placed.bucket == (exact if exact in buckets else nearest_bucket(width, height, buckets))
     assert placed.resized_width >= placed.bucket.width
     assert placed.resized_height >= placed.bucket.height
     assert placed.resized_width == placed.bucket.width or placed.resized_height == placed.bucket.height
@@ -108,6 +110,52 @@ def test_one_ratio_is_the_plain_square():
     assert placement(2000, 1000, settings=settings).crop_loss_fraction == 0.5
 
 
+def test_long_side_is_the_table_of_the_dreambooth_wiki():
+    """Anime4000's "Valid Resolution": 1:1, 7:8, 3:4, 5:8, 1:2, made for crops of 1080p screenshots."""
+    settings = BucketSettings(family="long_side", resolution_area=512 * 512)
+
+    upright = [b for b in listed_buckets(settings) if b.height == 512]
+
+    assert upright == [Bucket(width, 512) for width in (256, 320, 384, 448, 512)]
+    assert len(listed_buckets(settings)) == 9
+    for width, bucket_width in ((1080, 512), (945, 448), (810, 384), (675, 320), (540, 256)):
+        placed = placement(width, 1080, settings=settings)
+        assert (placed.bucket, placed.crop_loss_fraction) == (Bucket(bucket_width, 512), 0)
+
+
+def test_long_side_of_another_size_has_the_same_ratios_with_a_step_of_an_eighth():
+    settings = BucketSettings(family="long_side", resolution_area=1, long_side=1000, step=1)
+    eighths = BucketSettings(family="long_side", resolution_area=768 * 1024, long_side=1024, step=128)
+
+    assert [b.width for b in listed_buckets(eighths) if b.height == 1024] == [512, 640, 768, 896, 1024]
+    assert min(b.width for b in listed_buckets(settings)) == 500
+    assert placement(300, 300, settings=settings).resized_width == 1000  # enlarged, as in the extension
+
+
+def test_no_upscale_honours_bounds_that_kohya_ignores():
+    bounded = BucketSettings(min_side=512, max_side=1536)
+
+    long = placement(6000, 2400, settings=bounded)
+
+    assert placement(6000, 2400, settings=NO_UPSCALE).bucket == Bucket(1600, 640)
+    assert long.bucket == Bucket(1408, 576)
+    assert long.resized_width <= 1536
+    with pytest.raises(BucketError, match=r"below_min_side: .* has a side below 512"):
+        placement(3000, 500, settings=bounded)
+
+
+@given(width=sides, height=sides, min_side=st.integers(64, 1024), max_side=st.integers(1024, 3000))
+def test_no_bucket_is_outside_the_bounds(width, height, min_side, max_side):
+    for family in ("no_upscale", "area", "ratios", "long_side"):
+        settings = BucketSettings(family=family, min_side=min_side, max_side=max_side)
+        try:
+            bucket = placement(width, height, settings=settings).bucket
+        except BucketError as error:
+            assert family == "no_upscale" and error.reason in ("below_min_side", "below_bucket_step")
+            continue
+        assert min_side <= min(bucket.width, bucket.height) <= max(bucket.width, bucket.height) <= max_side
+
+
 def test_two_to_one_and_one_to_two_are_equally_far_from_square():
     buckets = [Bucket(512, 512), Bucket(1024, 256), Bucket(256, 1024)]
 
@@ -129,12 +177,23 @@ def test_placement_in_another_bucket_costs_crop():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"family": "square"}, "no_upscale, area or ratios"),
+        ({"family": "square"}, "no_upscale, area, ratios, long_side"),
         ({"step": 0}, "buckets.step"),
         ({"resolution_area": 100}, "buckets.resolution_area"),
         ({"family": "area", "min_side": 2000}, "buckets.min_side"),
         ({"family": "area", "max_side": 512}, "buckets.max_side"),
         ({"family": "ratios", "ratios": ()}, "buckets.ratios"),
+        ({"family": "ratios", "ratios": (float("inf"),)}, "buckets.ratios"),
+        (
+            {"min_side": 1025},
+            r"buckets.min_side \(1025\) must lie between buckets.step \(64\) and the side of a square",
+        ),
+        ({"max_side": 1000}, r"buckets.max_side \(1000\) must be at least"),
+        ({"family": "long_side", "long_side": 500, "min_side": 512}, r"the long side \(500\)"),
+        (
+            {"family": "ratios", "ratios": (4.0,), "min_side": 1024},
+            "no size of family 'ratios' has sides of 1024 to inf",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(values, message):

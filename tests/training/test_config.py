@@ -4,6 +4,7 @@ import pytest
 
 from sharding.config import Config, load_config
 from training.config import FREE_KEYS, RunConfig
+from training.config.data import BucketConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,3 +39,16 @@ def test_presets_are_valid_and_open_with_their_command(preset):
     opening = preset.read_text().split("\n\n[")[0]
     assert config.name
     assert f"{preset.relative_to(ROOT)}" in opening
+
+
+def test_ratios_may_be_written_as_width_to_height():
+    buckets = BucketConfig(ratios=("16:9", 0.5, "1:1"))
+
+    assert buckets.ratios == (16 / 9, 0.5, 1.0)
+    assert BucketConfig.model_validate(buckets.model_dump()) == buckets
+
+
+@pytest.mark.parametrize("value", ["3", "3:0", "a:b", 0, -1.5])
+def test_a_ratio_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match="ratios"):
+        BucketConfig(ratios=(value,))

@@ -1,11 +1,22 @@
 """Settings of a run: what is trained, in which order, how images become steps, and their sizes."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sharding.config import Config
+from training.bucket_list import STABLE_CASCADE_RATIOS, Family
+
+
+def _ratio(value: Any) -> Any:
+    """Turn "16:9" into a number; numbers stay."""
+    if not isinstance(value, str):
+        return value
+    width, colon, height = value.partition(":")
+    if not (colon and width.strip().isdecimal() and height.strip().isdecimal() and int(height)):
+        raise ValueError(f'must be a number or "width:height", got {value!r}')
+    return int(width) / int(height)
 
 
 class DataConfig(Config):
@@ -61,13 +72,19 @@ class BatchConfig(Config):
 class BucketConfig(Config):
     """Aspect-ratio buckets."""
 
-    family: Literal["no_upscale", "area", "ratios"] = "no_upscale"
-    """kohya's bucket_no_upscale, kohya's predefined area buckets, or the official StableCascade ratio list."""
+    family: Family = "no_upscale"
+    """kohya's bucket_no_upscale, kohya's predefined area buckets, a list of aspect ratios (by default the official
+    StableCascade one), or the wiki's table: longer side fixed, the shorter one in steps."""
     resolution: tuple[int, int] = (1024, 1024)
-    """Width and height of the full picture; their product × encode_scale² bounds a bucket's area."""
+    """Width and height of the full picture; their product × encode_scale² bounds a bucket's area, the longer one
+    × encode_scale is the side of `long_side`."""
     step: int = Field(64, gt=0)
     """Bucket sides are multiples of this many pixels fed to the image encoder; a multiple of 32."""
-    min_side: int = Field(256, gt=0)
-    """Shortest side of the `area` family."""
-    max_side: int = Field(4096, gt=0)
-    """Longest side of the `area` family."""
+    min_side: int | None = Field(None, gt=0)
+    """Shortest side of a bucket. Default: 256 for `area`, half the long side for `long_side`, else none. With
+    `no_upscale` (where kohya ignores it) an image that would need a shorter one is left out, with a reason."""
+    max_side: int | None = Field(None, gt=0)
+    """Longest side of a bucket. Default: 4096 for `area`, else none. With `no_upscale` (where kohya ignores it) an
+    image is made smaller until it fits."""
+    ratios: tuple[Annotated[float, BeforeValidator(_ratio), Field(gt=0)], ...] = STABLE_CASCADE_RATIOS
+    """Of the family `ratios`: numbers or "3:4"; each stands for its inverse, too. [1] trains plain squares."""

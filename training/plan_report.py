@@ -1,0 +1,189 @@
+"""What a run is about to do, counted: buckets, fill, crop loss, steps, exposures, bytes, and what is wrong with it.
+
+Text for people, plain data for programs. No torch, no files: who reads them is `inspect_run`.
+"""
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from training.batch_plan import BatchPlan
+from training.buckets import Placement
+from training.config import RunConfig
+from training.plan_checks import Finding, check_plan
+from training.plan_totals import ChunkTotals, RunTotals, chunk_totals
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    """A line of the table: one bucket, or all."""
+
+    bucket: str
+    num_images: int
+    """Exposures of one epoch."""
+    num_micro_batches: int
+    fill_fraction: float
+    """Images / places in the micro-batches."""
+    crop_loss_mean: float
+    """Share of a resized image that is cropped off."""
+    crop_loss_p99: float
+    num_enlarged: int
+    """Exposures that are resized to more pixels than are stored, in either direction."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bucket:>11} {self.num_images:>9,} {self.num_micro_batches:>13,} {self.fill_fraction:>7.1%}"
+            f" {self.crop_loss_mean:>10.1%} {self.crop_loss_p99:>9.1%} {self.num_enlarged:>9,}"
+        )
+
+
+_HEADER = (
+    f"{'bucket':>11} {'images':>9} {'micro-batches':>13} {'fill':>7} {'crop mean':>10} {'crop p99':>9} {'enlarged':>9}"
+)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """One epoch of one chunk, and the run that it is part of."""
+
+    chunk: str
+    epoch: int
+    digest: str
+    """Of the batch plan."""
+    rows: tuple[BucketRow, ...]
+    """The fullest bucket first; the last row is the sum."""
+    num_steps: int
+    micro_batches_per_step: int
+    micro_batch_size: int
+    num_exposures: int
+    num_keys: int
+    """Different samples among the exposures."""
+    max_repeats: int
+    loss_weights: tuple[float, float]
+    """The smallest and the largest."""
+    dropped: dict[str, tuple[int, str]]
+    """By reason: how many samples, and the first with its evidence."""
+    totals: ChunkTotals
+    run: RunTotals
+    latents_note: str
+    """Why latents could not be cached as the settings are; empty when they could."""
+    state: tuple[int, str] | None
+    """Bytes of a state and what is in it; None when they were not asked for."""
+    findings: tuple[Finding, ...]
+
+    @property
+    def refusals(self) -> tuple[Finding, ...]:
+        """Why this run must not start."""
+        return tuple(finding for finding in self.findings if finding.severity == "refused")
+
+    def text(self) -> str:
+        """Return the report for people."""
+        chunk, run = self.totals, self.run
+        epochs = f"{run.epochs} epoch{'s' * (run.epochs > 1)}"
+        weights = "–".join(f"{weight:g}" for weight in sorted(set(self.loss_weights)))
+        lines = [_HEADER, *map(str, self.rows)]
+        lines.append(
+            f"{self.chunk} epoch {self.epoch}: {self.num_steps:,} steps of {self.micro_batches_per_step} micro-batches"
+            f" of {self.micro_batch_size}, {self.num_exposures:,} exposures of {self.num_keys:,} samples"
+            f" (repeats at most {self.max_repeats}, loss weight {weights})"
+        )
+        for reason, (number, first) in self.dropped.items():
+            lines.append(f"left out: {number:,} as {reason}, first {first}")
+        lines.append(
+            f"to read: {chunk.read_bytes / _GB:.2f} GB an epoch of the chunk, {run.read_bytes / _GB:.2f} GB in the run"
+        )
+        lines.append(
+            f"latents, if they were cached in fp16: {chunk.latent_bytes / _GB:.3f} GB for the chunk,"
+            f" {run.latent_bytes / _GB:.2f} GB for the run{f' ({self.latents_note})' * bool(self.latents_note)}"
+        )
+        if self.state is not None:
+            lines.append(f"a state: {self.state[0] / _GB:.2f} GB ({self.state[1]})")
+        lines.append(
+            f"the run: {run.num_chunks:,} chunks, {epochs} each, {run.num_steps:,} steps,"
+            f" {run.num_exposures:,} exposures of {run.num_samples - run.num_dropped:,} samples"
+            + f"; {run.num_dropped:,} samples have no bucket"
+            * bool(run.num_dropped)
+        )
+        return "\n".join([*lines, *map(str, self.findings)])
+
+    def values(self) -> dict[str, Any]:
+        """Return the same as plain data."""
+        return asdict(self)
+
+
+def plan_report(
+    plan: BatchPlan,
+    index: pa.Table,
+    run: RunTotals,
+    *,
+    config: RunConfig,
+    num_processes: int | None = None,
+    state: tuple[int, str] | None = None,
+) -> PlanReport:
+    """Count a plan made from `index`, as part of a run. num_processes: ranks it will run on, when they are known."""
+    samples = [sample for micro_batch in plan.micro_batches() for sample in micro_batch.samples]
+    weights = [sample.loss_weight for sample in samples]
+    dropped = {
+        reason: (len(drops), f"{drops[0].key} ({drops[0].detail})")
+        for reason in sorted({drop.reason for drop in plan.drops})
+        for drops in [[drop for drop in plan.drops if drop.reason == reason]]
+    }
+    notes = {
+        "data.crop random: not with a random crop": config.data.crop == "random",
+        "twice that with the mirrored ones": config.data.horizontal_flip,
+    }
+    return PlanReport(
+        chunk=plan.chunk,
+        epoch=plan.epoch,
+        digest=plan.digest,
+        rows=_rows(plan, index),
+        num_steps=len(plan.steps),
+        micro_batches_per_step=plan.micro_batches_per_step,
+        micro_batch_size=plan.micro_batch_size,
+        num_exposures=plan.num_images,
+        num_keys=len({(sample.key, sample.concept) for sample in samples}),
+        max_repeats=max(sample.occurrence for sample in samples) + 1,
+        loss_weights=(min(weights), max(weights)),
+        dropped=dropped,
+        totals=chunk_totals(index, plan.chunk, config=config),
+        run=run,
+        latents_note="; ".join(note for note, applies in notes.items() if applies),
+        state=state,
+        findings=check_plan(plan, run, config=config, num_processes=num_processes),
+    )
+
+
+def _rows(plan: BatchPlan, index: pa.Table) -> tuple[BucketRow, ...]:
+    widths, heights = (index.column(name).to_pylist() for name in ("width", "height"))
+    losses: dict[str, list[float]] = defaultdict(list)
+    num_micro_batches: dict[str, int] = defaultdict(int)
+    num_enlarged: dict[str, int] = defaultdict(int)
+
+    def is_enlarged(row: int, placed: Placement) -> bool:
+        return placed.resized_width > widths[row] or placed.resized_height > heights[row]
+
+    for micro_batch in plan.micro_batches():
+        for name in (str(micro_batch.bucket), "all"):
+            num_micro_batches[name] += 1
+            losses[name] += [placed.crop_loss_fraction for placed in micro_batch.placements]
+            num_enlarged[name] += sum(
+                is_enlarged(sample.row, placed)
+                for sample, placed in zip(micro_batch.samples, micro_batch.placements, strict=True)
+            )
+    return tuple(
+        BucketRow(
+            bucket=name,
+            num_images=len(losses[name]),
+            num_micro_batches=num_micro_batches[name],
+            fill_fraction=len(losses[name]) / (num_micro_batches[name] * plan.micro_batch_size),
+            crop_loss_mean=float(np.mean(losses[name])),
+            crop_loss_p99=float(np.percentile(losses[name], 99)),
+            num_enlarged=num_enlarged[name],
+        )
+        for name in [*map(str, plan.images_per_bucket), "all"]
+    )

@@ -1,0 +1,100 @@
+"""The showings of a chunk: every sample of the index as often as it is repeated, each with its place in a bucket.
+
+A pure function of the index and the buckets. No torch, no files. In which order they are trained is in `batch_plan`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from training.buckets import BucketError, BucketSettings, Placement, placement
+from training.randomness import SampleIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSample:
+    """One showing of one sample. row: row number in the index the plan was made from."""
+
+    row: int
+    key: str
+    concept: str
+    occurrence: int
+    """Counts the repeats of a sample, from 0: each has random numbers of its own."""
+    loss_weight: float
+
+    def identity(self, *, seed: int, epoch: int, chunk: str) -> SampleIdentity:
+        """Return whose random numbers this showing uses."""
+        return SampleIdentity(seed, epoch, chunk, self.key, self.concept, self.occurrence)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanDrop:
+    """A sample of the index that has no bucket, with a snake_case reason."""
+
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Size of a picture in encoder pixels (stored size × source_scale), and how it gets into its bucket."""
+
+    width: int
+    height: int
+    placement: Placement
+
+
+def fit(width: int, height: int, settings: BucketSettings) -> Fit:
+    """Return how a picture of width × height stored pixels is fitted. Raises BucketError when it has no bucket."""
+    scaled = (max(1, round(width * settings.source_scale)), max(1, round(height * settings.source_scale)))
+    return Fit(*scaled, placement(*scaled, settings=settings))
+
+
+def fits(index: pa.Table, settings: BucketSettings) -> Mapping[tuple[int, int], Fit | BucketError]:
+    """Return the fit of every stored size in the index, by (width, height), or why it has none."""
+    found: dict[tuple[int, int], Fit | BucketError] = {}
+    for size in set(zip(*(index.column(side).to_pylist() for side in ("width", "height")), strict=True)):
+        try:
+            found[size] = fit(*size, settings)
+        except BucketError as error:
+            found[size] = error
+    return found
+
+
+def all_showings(
+    index: pa.Table, settings: BucketSettings, *, chunk: str
+) -> tuple[dict[PlannedSample, Fit], list[PlanDrop]]:
+    """Return every showing with its fit, in the index's order, and the samples that have no bucket, sorted by key.
+
+    index: columns key, width, height, repeats, loss_weight; a column `concept` is used when there is one.
+    Raises ValueError for a key that comes twice, a negative number of repeats, or a loss weight that is not a
+    number of at least 0.
+    """
+    names = ["key", "width", "height", "repeats", "loss_weight"]
+    columns = [index.column(name).to_pylist() for name in names]
+    concepts = index.column("concept").to_pylist() if "concept" in index.column_names else [""] * index.num_rows
+    by_size = fits(index, settings)
+    seen: set[tuple[str, str]] = set()
+    showings: dict[PlannedSample, Fit] = {}
+    drops = []
+    for row, (key, width, height, repeats, weight, concept) in enumerate(zip(*columns, concepts, strict=True)):
+        if (key, concept) in seen:
+            raise ValueError(
+                f"chunk {chunk}: key {key}{f' of concept {concept}' * bool(concept)} stands twice; pack again"
+            )
+        seen.add((key, concept))
+        if repeats < 0 or not 0 <= weight < math.inf:
+            raise ValueError(
+                f"chunk {chunk}: key {key} has repeats {repeats} and loss_weight {weight}; neither may be negative,"
+                " and a weight must be finite: correct what the plan says of it and pack again"
+            )
+        own = by_size[width, height]
+        if isinstance(own, BucketError):
+            drops.append(PlanDrop(key, own.reason, own.detail))
+            continue
+        for occurrence in range(repeats):
+            showings[PlannedSample(row, key, concept, occurrence, weight)] = own
+    return showings, sorted(drops, key=lambda drop: drop.key)
