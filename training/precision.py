@@ -54,5 +54,10 @@ def set_weights(module: nn.Module, name: str) -> None:
 
 def total_norm(gradients: Sequence[Tensor]) -> float:
     """Return the 2-norm of all gradients, summed in fp32 whatever their format; 0 for none."""
-    norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+    if not gradients:
+        return 0.0
+    if gradients[0].is_cuda:
+        norms = torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32)
+    else:
+        norms = tuple(torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients)
+    return float(torch.linalg.vector_norm(torch.stack(norms)))

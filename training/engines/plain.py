@@ -7,7 +7,7 @@ exact=True reduces gradients by hand in a fixed order after the last backward (D
 first step, which changes sums from three processes on); exact=False lets DDP overlap reduction with backward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,11 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
+
+from training.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from training.tensor_parts import InParts
+
+from training.precision import total_norm
 
 _REDUCE_ELEMENTS = 32 << 20  # gradients are copied together in groups of at most this many elements (128 MB in fp32)
 
@@ -77,7 +82,7 @@ class PlainEngine:
 
     def grad_norm(self) -> float:
         """Return the 2-norm of all gradients, in fp32; not finite if any gradient is not."""
-        return float(torch.nn.utils.get_total_norm(self._gradients(), foreach=self.device.type == "cuda"))
+        return total_norm(self._gradients())
 
     def clip(self, norm: float, max_norm: float) -> None:
         """Scale gradients down so that their norm, which is `norm` now, is at most max_norm."""
@@ -107,8 +112,8 @@ class PlainEngine:
         """Wait for all ranks."""
         self.accelerator.wait_for_everyone()
 
-    def model_state(self) -> dict[str, Tensor]:
-        """Return the module's tensors by name, as trained (not gathered copies: do not change them)."""
+    def model_state(self) -> dict[str, Tensor | InParts]:
+        """Return the module's tensors by name, as trained: not copies."""
         assert self._module is not None
         return dict(self._module.state_dict())
 
@@ -119,6 +124,19 @@ class PlainEngine:
             self._module.load_state_dict(tensors, strict=True)
         except RuntimeError as error:
             raise ValueError(f"the state does not fit the network of this run: {error}") from error
+
+    def optimizer_state(self, names: Mapping[nn.Parameter, str]) -> tuple[dict[str, Tensor | InParts], dict[str, Any]]:
+        """Return the optimizer's tensors by slot and parameter, not copies, and its other facts."""
+        assert self._optimizer is not None
+        tensors, facts = optimizer_tensors(self._optimizer, names)
+        return {**tensors}, facts
+
+    def load_optimizer_state(
+        self, tensors: dict[str, Tensor], facts: Mapping[str, Any], names: Mapping[nn.Parameter, str]
+    ) -> None:
+        """Take over a state. Raises OptimizerStateError."""
+        assert self._optimizer is not None
+        load_optimizer_tensors(self._optimizer, tensors, facts, names)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         assert self._module is not None
