@@ -20,7 +20,7 @@ from scripts.launching import find_next
 from sharding.config import load_config
 from training.campaign import is_done, read_campaign
 from training.config import RunConfig
-from training.ledger import chunk_records
+from training.chunk_records import chunk_records
 from training.metrics_file import read_metrics
 from training.run_dir import RunDir
 

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 from sharding.chunk import HELD_OUT_NAME, Chunk, ChunkError, list_chunks
 from sharding.config import ConfigError
 from sharding.schema import Workspace
-from training.ledger import ChunkRecord, Line, chunk_records
+from training.chunk_records import ChunkRecord, chunk_records
+from training.ledger import Line
 from training.run_dir import RunDir
 
 

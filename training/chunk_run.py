@@ -14,9 +14,9 @@ from pathlib import Path
 
 from sharding.chunk import Chunk, ChunkError
 from training.chunk_data import Batch, ChunkData, ChunkSource, make_loader
+from training.chunk_records import chunk_records, steps_to_pass_over
 from training.errors import NonFiniteError
 from training.exit_codes import DONE, STOPPED
-from training.ledger import chunk_records, steps_to_pass_over
 from training.loop import train_epoch
 from training.plans import batch_plan, caption_settings, pixel_settings
 from training.position import Position

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sharding.chunk import Chunk
 from training.campaign import chunk_rows, image_rows, read_campaign, render_rows
+from training.chunk_records import totals
 from training.config import RunConfig
-from training.ledger import totals
 from training.plan_report import PlanReport, plan_report
 from training.plan_totals import run_totals
 from training.plans import batch_plan

@@ -15,8 +15,9 @@ import torch
 
 from sharding.config import ConfigError
 from training.batch_plan import BatchPlan
+from training.chunk_records import has_state, parent_of
 from training.config import RunConfig
-from training.ledger import Ledger, has_state, parent_of
+from training.ledger import Ledger
 from training.metrics_file import append_metrics, read_metrics, trim_metrics
 from training.position import Position
 from training.preview import read_pictures

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.ledger import chunk_records, parent_of, steps_to_pass_over, undone_states
+from training.chunk_records import chunk_records, parent_of, steps_to_pass_over, undone_states
 from training.rank import Rank
 from training.state_folder import StateError, newest_verified, read_manifest
 

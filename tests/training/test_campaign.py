@@ -15,7 +15,7 @@ from training.campaign import (
     render_rows,
     require_parent_done,
 )
-from training.ledger import ChunkRecord
+from training.chunk_records import ChunkRecord
 from training.run_dir import RunDir
 
 CARD = {

@@ -4,18 +4,8 @@ import os
 import pytest
 
 from sharding.files import DiskFullError
-from training.ledger import (
-    EVENTS,
-    Ledger,
-    LedgerError,
-    chunk_records,
-    chunks_since,
-    has_state,
-    parent_of,
-    read_ledger,
-    steps_to_pass_over,
-    totals,
-)
+from training.chunk_records import chunk_records, chunks_since, has_state, parent_of, steps_to_pass_over, totals
+from training.ledger import EVENTS, Ledger, LedgerError, read_ledger
 
 
 def allow():
@@ -26,10 +16,13 @@ def open_ledger(tmp_path):
     return Ledger.open(tmp_path / "ledger.jsonl", guard=allow)
 
 
-def start(ledger, chunk, *, global_step=0, position=0, parent=None, plan="p1", resumed_from=None, devices="2 x cpu"):
+def start(
+    ledger, chunk, *, global_step=0, position=0, parent=None, plan="p1", resumed_from=None, devices="2 x cpu", epochs=1
+):
     return ledger.append(
         "started", chunk=chunk, position_in_run=position, parent=parent, chunk_digest=f"d-{chunk}", plan_digest=plan,
-        epochs=1, steps=10, images_planned=40, global_step=global_step, resumed_from=resumed_from, devices=devices,
+        epochs=epochs, steps=10 * epochs, images_planned=40 * epochs,
+        global_step=global_step, resumed_from=resumed_from, devices=devices,
     )  # fmt: skip
 
 
@@ -250,7 +243,7 @@ def test_the_parent_is_the_last_done_chunk_that_is_not_superseded(tmp_path):
         save(ledger, chunk, 10 * position + 10, images=40, event="chunk_done")
 
     assert parent_of(ledger.lines, "a/0003") == "a/0002"
-    assert parent_of(ledger.lines, "a/0001") == "a/0000"
+    assert parent_of(ledger.lines, "a/0001") == "a/0002"  # trained again, it would start from there
 
     chunks = chunks_since(ledger.lines, "a/0001")
     ledger.append("superseded", chunks=chunks, reason="captions were wrong")
@@ -267,16 +260,26 @@ def test_the_parent_is_the_last_done_chunk_that_is_not_superseded(tmp_path):
     assert chunk_records(ledger.lines)["a/0001"].images_trained == 0
 
 
-def test_an_extended_chunk_is_running_again_with_new_totals(tmp_path):
+def test_a_chunk_that_is_trained_again_goes_on_from_the_run_s_newest_state_and_keeps_its_counts(tmp_path):
     ledger = open_ledger(tmp_path)
-    start(ledger, "a/0000")
-    save(ledger, "a/0000", 10, images=40, event="chunk_done")
-    ledger.append("extended", chunk="a/0000", epochs=2, steps=20, images_planned=80, reason="data.epochs 1 -> 2")
+    for position, chunk in enumerate(["a/0000", "a/0001"]):
+        start(ledger, chunk, position=position, parent=parent_of(ledger.lines, chunk), global_step=10 * position)
+        skip(ledger, chunk, 10 * position + 3)
+        save(ledger, chunk, 10 * position + 10, images=36, event="chunk_done")
+    ledger.append("extended", epochs=2, chunks=[], global_step=20, reason="data.epochs 1 -> 2")
+    assert chunk_records(ledger.lines)["a/0000"].is_done(1)
+    assert not chunk_records(ledger.lines)["a/0000"].is_done(2)
+
+    start(ledger, "a/0000", parent=parent_of(ledger.lines, "a/0000"), global_step=20, epochs=2)
+    save(ledger, "a/0000", 24, images=52)
+    start(ledger, "a/0000", parent=parent_of(ledger.lines, "a/0000"), global_step=24, epochs=2)
 
     record = chunk_records(ledger.lines)["a/0000"]
-
+    assert record.visits == ((0, 0, None), (1, 20, "a/0001"))
     assert (record.status, record.epochs, record.steps, record.images_planned) == ("running", 2, 20, 80)
-    assert record.images_trained == 40
+    assert (record.images_trained, record.skipped, record.last_state.global_step) == (52, 1, 24)
+    assert totals(ledger.lines).global_step == 24
+    assert list(chunk_records(ledger.lines)) == ["a/0000", "a/0001"]
 
 
 def test_a_state_without_its_line_is_recognised(tmp_path):
