@@ -96,6 +96,7 @@ class ChunkRun:
                 first_global_step=first_global_step,
                 captions=caption_settings(self._config),
                 pixels=pixel_settings(self._config),
+                with_checksum=self._config.data.verify_shards == "each_use",
             )
             first_global_step += len(plan.steps)
             if len(data):

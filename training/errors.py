@@ -9,5 +9,9 @@ class NonFiniteError(RuntimeError):
         self.steps = steps
 
 
+class LostWorkerError(RuntimeError):
+    """Loader workers were killed again and again."""
+
+
 class BrokenDataError(ValueError):
     """More images of a chunk failed at run time than max_broken_fraction allows."""

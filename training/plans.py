@@ -55,9 +55,15 @@ def caption_settings(config: RunConfig) -> CaptionSettings:
 
 def pixel_settings(config: RunConfig) -> "PixelSettings":
     """Return what happens to pixels."""
-    from training.chunk_data import PixelSettings
+    from training.loading.colour import ColourJitter
+    from training.loading.pixels import PixelSettings
 
-    return PixelSettings(crop=config.data.crop, flip_fraction=0.5 if config.data.horizontal_flip else 0.0)
+    return PixelSettings(
+        crop=config.data.crop,
+        flip_fraction=0.5 if config.data.horizontal_flip else 0.0,
+        colour_jitter=ColourJitter(**config.data.colour_jitter.model_dump()),
+        with_masks=config.data.masks,
+    )
 
 
 def latent_bytes(bucket: Bucket) -> int:

@@ -1,4 +1,3 @@
-import io
 import os
 import pickle
 import shutil
@@ -12,67 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from sharding.chunk import ChunkError, Sample, commit_chunk, write_shard
-from sharding.images import ImageError
-from training.batch_plan import make_batch_plan
-from training.buckets import BucketSettings, placement
+from sharding.chunk import ChunkError
+from tests.training.chunks import SIZES, encode, make_chunk, make_data, make_plan, paint
 from training.caption_text import CaptionSettings
-from training.chunk_data import Batch, ChunkData, ChunkSource, PixelSettings, make_loader, resized_image
+from training.chunk_data import Batch, ChunkData, ChunkSource, PixelSettings, make_loader
 
-SMALL = BucketSettings(resolution_area=96 * 96, step=32)
-SIZES = [(96, 96), (130, 80), (80, 130), (240, 200)]
 VARIED = {
     "captions": CaptionSettings(shuffle=True, tag_dropout_fraction=0.2, token_warmup_steps=50),
     "pixels": PixelSettings(crop="random", flip_fraction=0.5),
 }
-
-
-def paint(seed, width, height):
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    return coarse.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encode(image, image_format="JPEG"):
-    buffer = io.BytesIO()
-    image.save(buffer, image_format, quality=92)
-    return buffer.getvalue()
-
-
-def make_chunk(folder, num_samples=24, shard_size=10, images=None, index_size=None):
-    """images: {number: bytes} replaces pictures; index_size: {number: (width, height)} lies about a size."""
-    samples = []
-    for number in range(num_samples):
-        width, height = SIZES[number % len(SIZES)]
-        data = (images or {}).get(number) or encode(paint(number, width, height))
-        width, height = (index_size or {}).get(number, (width, height))
-        tags = [f"tag{number}", "b", "c", "d", "e"]
-        row = {
-            "width": width, "height": height, "groups": [{"group": "general", "tags": tags}], "period": "newest",
-            "dataset": f"d{number % 2}", "repeats": 1 + number % 2, "loss_weight": 0.5 + number % 3,
-        }  # fmt: skip
-        key = f"{number:016x}"
-        samples.append(Sample(key, f"{key}.jpg", data, {"width": width}, ", ".join(tags), row))
-    shards, rows = [], []
-    for number in range(0, num_samples, shard_size):
-        shard, shard_rows = write_shard(folder, number // shard_size, samples[number : number + shard_size])
-        shards.append(shard)
-        rows += shard_rows
-    return commit_chunk(
-        folder, rows, name="newest/0000", shards=shards, policy="default", shard_policy="default", made_from="", seed=0
-    )
-
-
-def make_plan(chunk, **changes):
-    values = {"micro_batch_size": 3, "micro_batches_per_step": 4, "seed": 5, "epoch": 0, "chunk": chunk.name}
-    return make_batch_plan(chunk.read_index(), bucket_settings=SMALL, **values | changes)
-
-
-def make_data(chunk, plan=None, **changes):
-    values = {"rank": 0, "world_size": 1} | changes
-    return ChunkData(ChunkSource.of_chunk(chunk), plan or make_plan(chunk), **values)
 
 
 def content(batch: Batch):
@@ -182,8 +130,9 @@ def test_starting_late_reads_nothing_of_earlier_steps(tmp_path):
 
     data = make_data(chunk, plan, first_step=3)
     reads = []
-    read = data._reader.read
-    data._reader.read = lambda path, offset, size: reads.append(offset) or read(path, offset, size)
+    reader = data._bytes._reader
+    read = reader.read
+    reader.read = lambda path, offset, size: reads.append(offset) or read(path, offset, size)
     batches = [data[item] for item in range(len(data))]
 
     assert [batch.broken for batch in batches] == [[]] * len(batches)
@@ -215,20 +164,17 @@ def test_broken_samples_become_slots_without_weight(tmp_path):
         images={0: b"no picture", 3: truncated},
         index_size={6: (130, 80)},
     )
-    shard = chunk.shard_path(chunk.info.shards[-1].path)
-    last = chunk.read_index().to_pylist()[-1]
-    os.truncate(shard, last["image_offset"] + 100)  # sample 23 ends early; those before it are whole
 
     data = make_data(chunk)
     batches = [data[item] for item in range(len(data))]
 
     reasons = {key: reason for batch in batches for key, reason in batch.broken}
     assert {int(key, 16): reason.partition(":")[0] for key, reason in reasons.items()} == {
-        0: "not_an_image", 3: "undecodable", 6: "size_mismatch", 23: "short_read",
+        0: "not_an_image", 3: "undecodable", 6: "size_mismatch",
     }  # fmt: skip
     for batch in batches:
         for slot, identity in enumerate(batch.identities):
-            is_broken = int(identity.key, 16) in (0, 3, 6, 23)
+            is_broken = int(identity.key, 16) in (0, 3, 6)
             assert bool(batch.is_broken[slot]) == is_broken
             assert (batch.loss_weights[slot] == 0) == is_broken
             assert (batch.images[slot] == 128).all() == is_broken
@@ -291,31 +237,6 @@ def test_a_first_step_beyond_the_plan_is_refused_and_its_end_is_empty(chunk):
         make_data(chunk, first_step=num_steps + 1)
 
 
-def test_dct_scaling_covers_the_resized_size_and_stays_close_to_a_full_decode():
-    picture = paint(1, 1600, 1201)
-    placed = placement(1600, 1201, settings=BucketSettings(resolution_area=320 * 320, step=32))
-
-    scaled = np.asarray(resized_image(encode(picture), 1600, 1201, placement=placed)).astype(float)
-    full = np.asarray(resized_image(encode(picture, "PNG"), 1600, 1201, placement=placed)).astype(float)
-
-    assert scaled.shape == (placed.resized_height, placed.resized_width, 3)
-    assert np.abs(scaled - full).mean() < 2
-
-
-def test_a_picture_of_another_size_is_a_mismatch():
-    placed = placement(300, 200, settings=SMALL)
-
-    with pytest.raises(ImageError, match="size_mismatch"):
-        resized_image(encode(paint(0, 310, 200)), 300, 200, placement=placed)
-
-
-def test_pixel_settings_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="crop: must be"):
-        PixelSettings(crop="smart")
-    with pytest.raises(ValueError, match="flip_fraction"):
-        PixelSettings(flip_fraction=2)
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the signals of Unix")
 def test_stop_signals_do_not_end_workers_or_their_server(chunk, everything):
     from multiprocessing import forkserver
@@ -325,7 +246,7 @@ def test_stop_signals_do_not_end_workers_or_their_server(chunk, everything):
     batches = iter(loader)
     first = next(batches)
     server = forkserver._forkserver._forkserver_pid
-    workers = [worker.pid for worker in batches._workers]
+    workers = batches.worker_pids
 
     # From another process, as Slurm would: from this one SIGTERM means "end".
     for name in ("TERM", "USR1", "INT"):
@@ -350,7 +271,7 @@ if __name__ == "__main__":
                            micro_batch_size=1, micro_batches_per_step=4, seed=5, epoch=0, chunk="newest/0000")
     batches = iter(make_loader(ChunkData(ChunkSource.of_chunk(chunk), plan, rank=0, world_size=1), workers=2))
     next(batches)
-    print(*[worker.pid for worker in batches._workers], flush=True)
+    print(*batches.worker_pids, flush=True)
     if sys.argv[2] == "killed":
         os.kill(os.getpid(), 9)
     raise ValueError("stopped by an error while the loader is in use")
@@ -378,3 +299,27 @@ def test_workers_end_with_the_training_process_however_it_ends(chunk, tmp_path, 
     while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_masks_come_with_their_samples_and_are_white_for_others(tmp_path):
+    mask = paint(50, 240, 200).convert("L")
+    chunk = make_chunk(
+        tmp_path / "newest" / "0000",
+        images={3: encode(mask.convert("RGB"), "PNG"), 7: encode(paint(7, 240, 200))[:-300]},
+        masks={3: encode(mask, "PNG"), 7: encode(mask, "PNG"), 11: b"no png"},
+    )
+
+    data = make_data(chunk, **VARIED)
+    batches = [data[item] for item in range(len(data))]
+
+    reasons = {int(key, 16): reason.partition(":")[0] for batch in batches for key, reason in batch.broken}
+    assert reasons == {7: "undecodable", 11: "bad_mask"}
+    seen = 0
+    for batch in batches:
+        numbers = [int(identity.key, 16) for identity in batch.identities]
+        assert (batch.masks is not None) == (3 in numbers)
+        for slot, number in enumerate(numbers if batch.masks is not None else []):
+            expected = batch.images[slot, :1] if number == 3 else torch.full_like(batch.images[slot, :1], 255)
+            assert torch.equal(batch.masks[slot], expected)
+            seen += number == 3
+    assert seen == 2  # it is repeated

@@ -19,10 +19,23 @@ def _ratio(value: Any) -> Any:
     return int(width) / int(height)
 
 
+class ColourJitterConfig(Config):
+    """How far colours may move; 0 is off."""
+
+    brightness: float = Field(0.0, ge=0, le=1)
+    """Colours times a factor between 1 - x and 1 + x."""
+    contrast: float = Field(0.0, ge=0, le=1)
+    """The same factor on the distance to the crop's mean grey."""
+    saturation: float = Field(0.0, ge=0, le=1)
+    """The same factor on the distance to each pixel's grey."""
+    hue: float = Field(0.0, ge=0, le=0.5)
+    """Part of the colour circle, either way."""
+
+
 class DataConfig(Config):
     """What is trained, in which order."""
 
-    FREE: ClassVar = frozenset({"workspace", "chunks", "workers", "prefetch", "max_broken_fraction"})
+    FREE: ClassVar = frozenset({"workspace", "chunks", "workers", "prefetch", "verify_shards", "max_broken_fraction"})
 
     workspace: Path
     """Workspace that holds chunks/."""
@@ -34,10 +47,18 @@ class DataConfig(Config):
     """Loader processes per rank; 0 decodes in the training process."""
     prefetch: int = Field(4, gt=0)
     """Micro-batches each worker keeps ready."""
+    verify_shards: Literal["each_use", "size"] = "each_use"
+    """Before it is decoded, every image's SHA-256 is compared with the index (about 0.5 ms per MB); `size` looks at the
+    sizes of the shards at the start only."""
     horizontal_flip: bool = False
     """Mirror half of the exposures, by counted randomness. Wrong for captions that say left and right."""
-    crop: Literal["centre", "random"] = "centre"
-    """Where the bucket's rectangle is cut out of the resized picture."""
+    crop: Literal["centre", "random", "focus"] = "centre"
+    """Where the bucket's rectangle is cut out of the resized picture; `focus`: around the centre of gravity of its
+    mask, or the picture's centre where there is none."""
+    masks: bool = True
+    """Samples that have a mask are trained where it is white; false ignores masks."""
+    colour_jitter: ColourJitterConfig = ColourJitterConfig()
+    """Brightness, contrast, saturation and hue moved at random, by counted randomness."""
     max_broken_fraction: float = Field(0.01, ge=0, le=1)
     """The run stops with exit code 3 when more than this share of a chunk's images cannot be read."""
 

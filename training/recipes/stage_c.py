@@ -113,7 +113,11 @@ class StageC:
         }
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Return epsilon-prediction losses; timestep and noise are counted by each sample's identity."""
+        """Return epsilon-prediction losses; timestep and noise are counted by each sample's identity.
+
+        A sample's loss is the mean over channels and cells of mask × squared error, the mask being 1 without one: what
+        a mask hides counts as no error, and does not raise the weight of what it shows (as kohya's --masked_loss).
+        """
         settings = self._settings
         rgb = batch.images.to(self._device, non_blocking=True).float() / 255
         latents = self._effnet.encode(rgb)
@@ -129,7 +133,10 @@ class StageC:
             with torch.no_grad():
                 states = self._text(windows, settings.attention_mask)
         predicted = model(diffused.noised, diffused.r, windows=windows, states=states, mask=settings.attention_mask)
-        per_sample = (predicted.float() - diffused.target).square().mean(dim=(1, 2, 3))
+        squares = (predicted.float() - diffused.target).square()
+        if (shown := batch.mask_at(*squares.shape[2:])) is not None:
+            squares = squares * shown.to(self._device)
+        per_sample = squares.mean(dim=(1, 2, 3))
         weights = p2_weight(diffused.logsnr) if self._adaptive is None else self._adaptive.weight(diffused.logsnr)
         cut_tokens = (tokens.num_tokens - settings.max_tokens).clamp_min(0)
         return Loss(per_sample, weights, {"timestep": t, "logsnr": diffused.logsnr, "cut_tokens": cut_tokens})

@@ -1,0 +1,1 @@
+"""From a chunk's bytes to micro-batches: what `training.chunk_data` is made of."""
