@@ -12,6 +12,7 @@ from training.buckets import Bucket
 from training.config import RunConfig
 from training.plan_totals import RunTotals
 from training.plans import SIDE_MULTIPLE
+from training.schedules import HAS_WARMUP, NEEDS_HORIZON
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,19 @@ def check_plan(
 
 def _schedule(totals: RunTotals, config: RunConfig) -> Iterator[Finding]:
     schedule, num_steps = config.schedule, totals.num_steps
-    if schedule.name != "constant" and schedule.warmup_steps > num_steps:
+    if schedule.name in HAS_WARMUP and schedule.warmup_steps > num_steps:
         yield Finding(
             "refused",
             f"schedule.warmup_steps {schedule.warmup_steps:,} is more than the run's {num_steps:,} steps: the learning"
             f" rate would never reach {config.optimizer.learning_rate:g}; set fewer warm-up steps or more epochs",
         )
-    if schedule.name in ("linear", "cosine") and schedule.total_steps is not None:
+    if schedule.name in NEEDS_HORIZON and schedule.total_steps is not None:
         if schedule.total_steps < num_steps:
             yield Finding(
                 "refused",
                 f"schedule.total_steps {schedule.total_steps:,} is less than the run's {num_steps:,} steps: the last"
-                f" {num_steps - schedule.total_steps:,} would train with a learning rate of 0; set {num_steps}",
+                f" {num_steps - schedule.total_steps:,} would train with a learning rate of"
+                f" {config.optimizer.learning_rate * schedule.end_fraction:g}; set {num_steps}",
             )
         elif schedule.total_steps > num_steps:
             yield Finding(

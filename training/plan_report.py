@@ -159,7 +159,8 @@ def plan_report(
 
 
 def _rows(plan: BatchPlan, index: pa.Table) -> tuple[BucketRow, ...]:
-    widths, heights = (index.column(name).to_pylist() for name in ("width", "height"))
+    widths: list[int] = index.column("width").to_pylist()
+    heights: list[int] = index.column("height").to_pylist()
     losses: dict[str, list[float]] = defaultdict(list)
     num_micro_batches: dict[str, int] = defaultdict(int)
     num_enlarged: dict[str, int] = defaultdict(int)

@@ -50,7 +50,7 @@ class Fit:
 def fit(width: int, height: int, settings: BucketSettings) -> Fit:
     """Return how a picture of width × height stored pixels is fitted. Raises BucketError when it has no bucket."""
     scaled = (max(1, round(width * settings.source_scale)), max(1, round(height * settings.source_scale)))
-    return Fit(*scaled, placement(*scaled, settings=settings))
+    return Fit(scaled[0], scaled[1], placement(*scaled, settings=settings))
 
 
 def fits(index: pa.Table, settings: BucketSettings) -> Mapping[tuple[int, int], Fit | BucketError]:
@@ -58,7 +58,7 @@ def fits(index: pa.Table, settings: BucketSettings) -> Mapping[tuple[int, int], 
     found: dict[tuple[int, int], Fit | BucketError] = {}
     for size in set(zip(*(index.column(side).to_pylist() for side in ("width", "height")), strict=True)):
         try:
-            found[size] = fit(*size, settings)
+            found[size] = fit(size[0], size[1], settings)
         except BucketError as error:
             found[size] = error
     return found

@@ -1,0 +1,160 @@
+"""The networks of a run without their weights: real classes and real shapes, read from the headers of weight files.
+
+Nothing is downloaded. Where a file is not here, the published model is assumed and said so.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from training.config import RunConfig
+from training.stage_c.effnet import EffNetConfig
+from training.stage_c.effnet import config_from_state_dict as effnet_config_from
+from training.stage_c.formats import ANCHOR, CONFIG_METADATA_KEY, config_from_diffusers, to_original
+from training.stage_c.network import StageCConfig, config_from_state_dict
+from training.stage_c.text import ANCHOR as TEXT_ANCHOR
+from training.stage_c.text import BOS_ID, EOS_ID
+from training.stage_c.text import CONFIG_METADATA_KEY as TEXT_CONFIG_METADATA_KEY
+from training.stage_c.weight_files import TORCH_SUFFIXES, locate_component
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig
+
+    from training.recipes.stage_c import StageCModel
+
+EFFNET_ANCHOR = "mapper.0.weight"
+CLIP_BIGG: dict[str, Any] = {
+    "vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+    "num_attention_heads": 20, "max_position_embeddings": 77, "projection_dim": 1280, "hidden_act": "gelu",
+    "bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID,
+}  # fmt: skip
+"""The text model of Stable Cascade, 694,659,840 parameters."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shapes of everything that is in memory while stage C is trained."""
+
+    network: StageCConfig
+    text: "CLIPTextConfig"
+    effnet: EffNetConfig
+    train_text_encoder: bool
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameters that are not trained."""
+    assumed: tuple[str, ...] = ()
+    """What was not found here and is taken for the published model."""
+
+
+def architecture_of(config: RunConfig) -> Architecture:
+    """Return the architecture of a run. Raises WeightsError or ValueError for a file of another kind."""
+    settings = config.stage_c
+    assumed: list[str] = []
+    network = _network_config(settings.network)
+    if network is None:
+        is_lite = "lite" in settings.network
+        network = StageCConfig.lite() if is_lite else StageCConfig.large()
+        assumed.append(f"stage_c.network {settings.network} (taken for the {'1.0' if is_lite else '3.6'} B model)")
+    text = _text_config(settings.text_encoder)
+    if text is None:
+        from transformers import CLIPTextConfig
+
+        text = CLIPTextConfig(**CLIP_BIGG)
+        assumed.append(f"stage_c.text_encoder {settings.text_encoder} (taken for CLIP bigG)")
+    effnet = EffNetConfig()
+    if Path(settings.effnet).is_file():
+        effnet = effnet_config_from(read_shapes(Path(settings.effnet), anchor=EFFNET_ANCHOR)[0])
+    else:
+        assumed.append(f"stage_c.effnet {settings.effnet} (taken for EfficientNetV2-S)")
+    return Architecture(network, text, effnet, settings.train_text_encoder, config.optimizer.freeze, tuple(assumed))
+
+
+def read_shapes(path: Path, *, anchor: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a weights file's tensors on the meta device, behind the prefix of `anchor`, and its metadata."""
+    if path.suffix in TORCH_SUFFIXES:
+        loaded = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        tensors, metadata = loaded.get("state_dict", loaded), {}
+    else:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in list(file.keys())}
+    ends = [key for key in tensors if key == anchor or key.endswith(f".{anchor}")]
+    if not ends:
+        raise ValueError(f"{path}: no key {anchor!r}, so this is a file of another model")
+    prefix = min(ends, key=len).removesuffix(anchor)
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}, metadata
+
+
+def _network_config(path_or_id: str) -> StageCConfig | None:
+    path = Path(path_or_id)
+    if path.is_dir():
+        folder = Path(locate_component(path, "prior", file_name="config.json")[0])
+        published = json.loads((folder / "config.json").read_text("utf-8"))
+        return config_from_diffusers(published, source=folder / "config.json")
+    if not path.is_file():
+        return None
+    shapes, metadata = read_shapes(path, anchor=ANCHOR)
+    if (text := metadata.get(CONFIG_METADATA_KEY)) is not None:
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
+        }
+        return StageCConfig(**values)
+    return config_from_state_dict(to_original(shapes))
+
+
+def _text_config(path_or_id: str) -> "CLIPTextConfig | None":
+    from transformers import CLIPTextConfig
+
+    path = Path(path_or_id)
+    if path.is_dir():
+        folder = locate_component(path, "text_encoder", file_name="config.json")[0]
+        config: CLIPTextConfig = CLIPTextConfig.from_pretrained(folder)
+        return config
+    if not path.is_file():
+        return None
+    text = read_shapes(path, anchor=TEXT_ANCHOR)[1].get(TEXT_CONFIG_METADATA_KEY)
+    return CLIPTextConfig(**(json.loads(text) if text is not None else CLIP_BIGG))
+
+
+def make_modules(architecture: Architecture) -> "tuple[StageCModel, nn.Module, nn.Module | None]":
+    """Return (what is trained, the image encoder, the frozen text encoder) without weights.
+
+    Call it under a meta device or a fake tensor mode, or it takes the memory. In the state that the recipe trains
+    them in: frozen parts need no gradient, `clip_img_mapper.weight` neither.
+    """
+    from transformers import CLIPTextModelWithProjection
+
+    from training.optim.selection import freeze
+    from training.recipes.stage_c import StageCModel
+    from training.stage_c.effnet import EffNetEncoder
+    from training.stage_c.network import StageCNetwork
+    from training.stage_c.text import TextConditioner
+
+    text = TextConditioner(CLIPTextModelWithProjection(architecture.text))
+    is_trained = architecture.train_text_encoder
+    text.train(is_trained).requires_grad_(is_trained)
+    network = StageCNetwork(architecture.network)
+    network.clip_img_mapper.weight.requires_grad_(False)
+    model = StageCModel(network, text if is_trained else None).train()
+    if architecture.freeze:
+        freeze(model, architecture.freeze)
+    effnet = EffNetEncoder(architecture.effnet).requires_grad_(False)
+    return model, effnet, None if is_trained else text
+
+
+def shapes_of(architecture: Architecture) -> tuple[Mapping[str, torch.Size], Mapping[str, torch.Size], int]:
+    """Return shapes of the trained parameters, of those that stay as they are beside them, and frozen elements.
+
+    The second are saved in states, but have no gradient; the last is the number of elements of frozen networks.
+    """
+    with torch.device("meta"):
+        model, *others = make_modules(architecture)
+    trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    beside = {name: p.shape for name, p in model.named_parameters() if not p.requires_grad}
+    return trained, beside, sum(p.numel() for module in others if module is not None for p in module.parameters())
