@@ -22,6 +22,7 @@ from training.ledger import Ledger, LedgerError
 from training.lock import LockLostError, RunLock
 from training.position import Position
 from training.run_dir import RunDir
+from training.stop import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,8 @@ def launch(
         for _, chunk in coming:
             print(plan_text(config, root, chunk_name=chunk.name))
         return DONE
-    return _train(config, run_dir, coming, num_processes)
+    with StopRequest(run_dir.stop_requested) as stop:  # from here on: loading networks may take minutes
+        return _train(config, run_dir, coming, num_processes, stop=stop)
 
 
 def _chunks_to_train(campaign: Campaign, root: Path, name: str | None, span: str | None) -> list[str]:
@@ -92,13 +94,20 @@ def _listing(names: Sequence[str]) -> str:
     return f"chunk {names[0]} is" if len(names) == 1 else f"chunks {names[0]} to {names[-1]} are"
 
 
-def _train(config: RunConfig, run_dir: RunDir, chunks: Sequence[tuple[int, Chunk]], num_processes: int | None) -> int:
+def _train(
+    config: RunConfig,
+    run_dir: RunDir,
+    chunks: Sequence[tuple[int, Chunk]],
+    num_processes: int | None,
+    *,
+    stop: StopRequest,
+) -> int:
     def run_session(ledger: Ledger | None, guard: Callable[[], None]) -> int:
         from training.session import Session  # torch is imported only now: a refused launch answers in a moment
 
         session: Session | None = None
         try:
-            session = Session(config, run_dir, ledger=ledger, guard=guard, num_processes=num_processes)
+            session = Session(config, run_dir, ledger=ledger, guard=guard, num_processes=num_processes, stop=stop)
             with closing(session):
                 return session.run(chunks)
         except BaseException as error:

@@ -41,6 +41,7 @@ class Session:
         ledger: Ledger | None,
         guard: Callable[[], None],
         num_processes: int | None,
+        stop: StopRequest,
     ) -> None:
         device = choose_device(config.device)
         exact = config.precision.exact if config.precision.exact is not None else device.type == "cpu"
@@ -58,7 +59,7 @@ class Session:
         machine = machine_facts(
             num_processes=engine.world_size, device=engine.device, num_threads=num_threads, exact=exact
         )
-        self._rank = Rank(config, run_dir, engine, saver, StopRequest(run_dir.stop_requested), records, machine)
+        self._rank = Rank(config, run_dir, engine, saver, stop, records, machine)
         self._chunk_run: ChunkRun | None = None
 
     @property
@@ -71,18 +72,17 @@ class Session:
 
         The next chunk's workers start while the last state of the one before is written.
         """
-        with self._rank.stop:
-            self._chunk_run = ChunkRun(self._rank, chunks[0][1], chunks[0][0])
-            for coming in [*chunks[1:], None]:
-                current = self._chunk_run
-                if code := current.train(self._trained):
-                    return code
-                following = None
-                if coming is not None:
-                    following = ChunkRun(self._rank, coming[1], coming[0], after=current.position)
-                if code := current.finish():
-                    return code
-                self._chunk_run = following or current
+        self._chunk_run = ChunkRun(self._rank, chunks[0][1], chunks[0][0])
+        for coming in [*chunks[1:], None]:
+            current = self._chunk_run
+            if code := current.train(self._trained):
+                return code
+            following = None
+            if coming is not None:
+                following = ChunkRun(self._rank, coming[1], coming[0], after=current.position)
+            if code := current.finish():
+                return code
+            self._chunk_run = following or current
         return DONE
 
     @cached_property

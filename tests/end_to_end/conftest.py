@@ -1,183 +1,18 @@
-"""A tiny stage C run on real pictures, and launches of it as processes that can be killed.
+"""A tiny run on real pictures, see `scripts.tiny_run`, and one that nobody disturbed."""
 
-Launches are forked from a server that has torch and diffusers imported already: a launch then takes a second or two
-instead of fifteen, and is still a process of its own that SIGKILL ends at any instruction.
-"""
-
-import json
-import multiprocessing
 import os
-import signal
-import socket
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sharding.chunk import Sample, commit_chunk, write_shard
-from sharding.images import decode_rgb, encode_jpeg
-from sharding.schema import Workspace
-
-ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "scripts" / "demo_pictures"
-NUM_SAMPLES = 18
-PRELOAD = [
-    "training.session", "training.recipes.stage_c", "training.exit_codes", "torch.utils.tensorboard",
-    "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip",
-    "transformers.models.auto.tokenization_auto",
-]  # fmt: skip
-
-
-def _launch(arguments: list[str], log: str, environment: dict[str, str], prepare: Callable[[], None] | None) -> None:
-    with Path(log).open("a") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-    os.setsid()
-    # The server may have been started by a loader, which blocks them.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT})
-    os.environ.update(environment)
-    if prepare is not None:
-        prepare()
-    from training.cli import main
-
-    sys.exit(main(arguments))
-
-
-class Launch:
-    """One `python -m training …` process. prepare: called in it first, to break something."""
-
-    def __init__(
-        self,
-        arguments: list[str],
-        log: Path,
-        *,
-        environment: dict[str, str] | None = None,
-        prepare: Callable[[], None] | None = None,
-    ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        self.log = log
-        self.process = context.Process(target=_launch, args=(arguments, str(log), environment or {}, prepare))
-        self.process.start()
-
-    def wait(self, timeout_seconds: float = 120) -> int:
-        self.process.join(timeout_seconds)
-        assert self.process.exitcode is not None, f"still running after {timeout_seconds} s:\n{self.log.read_text()}"
-        return self.process.exitcode
-
-    def kill_when(self, condition: Callable[[], bool], number: int = signal.SIGKILL) -> int:
-        """Send a signal as soon as the condition holds; return the exit code. Fails if the process ends before."""
-        deadline = time.monotonic() + 120
-        while not condition():
-            assert self.process.is_alive(), f"ended before it could be killed:\n{self.log.read_text()}"
-            assert time.monotonic() < deadline, "the moment to kill never came"
-            time.sleep(0.001)
-        if number == signal.SIGKILL:
-            os.killpg(self.process.pid, number)  # with its loader workers, as the kernel's OOM killer would not
-        else:
-            os.kill(self.process.pid, number)
-        return self.wait()
-
-
-class TinyRun:
-    """A run folder with the command line that trains its chunks."""
-
-    def __init__(self, root: Path, overrides: list[str]) -> None:
-        self.root = root
-        self.overrides = overrides
-
-    def arguments(self, command: str, *extra: str) -> list[str]:
-        words = [word for override in self.overrides for word in ("--set", override)]
-        config = str(ROOT / "configs" / "training" / "demo.toml")
-        return [command, config, "--run-dir", str(self.root), *words, *extra]
-
-    @property
-    def log(self) -> Path:
-        return self.root.with_suffix(".log")
-
-    def launch(self, *extra: str, prepare: Callable[[], None] | None = None) -> Launch:
-        self.root.parent.mkdir(parents=True, exist_ok=True)
-        return Launch(self.arguments("run", *extra), self.log, prepare=prepare)
-
-    def train(self, *extra: str, prepare: Callable[[], None] | None = None) -> int:
-        return self.launch(*extra, prepare=prepare).wait()
-
-    def train_on(self, num_processes: int, *extra: str) -> list[int]:
-        """Train with several processes as a launcher would start them; return their exit codes."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        launches = [
-            Launch(
-                self.arguments("run", "--processes", str(num_processes), *extra),
-                self.root.with_name(f"{self.root.name}.{rank}.log"),
-                environment={
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
-                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-                },
-            )
-            for rank in range(num_processes)
-        ]  # fmt: skip
-        return [launch.wait() for launch in launches]
-
-    def errors(self) -> list[str]:
-        """The lines for the user in the log of all launches."""
-        return [line for line in self.log.read_text().splitlines() if line.startswith("error: ")]
-
-    def events(self, name: str) -> list[dict]:
-        return [line["fields"] for line in self.rows("ledger.jsonl") if line["event"] == name]
-
-    def train_all(self) -> None:
-        for chunk in ("real/0000", "real/0001"):
-            code = self.train("--chunk", chunk)
-            assert code == 0, self.log.read_text()
-
-    def rows(self, name: str) -> list[dict]:
-        path = self.root / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def last_step(self) -> int:
-        lines = (self.root / "metrics.jsonl").read_text().splitlines() if (self.root / "metrics.jsonl").exists() else []
-        return len(lines)
-
-    def final_files(self, chunk: str) -> dict[str, bytes]:
-        folder = self.root / "chunks" / chunk / "final"
-        return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+from scripts.tiny_run import TinyRun, make_workspace, tiny_overrides
 
 
 @pytest.fixture(scope="session")
 def real_workspace(tmp_path_factory) -> Path:
-    """Two chunks of real pictures from the demo, small, in two shards each."""
     root = tmp_path_factory.mktemp("workspace")
-    files = sorted(path for path in (PICTURES / "boards").glob("*.jpg") if path.stat().st_size > 50_000)
-    for number in range(2):
-        folder = Workspace(root).chunks / "real" / f"{number:04d}"
-        rows, shards, keys = [], [], 0
-        for shard_number in range(2):
-            samples = []
-            for path in files[number * NUM_SAMPLES + shard_number * 9 :]:
-                try:
-                    picture = decode_rgb(path.read_bytes(), min_side=256)
-                except ValueError:
-                    continue  # the demo brings broken files on purpose
-                if len(samples) == NUM_SAMPLES // 2:
-                    break
-                key = f"{number * 1000 + keys:016x}"
-                keys += 1
-                tags = [f"tag {key[-2:]}", "scenery", path.stem, "sky"]
-                row = {
-                    "width": picture.width, "height": picture.height, "groups": [{"group": "rest", "tags": tags}],
-                    "dataset": "boards" if keys % 2 else "photos", "period": "mid", "repeats": 1, "loss_weight": 1.0,
-                }  # fmt: skip
-                image = encode_jpeg(picture, quality=90)
-                samples.append(Sample(key, f"{key}.jpg", image, {"key": key}, ", ".join(tags), row))
-            shard, shard_rows = write_shard(folder, shard_number, samples)
-            shards.append(shard)
-            rows += shard_rows
-        facts = {"policy": "p", "shard_policy": "p", "made_from": "test", "seed": 0}
-        commit_chunk(folder, rows, name=f"real/{number:04d}", shards=shards, **facts)
+    make_workspace(root, num_chunks=2)
     return root
 
 
@@ -197,24 +32,7 @@ def make_run(real_workspace, tiny_models) -> Callable[..., TinyRun]:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
     def make(root: Path, *more: str) -> TinyRun:
-        return TinyRun(
-            root,
-            [
-                f"data.workspace='{real_workspace}'",
-                "data.chunks=['real/*']",
-                "data.epochs=2",
-                "data.workers=0",
-                f"stage_c.network='{tiny_models}/stage_c.safetensors'",
-                f"stage_c.text_encoder='{tiny_models}/text_encoder'",
-                f"stage_c.tokenizer='{tiny_models}/tokenizer'",
-                f"stage_c.effnet='{tiny_models}/effnet_encoder.safetensors'",
-                f"stage_c.previewer='{tiny_models}/previewer.safetensors'",
-                "trackers.tensorboard=false",
-                "buckets.resolution=[256, 256]",
-                "buckets.step=32",
-                *more,
-            ],
-        )
+        return TinyRun(root, [*tiny_overrides(real_workspace, tiny_models), *more])
 
     return make
 

@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import load_file
 
-from tests.end_to_end.conftest import Launch
+from scripts.tiny_run import Launch
 
 pytestmark = pytest.mark.slow
 
