@@ -128,6 +128,8 @@ class ChunkRun:
         elif self._parent_folder is None:
             logger.info("chunk %s: starting from the weights that the config names", self._chunk.name)
         self._tell_start(trained)
+        if reason := self._rank.agreed_stop():  # while networks were loading: there is nothing new to save
+            return self._finish_stopped(reason)
         while True:
             try:
                 reason = self._train_epochs(trained)
