@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -15,7 +16,7 @@ from sharding.chunk import Chunk, ChunkError
 from training.buckets import Bucket, BucketError
 from training.config import RunConfig
 from training.plans import batch_plan, bucket_settings, latent_bytes
-from training.showings import fits
+from training.showings import fit_or_reason
 
 _COLUMNS = ["key", "width", "height", "repeats", "loss_weight", "image_bytes", "mask_bytes"]
 
@@ -62,26 +63,30 @@ def chunk_totals(index: pa.Table, chunk: str, *, config: RunConfig) -> ChunkTota
 
     A chunk of which nothing can be trained has 0 steps; the plan itself would raise.
     """
-    by_size = fits(index, bucket_settings(config))
+    settings = bucket_settings(config)
+    width, height, repeats = (np.asarray(index.column(name), np.int64) for name in ("width", "height", "repeats"))
+    sizes, size_of_row = np.unique(width << 32 | height, return_inverse=True)
     showings: Counter[Bucket] = Counter()
-    num_dropped = total_bytes = latents = 0
-    columns = [index.column(name).to_pylist() for name in _COLUMNS[1:4] + _COLUMNS[5:]]
-    for width, height, repeats, image_bytes, mask_bytes in zip(*columns, strict=True):
-        own = by_size[width, height]
+    num_dropped = latents = 0
+    is_kept = np.ones(len(sizes), bool)
+    per_size = (np.bincount(size_of_row, weights, len(sizes)).astype(int) for weights in (None, repeats, repeats > 0))
+    for number, (size, rows, times, shown) in enumerate(zip(sizes.tolist(), *per_size, strict=True)):
+        own = fit_or_reason(size >> 32, size & 0xFFFFFFFF, settings)
         if isinstance(own, BucketError):
-            num_dropped += 1
+            num_dropped += int(rows)
+            is_kept[number] = False
             continue
         bucket = own.placement.bucket
-        showings[bucket] += repeats
-        total_bytes += repeats * (image_bytes + mask_bytes)
-        latents += latent_bytes(bucket) if repeats else 0
+        showings[bucket] += int(times)
+        latents += latent_bytes(bucket) * int(shown)
+    stored = sum(np.asarray(index.column(name), np.int64) for name in ("image_bytes", "mask_bytes"))
     return ChunkTotals(
         name=chunk,
         num_samples=index.num_rows,
         num_dropped=num_dropped,
         num_exposures=config.data.epochs * showings.total(),
         num_steps=_num_steps(index, chunk, showings, config),
-        read_bytes=total_bytes,
+        read_bytes=int((stored * repeats * is_kept[size_of_row]).sum()),
         latent_bytes=latents,
     )
 

@@ -6,6 +6,7 @@ A pure function of the index and the buckets. No torch, no files. In which order
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import pyarrow as pa
 
@@ -55,13 +56,17 @@ def fit(width: int, height: int, settings: BucketSettings) -> Fit:
 
 def fits(index: pa.Table, settings: BucketSettings) -> Mapping[tuple[int, int], Fit | BucketError]:
     """Return the fit of every stored size in the index, by (width, height), or why it has none."""
-    found: dict[tuple[int, int], Fit | BucketError] = {}
-    for size in set(zip(*(index.column(side).to_pylist() for side in ("width", "height")), strict=True)):
-        try:
-            found[size] = fit(size[0], size[1], settings)
-        except BucketError as error:
-            found[size] = error
-    return found
+    sizes = set(zip(*(index.column(side).to_pylist() for side in ("width", "height")), strict=True))
+    return {size: fit_or_reason(size[0], size[1], settings) for size in sizes}
+
+
+@lru_cache(maxsize=1 << 17)
+def fit_or_reason(width: int, height: int, settings: BucketSettings) -> Fit | BucketError:
+    """Return the fit of a stored size, or why it has none; the chunks of a run share most sizes."""
+    try:
+        return fit(width, height, settings)
+    except BucketError as error:
+        return error.with_traceback(None)
 
 
 def all_showings(
