@@ -16,8 +16,8 @@ from training.buckets import Bucket
 from training.memory.activations import Pass, measured_peak, pass_bytes
 from training.memory.architecture import CLIP_BIGG, Architecture, architecture_of, shapes_of
 from training.memory.live_bytes import LiveBytes
-from training.memory.report import CARDS_GIB, Planner, catalogue, memory_report, state_bytes, strategy_of
-from training.memory.strategies import Strategy, fixed_bytes, optimizer_state_bytes
+from training.memory.report import CARDS_GIB, Planner, memory_report, state_bytes, strategy_of
+from training.memory.strategies import Strategy, catalogue, fixed_bytes, optimizer_state_bytes
 from training.stage_c.effnet import EffNetConfig
 from training.stage_c.formats import save_stage_c
 from training.stage_c.network import StageCConfig, StageCNetwork
@@ -141,6 +141,12 @@ def test_shapes_come_from_the_header_of_the_runs_own_file(tmp_path):
     assert architecture.network.c_hidden == (128, 128)
     assert size == 4 * elements + 8 * trained
     assert f"{elements:,} fp32 weights" in note
+
+    half = toy_config(
+        stage_c={"network": str(tmp_path / "net.safetensors")}, ema={"enabled": True},
+        precision={"weights": "bf16", "rounding": "kahan"},
+    )  # fmt: skip
+    assert state_bytes(half)[0] == (2 + 2 + 4) * elements + 8 * trained
 
 
 def test_live_bytes_counts_what_is_alive_once():

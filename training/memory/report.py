@@ -7,7 +7,7 @@ device; what the card's driver and the allocator need besides is an allowance. N
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from training.buckets import Bucket, listed_buckets
 from training.config import RunConfig
 from training.memory.activations import Pass, PassBytes, pass_bytes
 from training.memory.architecture import Architecture, architecture_of, shapes_of
-from training.memory.strategies import Fixed, Strategy, fixed_bytes, optimizer_state_bytes
+from training.memory.strategies import Fixed, Strategy, catalogue, fixed_bytes, optimizer_state_bytes
 from training.plans import bucket_settings
 
 CARDS_GIB = (8, 10, 12, 16, 24, 48, 80)
@@ -25,31 +25,6 @@ ALLOWANCE_BYTES, ALLOWANCE_FRACTION = 600_000_000, 0.05
 _GB = 1e9
 _MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 _PRESETS = Path(__file__).parents[2] / "configs" / "training"
-
-
-def catalogue(num_ranks: int) -> tuple[Strategy, ...]:
-    """Return the strategies that the table compares: on one card, and split over `num_ranks` of one machine."""
-    one = [
-        Strategy("fp32, AdamW", optimizer="adamw"),
-        Strategy("fp32, 8-bit AdamW", optimizer="adamw8bit"),
-        Strategy("fp32, Adafactor"),
-        Strategy("bf16, AdamW", weights="bf16", optimizer="adamw"),
-        Strategy("bf16, 8-bit AdamW", weights="bf16", optimizer="adamw8bit"),
-        Strategy("bf16, Adafactor", weights="bf16"),
-        Strategy("bf16, Adafactor, fused backward", weights="bf16", fused_backward=True),
-    ]
-    many = [
-        Strategy("DDP, fp32, Adafactor", sharding="ddp"),
-        Strategy("DDP, fp32, AdamW", optimizer="adamw", sharding="ddp"),
-        Strategy("FSDP2 full, AdamW", optimizer="adamw", sharding="fsdp"),
-        Strategy("FSDP2 hybrid, AdamW", optimizer="adamw", sharding="fsdp_hybrid"),
-        Strategy("ZeRO-1, AdamW", optimizer="adamw", sharding="zero1"),
-        Strategy("ZeRO-2, AdamW", optimizer="adamw", sharding="zero2"),
-        Strategy("ZeRO-3, AdamW", optimizer="adamw", sharding="zero3"),
-        Strategy("ZeRO-2, AdamW, optimizer offloaded", optimizer="adamw", sharding="zero2", offload="optimizer"),
-        Strategy("ZeRO-3, AdamW, all offloaded", optimizer="adamw", sharding="zero3", offload="all"),
-    ]
-    return (*one, *(replace(strategy, num_ranks=num_ranks) for strategy in many))
 
 
 def strategy_of(config: RunConfig, *, num_processes: int) -> Strategy:
@@ -215,9 +190,14 @@ def state_bytes(config: RunConfig) -> tuple[int, str]:
     architecture = architecture_of(config)
     trained, beside, _ = shapes_of(architecture)
     elements = sum(shape.numel() for shape in (*trained.values(), *beside.values()))
-    optimizer = optimizer_state_bytes(config.optimizer.name, list(trained.values()))
-    note = f"{elements:,} fp32 weights {4 * elements / _GB:.2f} GB, {config.optimizer.name} {optimizer / _GB:.2f} GB"
-    return 4 * elements + optimizer, "; ".join([note, *(f"not here: {name}" for name in architecture.assumed)])
+    precision, name = config.precision, config.optimizer.name
+    size = 4 if precision.weights == "fp32" else 2
+    optimizer = optimizer_state_bytes(name, list(trained.values()))
+    optimizer += 2 * elements * (precision.weight_rounding == "kahan")
+    ema = 4 * elements * config.ema.enabled
+    note = f"{elements:,} {precision.weights} weights {size * elements / _GB:.2f} GB, {name} {optimizer / _GB:.2f} GB"
+    note += f", EMA {ema / _GB:.2f} GB" * config.ema.enabled
+    return size * elements + optimizer + ema, "; ".join([note, *(f"not here: {name}" for name in architecture.assumed)])
 
 
 def largest_bucket(config: RunConfig) -> Bucket:

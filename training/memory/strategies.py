@@ -63,6 +63,31 @@ class Strategy:
         return self.weights != "fp32" or self.sharding.startswith(("fsdp", "zero"))
 
 
+def catalogue(num_ranks: int) -> tuple[Strategy, ...]:
+    """Return the strategies that the table compares: on one card, and split over `num_ranks` of one machine."""
+    one = [
+        Strategy("fp32, AdamW", optimizer="adamw"),
+        Strategy("fp32, 8-bit AdamW", optimizer="adamw8bit"),
+        Strategy("fp32, Adafactor"),
+        Strategy("bf16, AdamW", weights="bf16", optimizer="adamw"),
+        Strategy("bf16, 8-bit AdamW", weights="bf16", optimizer="adamw8bit"),
+        Strategy("bf16, Adafactor", weights="bf16"),
+        Strategy("bf16, Adafactor, fused backward", weights="bf16", fused_backward=True),
+    ]
+    many = [
+        Strategy("DDP, fp32, Adafactor", sharding="ddp"),
+        Strategy("DDP, fp32, AdamW", optimizer="adamw", sharding="ddp"),
+        Strategy("FSDP2 full, AdamW", optimizer="adamw", sharding="fsdp"),
+        Strategy("FSDP2 hybrid, AdamW", optimizer="adamw", sharding="fsdp_hybrid"),
+        Strategy("ZeRO-1, AdamW", optimizer="adamw", sharding="zero1"),
+        Strategy("ZeRO-2, AdamW", optimizer="adamw", sharding="zero2"),
+        Strategy("ZeRO-3, AdamW", optimizer="adamw", sharding="zero3"),
+        Strategy("ZeRO-2, AdamW, optimizer offloaded", optimizer="adamw", sharding="zero2", offload="optimizer"),
+        Strategy("ZeRO-3, AdamW, all offloaded", optimizer="adamw", sharding="zero3", offload="all"),
+    ]
+    return (*one, *(replace(strategy, num_ranks=num_ranks) for strategy in many))
+
+
 @dataclass(frozen=True)
 class Fixed:
     """Bytes on one rank's device that do not depend on the micro-batch, and what lies in host memory for it."""
