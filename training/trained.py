@@ -77,6 +77,8 @@ def load_trained(config: RunConfig, engine: Engine) -> Trained:
     module = recipe.trainable()
     set_weights(module, config.precision.weights)
     optimizer = optimizer_from_config(config, module, recipe.parts, learning_rates=recipe.learning_rates())
+    if config.compile != "no":
+        module.compile(backend=config.compile)  # in place: parameters and their names stay
     model = engine.prepare(module, optimizer)
     parameters = dict(module.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}

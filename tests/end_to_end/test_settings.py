@@ -66,6 +66,16 @@ def test_checkpointing_changes_no_loss(make_run, one_epoch, tmp_path):
     assert losses(run) == pytest.approx(losses(one_epoch), rel=1e-6)
 
 
+def test_a_compiled_forward_changes_no_loss(make_run, one_epoch, tmp_path):
+    run = make_run(tmp_path / "run", ONE_EPOCH, "compile='aot_eager'", "stage_c.dropout=0.0")
+    plain = make_run(tmp_path / "plain", ONE_EPOCH, "stage_c.dropout=0.0")
+
+    assert run.train("--chunk", FIRST) == 0, run.log.read_text()
+    assert plain.train("--chunk", FIRST) == 0, plain.log.read_text()
+
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
+
+
 def test_autocast_stays_near_fp32_and_keeps_master_weights_in_it(make_run, one_epoch, tmp_path):
     run = make_run(tmp_path / "run", ONE_EPOCH, "precision.autocast='bf16'")
 

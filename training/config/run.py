@@ -28,7 +28,7 @@ from training.config.watching import PreviewConfig, TrackerConfig
 class RunConfig(Config):
     """One run.toml."""
 
-    FREE: ClassVar = frozenset({"device", "max_skipped_steps"})
+    FREE: ClassVar = frozenset({"device", "compile", "max_skipped_steps"})
 
     name: Name
     """Name of the run, for people and trackers."""
@@ -36,6 +36,9 @@ class RunConfig(Config):
     """Of all counted randomness and the order of samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one."""
+    compile: Literal["no", "inductor", "aot_eager"] = "no"
+    """Let torch.compile make kernels of the trained forward, one set per bucket size: faster after a slow start.
+    `inductor` needs a C++ compiler or triton; `aot_eager` only traces, to see whether a network can be compiled."""
     max_skipped_steps: int = Field(10, ge=0)
     """Consecutive steps with a non-finite loss or gradient passed over before the run goes back to an earlier state."""
     data: DataConfig

@@ -65,13 +65,16 @@ class StageC:
         settings = self._settings
         self._device = device
         self._tokenizer = load_tokenizer(settings.tokenizer)
-        network = load_stage_c(settings.network, dtype=torch.float32)
+        # fp16 is cast later, where values that do not fit are found; bf16 holds all of them, in half the memory.
+        dtype = torch.bfloat16 if self._config.precision.weights == "bf16" else torch.float32
+        network = load_stage_c(settings.network, dtype=dtype)
         network.set_dropout(settings.dropout)
         # No image goes in, so its gradient is an exact zero: only weight decay would change it, run after run.
         network.clip_img_mapper.weight.requires_grad_(False)
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        text = TextConditioner(load_text_model(settings.text_encoder, torch.float32))
+        text_dtype = dtype if settings.train_text_encoder else torch.float32
+        text = TextConditioner(load_text_model(settings.text_encoder, text_dtype))
         text_width = text.text_model.config.hidden_size
         if text_width != network.config.c_clip_text:
             raise ValueError(
