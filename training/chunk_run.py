@@ -25,7 +25,7 @@ from training.preview import write_pictures
 from training.rank import Rank
 from training.run_dir import StartedChunk
 from training.start_state import state_before, state_to_start_from
-from training.state import check_room, state_bytes, take_snapshot
+from training.state import check_room, help_snapshot, state_bytes, take_snapshot
 from training.state_folder import LoadedState, StateError, load_state, read_manifest, remove_states, retain_states
 from training.step_report import StepReport
 from training.trained import Trained
@@ -264,10 +264,12 @@ class ChunkRun:
         self._save(self._run_dir.state_folder(position.chunk, position.global_step))
 
     def _save(self, folder: Path) -> None:
-        """Begin to save a state in `folder`; every rank has the same, rank 0 writes it."""
-        if self._rank.records is None:
-            return
+        """Begin to save a state in `folder`: every rank gives its parts, rank 0 copies and writes it."""
         assert self._trained is not None
+        if self._rank.records is None:
+            help_snapshot(self._trained.tensors())
+            return
+        self._rank.saver.drain()  # two copies in memory would be one too many
         self._rank.records.before_save()
         facts = {
             "global_step": self.position.global_step,

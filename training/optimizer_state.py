@@ -3,7 +3,7 @@
 `torch.optim.Optimizer.load_state_dict` casts every floating slot to its parameter's dtype: second moments of 1e-12
 become 0 in float16. Here nothing is cast, and nothing depends on the order of parameters. A slot is whatever the
 optimizer keeps for a parameter: `exp_avg`, Adafactor's rows and columns, bitsandbytes' uint8 `state1` and `qmap1`.
-For optimizers whose state lies whole in one process; a sharded engine gathers first.
+A sharded engine hands in the parts of what it loads; parts that are saved are brought together for the snapshot.
 """
 
 import math
@@ -110,6 +110,8 @@ def load_optimizer_tensors(
 
 
 def _placed(tensor: Tensor, slot: str, parameter: Parameter, group: Mapping[str, Any]) -> Tensor:
+    if hasattr(tensor, "full_tensor"):
+        return tensor  # this process's part, cut out by its engine
     stays = slot == "step" and not (group.get("capturable") or group.get("fused"))
     device = torch.device("cpu") if stays else parameter.device
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)

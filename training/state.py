@@ -31,6 +31,7 @@ from training.state_folder import (
     retain,
 )
 from training.tensor_file import WrittenFile, write_file, write_tensors
+from training.tensor_parts import InParts, whole
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +54,12 @@ class Snapshot:
 
 
 def take_snapshot(
-    tensors: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], *, sharded: Iterable[str] = ()
+    tensors: Mapping[str, Mapping[str, Tensor | InParts]], facts: Mapping[str, Any], *, sharded: Iterable[str] = ()
 ) -> Snapshot:
     """Copy tensors to CPU memory, keeping dtypes; views, shared and 0-d ones become tensors of their own.
 
-    Raises StateError for distributed tensors (gather, or pass local parts as `sharded`) and for facts that are not
-    strict JSON or have no global step.
+    Those that lie in parts are brought together one by one: the other ranks call `help_snapshot` with the same.
+    Raises StateError for facts that are not strict JSON or have no global step.
     """
     step = facts.get("global_step")
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
@@ -68,7 +69,7 @@ def take_snapshot(
     except (TypeError, ValueError) as error:
         raise StateError(f"state facts: not JSON: {error}") from error
     copies = {
-        component: {name: _copy(tensor, f"{component}: {name}") for name, tensor in named.items()}
+        component: {name: _copy(whole(tensor)) for name, tensor in named.items()}
         for component, named in tensors.items()
     }
     for component in copies:
@@ -77,13 +78,18 @@ def take_snapshot(
     return Snapshot(copies, own_facts, frozenset(sharded))
 
 
-def _copy(tensor: Tensor, where: str) -> Tensor:
-    if hasattr(tensor, "to_local"):
-        raise StateError(f"{where}: is a distributed tensor; gather it, or take its local part and say `sharded`")
+def help_snapshot(tensors: Mapping[str, Mapping[str, Tensor | InParts]]) -> None:
+    """Give this rank's parts to the rank that takes a snapshot; keeps nothing."""
+    for named in tensors.values():
+        for tensor in named.values():
+            whole(tensor)
+
+
+def _copy(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
-def state_bytes(tensors: Snapshot | Mapping[str, Mapping[str, Tensor]]) -> int:
+def state_bytes(tensors: Snapshot | Mapping[str, Mapping[str, Tensor | InParts]]) -> int:
     """Return how many bytes of tensors a state holds; the rest of it is small."""
     components = tensors.tensors if isinstance(tensors, Snapshot) else tensors
     return sum(tensor.numel() * tensor.element_size() for named in components.values() for tensor in named.values())

@@ -13,10 +13,10 @@ from training.ema import Ema, make_ema, weights_to_show
 from training.engines.base import Engine
 from training.engines.scaled import ScaledEngine
 from training.optim.from_config import optimizer_from_config
-from training.optimizer_state import load_optimizer_tensors, optimizer_tensors
 from training.precision import set_weights
 from training.recipes.base import Recipe, SampleResult, load_recipe
 from training.state_folder import LoadedState
+from training.tensor_parts import InParts
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,24 @@ class Trained:
         """Return a context with the weights that previews, validation and exports show. Every rank has to enter it."""
         return weights_to_show(self.optimizer, self.ema)
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return a state's components: {component: {name: tensor}}. Not copies."""
-        optimizer, _ = optimizer_tensors(self.optimizer, self.names)
-        own = {"model": self.engine.model_state(), "optimizer": optimizer, "recipe": self.recipe.state_tensors()}
+    def tensors(self) -> dict[str, dict[str, Tensor | InParts]]:
+        """Return a state's components: {component: {name: tensor}}. Not copies; in parts where an engine keeps parts."""
+        optimizer, _ = self.engine.optimizer_state(self.names)
+        own = {"model": self.engine.model_state(), "optimizer": optimizer, "recipe": {**self.recipe.state_tensors()}}
         if self.ema is not None:
-            own["ema"] = self.ema.tensors()
+            own["ema"] = {**self.ema.tensors()}
         return {name: part for name, part in own.items() if part or name != "recipe"}
 
     def facts(self) -> dict[str, Any]:
         """Return what a state holds besides tensors: options of the optimizer, the loss scale."""
-        _, optimizer = optimizer_tensors(self.optimizer, self.names)
+        _, optimizer = self.engine.optimizer_state(self.names)
         scale = {"loss_scale": self.engine.loss_scale.facts()} if isinstance(self.engine, ScaledEngine) else {}
         return {"optimizer": optimizer, **scale}
 
     def load(self, state: LoadedState) -> None:
         """Take over a state. Raises ValueError or StateError when it does not fit these networks."""
         self.engine.load_model_state(state.component("model"))
-        load_optimizer_tensors(self.optimizer, state.component("optimizer"), state.facts["optimizer"], self.names)
+        self.engine.load_optimizer_state(state.component("optimizer"), state.facts["optimizer"], self.names)
         if "recipe" in state.components:
             self.recipe.load_state_tensors(state.component("recipe"))
         if self.ema is not None:
@@ -77,8 +77,6 @@ def load_trained(config: RunConfig, engine: Engine) -> Trained:
     module = recipe.trainable()
     set_weights(module, config.precision.weights)
     optimizer = optimizer_from_config(config, module, recipe.parts, learning_rates=recipe.learning_rates())
-    if config.compile != "no":
-        module.compile(backend=config.compile)  # in place: parameters and their names stay
     model = engine.prepare(module, optimizer)
     parameters = dict(module.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}

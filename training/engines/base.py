@@ -4,11 +4,14 @@ A step is: for each micro-batch `with engine.micro_batch(…)` forward and `back
 `scale_gradients` and `clip`; then `step` or `skip`.
 """
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from training.tensor_parts import InParts
 
 
 class Engine(Protocol):
@@ -54,8 +57,16 @@ class Engine(Protocol):
     def barrier(self) -> None:
         """Wait for all ranks."""
 
-    def model_state(self) -> dict[str, Tensor]:
-        """Return the module's tensors by name, as trained (not gathered copies: do not change them)."""
+    def model_state(self) -> dict[str, Tensor | InParts]:
+        """Return the module's tensors by name, as trained: not copies, and in parts where they lie so."""
 
     def load_model_state(self, tensors: dict[str, Tensor]) -> None:
-        """Copy tensors into the module. Raises ValueError naming missing or unexpected keys."""
+        """Copy whole tensors into the module. Raises ValueError naming missing or unexpected keys."""
+
+    def optimizer_state(self, names: Mapping[nn.Parameter, str]) -> tuple[dict[str, Tensor | InParts], dict[str, Any]]:
+        """Return what `training.optimizer_state.optimizer_tensors` does; tensors may lie in parts. names: prepared."""
+
+    def load_optimizer_state(
+        self, tensors: dict[str, Tensor], facts: Mapping[str, Any], names: Mapping[nn.Parameter, str]
+    ) -> None:
+        """Take over whole tensors, from any engine. Raises OptimizerStateError."""
