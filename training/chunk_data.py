@@ -173,18 +173,19 @@ def _grey(placed: Placement, settings: PixelSettings, identity: SampleIdentity) 
 def _images(loaded: Sequence[_Loaded]) -> torch.Tensor:
     """Return (B, 3, H, W) uint8."""
     height, width, _ = loaded[0].shown.image.shape
-    images = torch.empty((len(loaded), 3, height, width), dtype=torch.uint8)
+    images = np.empty((len(loaded), 3, height, width), np.uint8)
     for slot, one in enumerate(loaded):
-        images[slot] = torch.from_numpy(one.shown.image.copy()).permute(2, 0, 1)
-    return images
+        # In one go: a copy of flipped pixels, three bytes at a time, takes a fifth of what decoding takes.
+        images[slot] = one.shown.image.transpose(2, 0, 1)
+    return torch.from_numpy(images)
 
 
 def _masks(loaded: Sequence[_Loaded]) -> torch.Tensor | None:
     """Return (B, 1, H, W) uint8, white for samples without a mask; None when none has one."""
     if all(one.shown.mask is None for one in loaded):
         return None
-    masks = torch.full((len(loaded), 1, *loaded[0].shown.image.shape[:2]), 255, dtype=torch.uint8)
+    masks = np.full((len(loaded), 1, *loaded[0].shown.image.shape[:2]), 255, np.uint8)
     for slot, one in enumerate(loaded):
         if one.shown.mask is not None:
-            masks[slot, 0] = torch.from_numpy(one.shown.mask.copy())
-    return masks
+            masks[slot, 0] = one.shown.mask
+    return torch.from_numpy(masks)

@@ -21,6 +21,8 @@ BENCHES = {
     "pack": "read, checksum, write shards and index, against TarWriter and a copy",
     "kill": "random kills of a tiny run, against one that nobody disturbed",
     "loop": "a step of the training loop against forward, backward and optimizer by hand",
+    "loader": "decode, resize, crop and caption of a chunk, against the bare decode, webdataset and files",
+    "start": "from the start of a run to its first batch, at three positions of a chunk",
     "compose": "captions of many rows after a threshold change: time and memory",
 }
 
