@@ -1,6 +1,7 @@
 """`python -m training`: plan, run, status, export, preview. Parses arguments; heavy imports wait for the subcommand."""
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -47,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = _command(commands, "plan", _plan, "show buckets, steps and exposures of a chunk; trains nothing")
     plan.add_argument("--chunk", help="default: the first chunk of the run that is not done")
+    plan.add_argument("--processes", type=int, help="how many there will be; default: one")
+    plan.add_argument("--image", type=Path, metavar="FILE", help="show source, resize, crop and bucket of a picture")
+    plan.add_argument("--output", type=Path, metavar="PNG", help="with --image: draw it, too")
+    plan.add_argument("--memory", action="store_true", help="what the run takes on each card, and what fits where")
+    plan.add_argument("--json", action="store_true", help="the same numbers for programs")
 
     status = _command(commands, "status", _status, "show what is trained and what remains", needs_config=False)
     status.add_argument("--json", action="store_true", help="the same numbers for programs")
@@ -103,10 +109,28 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from training.inspect_run import plan_text
+    config = _load(options)
+    if options.image is not None:
+        from training.placement_picture import image_text
 
-    print(plan_text(_load(options), options.run_dir, chunk_name=options.chunk))
-    return DONE
+        print(image_text(config, options.image, output=options.output))
+        return DONE
+    if options.memory:
+        from training.memory.report import memory_report
+
+        memory = memory_report(config, num_processes=options.processes or 1)
+        print(json.dumps(memory.values(), indent=2) if options.json else memory.text())
+        return DONE
+    from training.inspect_run import inspect_plan
+
+    report = inspect_plan(
+        config, options.run_dir, chunk_name=options.chunk, num_processes=options.processes, with_state=True
+    )
+    if report is None:
+        print("null" if options.json else f"all chunks of {options.run_dir} are done")
+        return DONE
+    print(json.dumps(report.values(), indent=2) if options.json else report.text())
+    return BAD_USAGE if report.refusals else DONE
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -1,13 +1,14 @@
 """What a run is about to do (`plan`) and how far it is (`status`), as text and JSON. Reads only files; no torch."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from sharding.chunk import Chunk
 from training.campaign import chunk_rows, image_rows, read_campaign, render_rows
 from training.chunk_records import totals
 from training.config import RunConfig
+from training.plan_checks import check_captions
 from training.plan_report import PlanReport, plan_report
 from training.plan_totals import run_totals
 from training.plans import batch_plan
@@ -44,7 +45,7 @@ def inspect_plan(
 
     index = chunk_of(name).read_index()
     plan = batch_plan(index, name, config=config, epoch=0)
-    return plan_report(
+    report = plan_report(
         plan,
         index,
         run_totals((chunk_of(each) for each in campaign.names), config=config),
@@ -52,6 +53,7 @@ def inspect_plan(
         num_processes=num_processes,
         state=_state(config) if with_state else None,
     )
+    return replace(report, findings=(*report.findings, *check_captions(index, config=config)))
 
 
 def plan_text(config: RunConfig, root: Path | None, *, chunk_name: str | None, with_state: bool = False) -> str:

@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import pyarrow as pa
+
 from training.batch_plan import BatchPlan
 from training.buckets import Bucket
+from training.caption_parts import known_groups
 from training.config import RunConfig
 from training.plan_totals import RunTotals
-from training.plans import SIDE_MULTIPLE
+from training.plans import SIDE_MULTIPLE, caption_settings
 from training.schedules import HAS_WARMUP, NEEDS_HORIZON
 
 
@@ -34,6 +37,15 @@ def check_plan(
     if num_processes is not None:
         found += _ranks(plan, num_processes)
     return tuple(sorted(found, key=lambda finding: finding.severity != "refused"))
+
+
+def check_captions(index: pa.Table, *, config: RunConfig) -> tuple[Finding, ...]:
+    """Return a warning where the settings name groups that no caption of a chunk has; another chunk may have them."""
+    try:
+        caption_settings(config).check_groups(known_groups(index))
+    except ValueError as error:
+        return (Finding("warning", f"{error}, in this chunk"),)
+    return ()
 
 
 def _schedule(totals: RunTotals, config: RunConfig) -> Iterator[Finding]:

@@ -50,7 +50,7 @@ def batch_plan(index: pa.Table, chunk: str, *, config: RunConfig, epoch: int) ->
 
 def caption_settings(config: RunConfig) -> CaptionSettings:
     """Return what happens to captions."""
-    return CaptionSettings(**config.caption.model_dump())
+    return CaptionSettings(**config.caption.model_dump(), total_steps=config.schedule.total_steps)
 
 
 def pixel_settings(config: RunConfig) -> "PixelSettings":

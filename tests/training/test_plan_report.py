@@ -11,6 +11,7 @@ from sharding.schema import Workspace
 from tests.training.toy import toy_config
 from training.config import RunConfig
 from training.inspect_run import PlanRefusedError, inspect_plan, plan_text
+from training.plan_checks import check_captions
 from training.plan_report import plan_report
 from training.plan_totals import RunTotals, chunk_totals, run_totals
 from training.plans import batch_plan
@@ -221,3 +222,13 @@ def test_totals_of_a_chunk_of_which_nothing_fits_are_zero():
 
     assert (total.num_steps, total.num_exposures, total.num_dropped) == (0, 0, 1)
     assert total.latent_bytes == 0
+
+
+def test_a_group_that_no_caption_has_is_a_warning():
+    index = pa.table({"groups": [[{"group": "rest", "tags": ["sky"]}, {"group": "character", "tags": []}]]})
+
+    (found,) = check_captions(index, config=config_of(caption={"keep_groups": ["rest", "character"]}))
+
+    assert found.severity == "warning"
+    assert "caption.keep_groups: 'character': no caption has a tag of this group; the captions have rest" in found.text
+    assert check_captions(index, config=config_of(caption={"keep_groups": ["rest"]})) == ()
