@@ -19,8 +19,8 @@ from scripts.commands import PYTHON, run, run_all, shown
 from scripts.launching import find_next
 from sharding.config import load_config
 from training.campaign import is_done, read_campaign
-from training.config import RunConfig
 from training.chunk_records import chunk_records
+from training.config import RunConfig
 from training.metrics_file import read_metrics
 from training.run_dir import RunDir
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from scripts.commands import PYTHON, run
 from sharding.config import load_config
 from training.campaign import read_campaign
+from training.chunk_records import parent_of
 from training.config import RunConfig
 from training.run_dir import RunDir
 
@@ -22,15 +23,16 @@ class Found:
 def find_next(config_path: Path, run_dir: Path, overrides: list[str]) -> Found:
     """Look into ledger and workspace. Raises ConfigError, ChunkError, LedgerError, FileNotFoundError."""
     config = load_config(config_path, RunConfig, overrides)
-    campaign = read_campaign(config.data.workspace, config.data.chunks, RunDir(run_dir))
+    campaign = read_campaign(config.data.workspace, config.data.chunks, RunDir(run_dir), epochs=config.data.epochs)
     names, chunk = campaign.names, campaign.next
     if chunk is None:
         return Found(None, f"{run_dir}: all {len(names)} chunks are done; nothing to do.")
     place = f"chunk {chunk} ({names.index(chunk) + 1} of {len(names)})"
     record = campaign.records.get(chunk)
-    if record is None or record.status == "superseded":
-        done = names[: names.index(chunk)]
-        start = f"from the state of {done[-1]}" if done else "from the weights that run.toml names"
+    if record is None or record.status != "running":
+        done = [name for name in names if campaign.is_done(name)]
+        parent = parent_of(campaign.lines, chunk)
+        start = f"from the state of {parent}" if parent else "from the weights that run.toml names"
         return Found(chunk, f"{run_dir}: {len(done)} chunks are done; starting {place} {start}.")
     if record.last_state is None:
         return Found(chunk, f"{run_dir}: {place} was started but has no state yet; starting it again.")

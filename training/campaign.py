@@ -1,11 +1,9 @@
-"""The chunks of a run in order, which is next, and the status table. Reads only files; no torch."""
+"""The chunks of a run in order, which are done, and which is next. Reads only files; no torch."""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import pyarrow.compute as pc
 
 from sharding.chunk import HELD_OUT_NAME, Chunk, ChunkError, list_chunks
 from sharding.config import ConfigError
@@ -13,15 +11,6 @@ from sharding.schema import Workspace
 from training.chunk_records import ChunkRecord, chunk_records
 from training.ledger import Line
 from training.run_dir import RunDir
-
-
-@dataclass(frozen=True)
-class StatusRow:
-    """Chunks or images of one data set."""
-
-    name: str
-    done: int
-    remaining: int
 
 
 @dataclass(frozen=True)
@@ -34,11 +23,21 @@ class Campaign:
     """Those in the workspace."""
     lines: tuple[Line, ...]
     records: Mapping[str, ChunkRecord]
+    epochs: int = 1
+    """Of each chunk. One that is done in fewer, because the run was extended since, is not done."""
 
     @property
     def next(self) -> str | None:
-        """The first chunk that is not done; None when all are."""
-        return next_chunk(self.names, self.records)
+        """The chunk that is half trained, else the first one that is not done; None when all are."""
+        return next_chunk(self.names, self.records, epochs=self.epochs)
+
+    def is_done(self, name: str) -> bool:
+        """Tell whether a chunk is trained in all its epochs."""
+        return is_done(name, self.records, epochs=self.epochs)
+
+    def require_turn_of(self, name: str) -> None:
+        """Raise ChunkError if `name` is not in the run or another chunk comes before it."""
+        require_turn_of(name, self.names, self.records, epochs=self.epochs)
 
     def chunk(self, name: str) -> Chunk:
         """Return a chunk of the workspace. Raises ChunkError when it is not in the run, or gone."""
@@ -48,7 +47,7 @@ class Campaign:
         return self.chunks[name]
 
 
-def read_campaign(workspace: Path, patterns: Sequence[str], run_dir: RunDir | None) -> Campaign:
+def read_campaign(workspace: Path, patterns: Sequence[str], run_dir: RunDir | None, *, epochs: int = 1) -> Campaign:
     """Return the chunks that match, pattern by pattern, each pattern's sorted by name, none twice.
 
     run_dir: None for a run that does not exist yet. A chunk may be deleted from the workspace once it is done: the
@@ -68,17 +67,24 @@ def read_campaign(workspace: Path, patterns: Sequence[str], run_dir: RunDir | No
             shown = ", ".join(sorted(there)[:5]) or "no chunks at all"
             raise ChunkError(f"data.chunks: {pattern!r} matches no chunk in {workspace}; there are {shown}")
         names.update(dict.fromkeys(matching))
-    return Campaign(tuple(names), {name: there[name] for name in names if name in there}, lines, records)
+    chunks = {name: there[name] for name in names if name in there}
+    return Campaign(tuple(names), chunks, lines, records, epochs)
 
 
-def next_chunk(names: Sequence[str], records: Mapping[str, ChunkRecord]) -> str | None:
-    """Return the first chunk of the campaign that is not done, or None when all are."""
-    return next((name for name in names if not is_done(name, records)), None)
+def next_chunk(names: Sequence[str], records: Mapping[str, ChunkRecord], *, epochs: int = 1) -> str | None:
+    """Return the chunk that is half trained, else the first one that is not done, or None when all are."""
+    waiting = [name for name in names if not is_done(name, records, epochs=epochs)]
+    return next(iter(in_turn(waiting, records)), None)
 
 
-def is_done(name: str, records: Mapping[str, ChunkRecord]) -> bool:
-    """Tell whether the ledger says that a chunk is trained."""
-    return name in records and records[name].status == "done"
+def in_turn(names: Sequence[str], records: Mapping[str, ChunkRecord]) -> list[str]:
+    """Return chunks that are to be trained in the order in which they can be: the half trained one comes first."""
+    return sorted(names, key=lambda name: name not in records or records[name].status != "running")
+
+
+def is_done(name: str, records: Mapping[str, ChunkRecord], *, epochs: int = 1) -> bool:
+    """Tell whether the ledger says that a chunk is trained in at least so many epochs."""
+    return name in records and records[name].is_done(epochs)
 
 
 def chunk_range(names: Sequence[str], span: str) -> list[str]:
@@ -122,45 +128,14 @@ def require_in_campaign(name: str, names: Sequence[str]) -> None:
         raise ChunkError(f"chunk {name}: not in this run's data.chunks; there are {', '.join(names[:5])} …")
 
 
-def require_parent_done(name: str, names: Sequence[str], records: Mapping[str, ChunkRecord]) -> None:
-    """Raise ChunkError if `name` is not in the campaign or a chunk before it is not done."""
+def require_turn_of(name: str, names: Sequence[str], records: Mapping[str, ChunkRecord], *, epochs: int = 1) -> None:
+    """Raise ChunkError if `name` is not in the campaign, or a chunk before it is not done, or another half trained."""
     require_in_campaign(name, names)
-    before = list(names[: names.index(name)])
-    if missing := [parent for parent in before if not is_done(parent, records)]:
+    if next_chunk(names, records, epochs=epochs) == name or is_done(name, records, epochs=epochs):
+        return
+    for other in names:
+        if other != name and other in records and records[other].status == "running":
+            raise ChunkError(f"chunk {name}: {other} is half trained and not complete in this run; train it first")
+    before = names[: names.index(name)]
+    if missing := [parent for parent in before if not is_done(parent, records, epochs=epochs)]:
         raise ChunkError(f"chunk {name}: {missing[0]} comes before it and is not complete in this run; train it first")
-
-
-def chunk_rows(names: Sequence[str], records: Mapping[str, ChunkRecord]) -> list[StatusRow]:
-    """Count chunks by the folder they are in: the model card's "Training Status", with sums that add up."""
-    counts: dict[str, list[int]] = {}
-    for name in names:
-        counts.setdefault(name.split("/")[0], [0, 0])[0 if is_done(name, records) else 1] += 1
-    return [StatusRow(name, done, remaining) for name, (done, remaining) in counts.items()]
-
-
-def image_rows(campaign: Campaign, run_dir: RunDir) -> list[StatusRow]:
-    """Count images by the data set they come from; a chunk that is under way counts as remaining.
-
-    A chunk that the run has started is counted by the run's copy of its index, which outlives the workspace.
-    """
-    counts: dict[str, list[int]] = {}
-    for name in campaign.names:
-        chunk = run_dir.started_chunk(name, check_shards=False) or campaign.chunk(name)
-        column = 0 if is_done(name, campaign.records) else 1
-        for entry in pc.value_counts(chunk.read_index().column("dataset")).to_pylist():
-            counts.setdefault(entry["values"], [0, 0])[column] += entry["counts"]
-    return [StatusRow(name, done, remaining) for name, (done, remaining) in sorted(counts.items())]
-
-
-def render_rows(title: str, unit: str, rows: Sequence[StatusRow]) -> str:
-    """Return a Markdown table in the form of the seed's model card: data set | training done | remaining."""
-    total = StatusRow("**Total**", sum(row.done for row in rows), sum(row.remaining for row in rows))
-    cells = [(title, "training done", "remaining"), ("---", "---", "---")]
-    cells += [(row.name, f"{row.done:,}", f"{row.remaining:,}") for row in [*rows, total]]
-    widths = [max(len(row[column]) for row in cells) for column in range(3)]
-    lines = [
-        f"| {name.ljust(widths[0])} | {done.rjust(widths[1])} | {remaining.rjust(widths[2])} |"
-        for name, done, remaining in cells
-    ]
-    lines[1] = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([*lines, f"({unit}; {total.done:,} + {total.remaining:,} = {total.done + total.remaining:,})"])

@@ -24,7 +24,7 @@ from training.precision import DTYPES
 from training.preview import write_pictures
 from training.rank import Rank
 from training.run_dir import StartedChunk
-from training.start_state import state_before, state_to_start_from
+from training.start_state import first_position, state_before, state_to_start_from
 from training.state import check_room, help_snapshot, state_bytes, take_snapshot
 from training.state_folder import LoadedState, StateError, load_state, read_manifest, remove_states, retain_states
 from training.step_report import StepReport
@@ -51,7 +51,7 @@ class ChunkRun:
         self._chunk = self._copy_of(chunk)
         folder = rank.from_main(lambda: state_to_start_from(rank, chunk.name)) if after is None else None
         self._state: LoadedState | None = load_state(folder, is_verified=True) if folder is not None else None
-        self.position = after.at_start_of(chunk.name) if after is not None else self._start_position(self._state)
+        self.position = self._first_position(after) if after is not None else self._start_position(self._state)
         self._parent_folder = rank.run_dir.final_folder(after.chunk) if after is not None else None
         self._make_plans()
         self._batches = self._iterate_batches()
@@ -73,7 +73,8 @@ class ChunkRun:
         self._plans = [batch_plan(index, name, config=self._config, epoch=epoch) for epoch in epochs]
         self._plan_digests = [plan.digest for plan in self._plans]
         state = self._state
-        if state is not None and self._is_own(state) and state.facts["plan_digests"] != self._plan_digests:
+        saved = state.facts["plan_digests"] if state is not None and self._is_own(state) else []
+        if state is not None and saved != self._plan_digests[: len(saved)]:  # more epochs may follow
             raise StateError(
                 f"chunk {name}: the batch plan is not the one that {state.folder} was trained with "
                 "(index, batch, bucket or seed settings changed); put them back to finish this chunk"
@@ -111,7 +112,11 @@ class ChunkRun:
         if state is None:
             return Position(chunk=self._chunk.name)
         position = Position(**state.facts["position"])
-        return position if self._is_own(state) else position.at_start_of(self._chunk.name)
+        return position if self._is_own(state) else self._first_position(position)
+
+    def _first_position(self, base: Position) -> Position:
+        name = self._chunk.name
+        return self._rank.from_main(lambda: first_position(self._rank.ledger.lines, name, base))
 
     # --- training ---
 
@@ -140,7 +145,8 @@ class ChunkRun:
             return self._finish_stopped(reason)
         self._require_all_accounted_for()
         final = self._run_dir.final_folder(self._chunk.name)
-        if self._state is None or self._state.folder != final:
+        state = self._state
+        if state is None or state.folder != final or state.manifest.global_step != self.position.global_step:
             self._save(final)
         return DONE
 

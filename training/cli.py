@@ -134,10 +134,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from training.inspect_run import status_json, status_text
+    from training.status import read_status, status_json, status_text
 
-    config = _load(options)
-    print(status_json(config, options.run_dir) if options.json else status_text(config, options.run_dir))
+    status = read_status(_load(options), options.run_dir)
+    print(status_json(status) if options.json else status_text(status))
     return DONE
 
 

@@ -1,7 +1,7 @@
 """run.toml: the resolved config of a run, frozen at its first launch.
 
 Writes the small part of TOML that configs need, and compares later launches with it key by key.
-Which keys a recipe declares free is decided elsewhere.
+Which keys a recipe declares free, and which may grow, is decided elsewhere.
 """
 
 import json
@@ -28,14 +28,19 @@ class Change(NamedTuple):
 
     was: Any
     now: Any
+    has_grown: bool = False
+    """It is a growing key and now holds more than before."""
 
 
-def freeze_config(path: Path, resolved: Mapping[str, Any], *, free: Container[str]) -> dict[str, Change]:
+def freeze_config(
+    path: Path, resolved: Mapping[str, Any], *, free: Container[str], growing: Container[str] = ()
+) -> dict[str, Change]:
     """Write `resolved` to `path` at the first launch; later compare with what is there.
 
     free: dotted keys that may differ (`previews.every_steps`), or tables (`previews`) all of whose keys may.
-    Returns the free differences by dotted key, for printing; the file keeps the first launch's values.
-    Raises ConfigChangedError that lists every other difference. None is the same as absent.
+    growing: dotted keys that may get larger: a higher number, or a list that still holds all that it held.
+    Returns these differences by dotted key, for printing. The file keeps the first launch's values until
+    `write_grown` is called. Raises ConfigChangedError that lists every other difference. None is the same as absent.
     """
     now = _flatten(_plain(resolved, "config"))
     if not path.exists():
@@ -46,20 +51,33 @@ def freeze_config(path: Path, resolved: Mapping[str, Any], *, free: Container[st
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigChangedError(f"{path}: not readable ({error}); restore the file") from error
     changes = {
-        key: Change(was.get(key), now.get(key))
+        key: Change(was.get(key), now.get(key), key in growing and _has_grown(was.get(key), now.get(key)))
         for key in [*was, *(key for key in now if key not in was)]
         if not _is_same(was.get(key), now.get(key))
     }
-    refused = {key: change for key, change in changes.items() if not _is_free(key, free)}
+    refused = {key: change for key, change in changes.items() if not change.has_grown and not _is_free(key, free)}
     if refused:
         listing = "\n".join(
-            f"  {key}: was {_show(change.was)}, now {_show(change.now)}" for key, change in refused.items()
+            f"  {key}: was {_show(change.was)}, now {_show(change.now)}{' (it may only grow)' * (key in growing)}"
+            for key, change in refused.items()
         )
         raise ConfigChangedError(
             f"{path}: the run was started with another config:\n{listing}\n"
             "put the old values back, or start a new run folder (with the weights of this one as its init)"
         )
     return changes
+
+
+def write_grown(path: Path, changes: Mapping[str, Change]) -> None:
+    """Put the new values of keys that have grown into the file, so that later launches start from them."""
+    frozen = tomllib.loads(path.read_text(encoding="utf-8"))
+    for key, change in changes.items():
+        *tables, name = key.split(".")
+        table = frozen
+        for part in tables:
+            table = table[part]
+        table[name] = change.now
+    write_bytes(path, to_toml(frozen).encode())
 
 
 def to_toml(config: Mapping[str, Any]) -> str:
@@ -138,6 +156,12 @@ def _is_same(was: Any, now: Any) -> bool:
     if isinstance(was, float) and isinstance(now, float) and math.isnan(was) and math.isnan(now):
         return True
     return bool(was == now) and isinstance(was, bool) == isinstance(now, bool)
+
+
+def _has_grown(was: Any, now: Any) -> bool:
+    if isinstance(was, list) and isinstance(now, list):
+        return len(now) > len(was) and all(value in now for value in was)
+    return isinstance(was, int | float) and isinstance(now, int | float) and now > was
 
 
 def _is_free(key: str, free: Container[str]) -> bool:

@@ -1,12 +1,10 @@
-"""What a run is about to do (`plan`) and how far it is (`status`), as text and JSON. Reads only files; no torch."""
+"""What a run is about to do (`plan`), as text and JSON. Reads only files; no torch."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from sharding.chunk import Chunk
-from training.campaign import chunk_rows, image_rows, read_campaign, render_rows
-from training.chunk_records import totals
+from training.campaign import read_campaign
 from training.config import RunConfig
 from training.plan_checks import check_captions
 from training.plan_report import PlanReport, plan_report
@@ -34,7 +32,7 @@ def inspect_plan(
     Raises ChunkError for a chunk that is not in the run, ValueError for buckets that cannot be.
     """
     run_dir = RunDir(root) if root is not None else None
-    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir)
+    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=config.data.epochs)
     name = chunk_name or campaign.next
     if name is None:
         return None
@@ -70,44 +68,3 @@ def _state(config: RunConfig) -> tuple[int, str]:
     from training.memory.report import state_bytes
 
     return state_bytes(config)
-
-
-def status_text(config: RunConfig, root: Path) -> str:
-    """Return the status tables, the run's counters and what is next."""
-    run_dir = RunDir(root)
-    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir)
-    sums, name = totals(campaign.lines), campaign.next
-    if name is None:
-        coming = "all chunks are done"
-    elif (record := campaign.records.get(name)) is not None and record.last_state is not None:
-        coming = f"next: {name}, half trained, from global step {record.last_state.global_step:,}"
-    else:
-        coming = f"next: {name}, not started"
-    return "\n".join(
-        [
-            render_rows("chunks of", "chunks", chunk_rows(campaign.names, campaign.records)),
-            "",
-            render_rows("data set", "images", image_rows(campaign, run_dir)),
-            "",
-            f"global step {sums.global_step:,}  updates {sums.applied_updates:,}  images {sums.images_seen:,}  "
-            f"skipped steps {sums.skipped_steps:,}  broken images {sums.broken_images:,}  "
-            f"busy {sums.busy_seconds / 3600:.2f} h",
-            coming,
-        ]
-    )
-
-
-def status_json(config: RunConfig, root: Path) -> str:
-    """Return the same as one JSON object."""
-    run_dir = RunDir(root)
-    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir)
-    return json.dumps(
-        {
-            "chunks": [asdict(row) for row in chunk_rows(campaign.names, campaign.records)],
-            "images": [asdict(row) for row in image_rows(campaign, run_dir)],
-            "totals": asdict(totals(campaign.lines)),
-            "next": campaign.next,
-            "records": {name: asdict(record) for name, record in campaign.records.items()},
-        },
-        indent=2,
-    )

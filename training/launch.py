@@ -8,16 +8,18 @@ Every rank runs this; only rank 0 writes. To resume, run the same command again.
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
 from sharding.chunk import Chunk
 from sharding.config import ConfigError
-from training.campaign import Campaign, chunk_range, is_done, read_campaign, require_parent_done
-from training.config import FREE_KEYS, RunConfig
+from training.campaign import Campaign, chunk_range, in_turn, read_campaign
+from training.chunk_records import totals
+from training.config import FREE_KEYS, GROWING_KEYS, RunConfig
 from training.exit_codes import DONE, FAILED, code_of
-from training.frozen_config import freeze_config
+from training.extend import extension_of, rate_text
+from training.frozen_config import Change, freeze_config, write_grown
 from training.ledger import Ledger, LedgerError
 from training.lock import LockLostError, RunLock
 from training.position import Position
@@ -50,7 +52,7 @@ def launch(
     run_dir = RunDir(root)
     code, coming = DONE, list[tuple[int, Chunk]]()
     try:
-        campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir)
+        campaign = _campaign(config, run_dir)
         names = _chunks_to_train(campaign, root, chunk_name, chunks)
         coming = [(campaign.names.index(name), campaign.chunk(name)) for name in names]
     except Exception as error:
@@ -80,9 +82,9 @@ def _chunks_to_train(campaign: Campaign, root: Path, name: str | None, span: str
         asked_for = chunk_range(campaign.names, span)
     else:
         asked_for = [name] if name is not None else [campaign.next] if campaign.next is not None else []
-    names = [one for one in asked_for if not is_done(one, campaign.records)]
+    names = in_turn([one for one in asked_for if not campaign.is_done(one)], campaign.records)
     if names:
-        require_parent_done(names[0], campaign.names, campaign.records)
+        campaign.require_turn_of(names[0])
     elif asked_for:
         logger.info("%s done already; nothing to do", _listing(asked_for))
     else:
@@ -133,13 +135,39 @@ def _train(
     return code
 
 
+def _campaign(config: RunConfig, run_dir: RunDir) -> Campaign:
+    return read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=config.data.epochs)
+
+
 def _open_run(config: RunConfig, run_dir: RunDir, *, guard: Callable[[], None]) -> Ledger:
     """Freeze the config, or compare with the frozen one; open the ledger; forget an old request to stop."""
-    changes = freeze_config(run_dir.config_path, config.model_dump(mode="json"), free=FREE_KEYS)
+    resolved = config.model_dump(mode="json")
+    changes = freeze_config(run_dir.config_path, resolved, free=FREE_KEYS, growing=GROWING_KEYS)
     for key, change in changes.items():
-        logger.info("%s: %s at the first launch, now %s (free to change)", key, change.was, change.now)
+        if not change.has_grown:
+            logger.info("%s: %s at the first launch, now %s (free to change)", key, change.was, change.now)
     run_dir.clear_stop()
-    return run_dir.open_ledger(guard=guard)
+    ledger = run_dir.open_ledger(guard=guard)
+    _extend(config, run_dir, ledger, changes)
+    return ledger
+
+
+def _extend(config: RunConfig, run_dir: RunDir, ledger: Ledger, changes: Mapping[str, Change]) -> None:
+    """Where the run has grown since its last launch, say so aloud and in the ledger. Raises as `rate_text`."""
+    known, names = run_dir.read_run_json().get("chunks"), _campaign(config, run_dir).names
+    extension = extension_of(changes, known_chunks=known, chunks=names)
+    if extension:
+        global_step = totals(ledger.lines).global_step
+        horizon = extension.grown.get("schedule.total_steps")
+        was_total_steps = horizon.was if horizon is not None else None
+        rate = rate_text(config.schedule.model_dump(), was_total_steps=was_total_steps, global_step=global_step)
+        reason = f"{extension.reason}; {rate}"
+        logger.info("the run is extended: %s", reason)
+        chunks = list(extension.chunks)
+        ledger.append("extended", epochs=config.data.epochs, chunks=chunks, global_step=global_step, reason=reason)
+        write_grown(run_dir.config_path, extension.grown)
+    if known is None or extension.chunks:
+        run_dir.update_run_json(chunks=[*known, *extension.chunks] if known is not None else list(names))
 
 
 def _append_failed(ledger: Ledger, chunk: str, position: Position | None, error: BaseException) -> None:

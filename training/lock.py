@@ -99,6 +99,40 @@ def process_start(pid: int) -> str | None:
     return result.stdout.strip() or None
 
 
+@dataclass(frozen=True)
+class HolderState:
+    """Who holds a lock, and whether it still can. For `status`."""
+
+    holder: Holder
+    beat_age_seconds: float
+    is_live: bool
+    """False: the next launch takes the lock over at once."""
+    reason: str
+    """Why it is not live; "" when it is."""
+
+    def __str__(self) -> str:
+        beat = f"last heartbeat {self.beat_age_seconds:.0f} s ago"
+        return f"{self.holder}, {beat}" if self.is_live else f"none is running; {self.holder} was killed: {self.reason}"
+
+
+def holder_state(path: Path, *, now: float | None = None) -> HolderState | None:
+    """Return who holds the lock at `path` and whether it lives; None when nobody does. Writes nothing.
+
+    now: seconds on the clock of the file system; this machine's when None.
+    """
+    number, is_released = _highest(_fence(path))
+    holder = read_holder(path)
+    beat = _mtime(_fence(path) / _name(number))
+    if is_released or holder is None or beat is None:
+        return None
+    age_seconds, me = max((time.time() if now is None else now) - beat, 0.0), this_launch()
+    reason = _why_dead(holder, me, beat) or ""
+    limit_seconds = 2 * holder.heartbeat_seconds
+    if not reason and not _numbers_mean_the_same(holder.launch, me) and age_seconds > limit_seconds:
+        reason = f"no heartbeat for {age_seconds:.0f} s (limit {limit_seconds:.0f} s)"
+    return HolderState(holder, age_seconds, not reason, reason)
+
+
 def read_holder(path: Path) -> Holder | None:
     """Return who holds the lock at `path`, dead or alive; None when nobody does. For `status`."""
     number, is_released = _highest(_fence(path))

@@ -23,6 +23,7 @@ from training.position import Position
 from training.preview import read_pictures
 from training.run_dir import RunDir, StartedChunk
 from training.state_folder import load_state, read_manifest
+from training.status_tables import count_images
 from training.step_report import StepReport
 from training.trackers import TensorBoard, Tracker, Trackers, WandB
 
@@ -75,6 +76,7 @@ class Records:
             parent=parent_of(self.ledger.lines, chunk.name),
             chunk_digest=chunk.info.digest,
             plan_digest=plans[0].digest,
+            plan_digests=[plan.digest for plan in plans],
             epochs=len(plans),
             steps=sum(len(plan.steps) for plan in plans),
             images_planned=sum(plan.num_images for plan in plans),
@@ -168,7 +170,7 @@ class Records:
         saved = self._saved_fields(final, manifest_digest, position)
         facts = {name: value for name, value in saved.items() if name != "chunk"}
         digests = {"chunk_digest": chunk.info.digest, "plan_digests": list(plan_digests)}
-        self._run_dir.write_complete(chunk.name, **digests, **facts)
+        self._run_dir.write_complete(chunk.name, counts=asdict(count_images(chunk)), **digests, **facts)
         self.ledger.append("chunk_done", **saved)
         self.feed_trackers()
         logger.info("chunk %s is done: %s images trained", chunk.name, f"{position.chunk_images_trained:,}")

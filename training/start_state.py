@@ -1,9 +1,12 @@
 """Which saved state a chunk goes on from. For rank 0, which alone reads the ledger; the others are told."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from training.chunk_records import chunk_records, parent_of, steps_to_pass_over, undone_states
+from training.chunk_records import chunk_records, histories, parent_of, steps_to_pass_over, undone_states
+from training.ledger import Line
+from training.position import Position
 from training.rank import Rank
 from training.state_folder import StateError, newest_verified, read_manifest
 
@@ -17,7 +20,11 @@ def state_to_start_from(rank: Rank, chunk: str) -> Path | None:
     if own := _own_states(rank, chunk):
         return _newest(rank, own)
     record = chunk_records(lines).get(chunk)
-    if record is not None and record.last_state is not None:
+    if (
+        record is not None
+        and record.last_state is not None
+        and record.last_state.global_step > _visit_start(rank, chunk)
+    ):
         raise StateError(
             f"chunk {chunk}: the ledger names {record.last_state.path}, but no state is there; restore it from a copy"
         )
@@ -39,17 +46,54 @@ def state_before(rank: Rank, chunk: str, *, step: int) -> Path | None:
     return _newest(rank, folders) if folders else None
 
 
+def first_position(lines: Iterable[Line], chunk: str, base: Position) -> Position:
+    """Return where a chunk starts from the state of another, which stands at `base`.
+
+    At epoch 0 with counters of its own at 0; when the run is extended and trains it again, at its first new epoch with
+    the counters that it had.
+    """
+    start, history = base.at_start_of(chunk), histories(lines).get(chunk)
+    if history is None or history.status == "superseded":
+        return start
+    first_epoch = history.latest["epochs"] if history.status == "done" else history.visits[-1].first_epoch
+    if first_epoch == 0:
+        return start
+    if history.status == "running":
+        history.go_back_to(history.visits[-1].global_step)
+    last, num_broken = history.saved[-1], {step: len(one["keys"]) for step, one in history.broken.items()}
+    return replace(
+        start,
+        epoch=first_epoch,
+        chunk_images_trained=last["images_trained"],
+        chunk_images_skipped=sum(len(one["keys"]) - num_broken.get(step, 0) for step, one in history.skipped.items()),
+        chunk_images_broken=sum(num_broken.values()),
+        chunk_applied_updates=last["applied_updates"],
+        chunk_busy_seconds=last["busy_seconds"],
+    )
+
+
 def _own_states(rank: Rank, chunk: str) -> list[Path]:
-    """Return the chunk's states but for those that a rollback went behind and was killed before removing."""
-    undone = undone_states(rank.ledger.lines, chunk)
-    return [folder for folder in rank.run_dir.state_folders(chunk) if not undone or _digest(folder) not in undone]
+    """Return the chunk's states since its latest start, without those that a killed rollback could not remove."""
+    undone, start = undone_states(rank.ledger.lines, chunk), _visit_start(rank, chunk)
+
+    def is_own(folder: Path) -> bool:
+        try:
+            manifest = read_manifest(folder)
+        except StateError:
+            return True  # damaged: who chooses the newest says so
+        return manifest.global_step > start and manifest.digest not in undone
+
+    return [folder for folder in rank.run_dir.state_folders(chunk) if is_own(folder)]
 
 
-def _digest(folder: Path) -> str:
-    try:
-        return read_manifest(folder).digest
-    except StateError:
-        return ""  # damaged: who chooses the newest says so
+def _visit_start(rank: Rank, chunk: str) -> int:
+    """Return the global step from which the chunk is, or is now to be, trained; -1 when it never was."""
+    record = chunk_records(rank.ledger.lines).get(chunk)
+    if record is None or record.status == "superseded":
+        return -1
+    if record.status == "done" and record.last_state is not None:
+        return record.last_state.global_step
+    return record.visits[-1].global_step
 
 
 def _newest(rank: Rank, folders: Sequence[Path]) -> Path:

@@ -5,18 +5,10 @@ import pytest
 
 from sharding.chunk import ChunkError
 from sharding.config import ConfigError
-from training.campaign import (
-    StatusRow,
-    chunk_range,
-    chunk_rows,
-    image_rows,
-    next_chunk,
-    read_campaign,
-    render_rows,
-    require_parent_done,
-)
+from training.campaign import Campaign, chunk_range, in_turn, next_chunk, read_campaign, require_turn_of
 from training.chunk_records import ChunkRecord
 from training.run_dir import RunDir
+from training.status_tables import StatusRow, campaign_counts, chunk_rows, dataset_rows, period_rows, render_rows
 
 CARD = {
     "newest": 228, "recent": 169, "mid": 121, "early": 67, "oldest": 17, "pixiv": 39, "visual novel cg": 25,
@@ -32,18 +24,21 @@ def record(chunk, status="done"):
     )  # fmt: skip
 
 
+def campaign_of(names, records, epochs=1):
+    return Campaign(tuple(names), {}, (), records, epochs)
+
+
 def test_the_card_of_the_seed_adds_up():
     names = [f"{dataset}/{number:04d}" for dataset, remaining in CARD.items() for number in range(4 + remaining)]
     records = {name: record(name) for name in names if int(name[-4:]) < 4}
 
-    rows = chunk_rows(names, records)
+    rows = chunk_rows(campaign_of(names, records))
     table = render_rows("dataset name", "chunks", rows).splitlines()
 
     assert rows == [StatusRow(dataset, 4, remaining) for dataset, remaining in CARD.items()]
-    assert table[0].split("|")[1:4] == [" dataset name    ", " training done ", " remaining "]
-    assert table[-2].replace(" ", "") == "|**Total**|32|676|"
-    assert table[-1] == "(chunks; 32 + 676 = 708)"
-    assert len({len(line) for line in table[:-1]}) == 1
+    assert table[0].split("|")[1:5] == [" dataset name    ", " training done ", " remaining ", " total chunks "]
+    assert table[-1].replace(" ", "") == "|**Total**|32|676|708|"
+    assert len({len(line) for line in table}) == 1
 
 
 def test_a_chunk_under_way_or_superseded_is_not_done():
@@ -54,7 +49,7 @@ def test_a_chunk_under_way_or_superseded_is_not_done():
     }
     names = [*records, "a/0003"]
 
-    assert chunk_rows(names, records) == [StatusRow("a", 1, 3)]
+    assert chunk_rows(campaign_of(names, records)) == [StatusRow("a", 1, 3)]
     assert next_chunk(names, records) == "a/0001"
     assert next_chunk(["a/0000"], records) is None
 
@@ -62,11 +57,11 @@ def test_a_chunk_under_way_or_superseded_is_not_done():
 def test_a_chunk_waits_for_those_before_it():
     names = ["a/0000", "a/0001", "a/0002"]
 
-    require_parent_done("a/0001", names, {"a/0000": record("a/0000")})
+    require_turn_of("a/0001", names, {"a/0000": record("a/0000")})
     with pytest.raises(ChunkError, match="a/0001 comes before it and is not complete"):
-        require_parent_done("a/0002", names, {"a/0000": record("a/0000")})
+        require_turn_of("a/0002", names, {"a/0000": record("a/0000")})
     with pytest.raises(ChunkError, match=r"b/0000: not in this run's data\.chunks"):
-        require_parent_done("b/0000", names, {})
+        require_turn_of("b/0000", names, {})
 
 
 def test_patterns_give_their_chunks_in_order_and_none_twice(run_toml):
@@ -78,6 +73,19 @@ def test_patterns_give_their_chunks_in_order_and_none_twice(run_toml):
     assert campaign.next == "made/0001"
     with pytest.raises(ChunkError, match=r"'x/\*' matches no chunk .* there are made/0000, made/0001"):
         read_campaign(workspace, ["x/*"], None)
+
+
+def test_of_an_extended_run_the_half_trained_chunk_comes_first_then_those_with_fewer_epochs():
+    names = ["a/0000", "a/0001", "a/0002"]
+    records = {name: record(name) for name in names}
+
+    assert next_chunk(names, records, epochs=2) == "a/0000"
+    records["a/0001"] = record("a/0001", "running")
+    assert next_chunk(names, records, epochs=2) == "a/0001"
+    assert in_turn(names, records) == ["a/0001", "a/0000", "a/0002"]
+    require_turn_of("a/0001", names, records, epochs=2)
+    with pytest.raises(ChunkError, match="chunk a/0000: a/0001 is half trained"):
+        require_turn_of("a/0000", names, records, epochs=2)
 
 
 @pytest.fixture
@@ -105,9 +113,11 @@ def test_images_are_counted_by_the_data_set_they_come_from(run_with_first_chunk_
     workspace, run_dir, ledger = run_with_first_chunk_started
     finish(ledger)
 
-    rows = image_rows(read_campaign(workspace, ["made/*"], run_dir), run_dir)
+    campaign = read_campaign(workspace, ["made/*"], run_dir)
+    counts = campaign_counts(campaign, run_dir)
 
-    assert rows == [StatusRow("cats", 3, 3), StatusRow("dogs", 1, 1)]
+    assert dataset_rows(campaign, counts) == [StatusRow("cats", 3, 3), StatusRow("dogs", 1, 1)]
+    assert period_rows(campaign, counts) == [StatusRow("mid", 4, 4)]
 
 
 def test_a_finished_chunk_may_be_deleted_from_the_workspace(run_with_first_chunk_started):
@@ -119,8 +129,11 @@ def test_a_finished_chunk_may_be_deleted_from_the_workspace(run_with_first_chunk
 
     assert campaign.names == ("made/0000", "made/0001")
     assert campaign.next == "made/0001"
-    assert chunk_rows(campaign.names, campaign.records) == [StatusRow("made", 1, 1)]
-    assert image_rows(campaign, run_dir) == [StatusRow("cats", 3, 3), StatusRow("dogs", 1, 1)]
+    assert chunk_rows(campaign) == [StatusRow("made", 1, 1)]
+    assert dataset_rows(campaign, campaign_counts(campaign, run_dir)) == [
+        StatusRow("cats", 3, 3),
+        StatusRow("dogs", 1, 1),
+    ]
 
 
 def test_a_half_trained_chunk_that_is_gone_is_not_passed_over(run_with_first_chunk_started):

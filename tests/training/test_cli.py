@@ -119,7 +119,8 @@ def test_status_of_a_run_that_has_not_started(capsys, run_toml, tmp_path):
     value = json.loads(capsys.readouterr().out)
 
     assert code == json_code == 0
-    assert "(images; 0 + 8 = 8)" in printed and "next: made/0000, not started" in printed
+    assert "| **Total** |             0 |         8 |            8 |" in printed
+    assert "next: made/0000, not started" in printed and "launch: none is running" in printed
     assert value["images"] == [
         {"name": "cats", "done": 0, "remaining": 6},
         {"name": "dogs", "done": 0, "remaining": 2},

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.frozen_config import ConfigChangedError, freeze_config, to_toml
+from training.frozen_config import Change, ConfigChangedError, freeze_config, to_toml, write_grown
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 SCALARS = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | TEXT
@@ -84,7 +84,8 @@ def test_free_keys_and_tables_may_change_and_are_returned(tmp_path):
 
     changes = freeze_config(path, changed, free={"preview.every_steps", "loader"})
 
-    assert changes == {"preview.every_steps": (5, 9), "loader.workers": (2, 3), "loader.prefetch": (None, 4)}
+    expected = {"preview.every_steps": (5, 9), "loader.workers": (2, 3), "loader.prefetch": (None, 4)}
+    assert changes == {key: Change(*change) for key, change in expected.items()}
     assert tomllib.loads(path.read_text())["preview"]["every_steps"] == 5
     with pytest.raises(ConfigChangedError, match=r"loader\.workers: was 2, now 3"):
         freeze_config(path, changed, free={"preview"})
@@ -96,3 +97,19 @@ def test_true_is_not_one(tmp_path):
 
     with pytest.raises(ConfigChangedError, match="a: was 1, now true"):
         freeze_config(path, {"a": True, "b": 1.0}, free=())
+
+
+def test_a_growing_key_may_get_larger_and_is_then_the_frozen_one(tmp_path):
+    path, free, growing = tmp_path / "run.toml", {"data.chunks"}, {"data.epochs", "data.chunks"}
+    freeze_config(path, {"data": {"epochs": 1, "chunks": ["a/*"]}}, free=free, growing=growing)
+    grown = {"data": {"epochs": 3, "chunks": ["b/*", "a/*"]}}
+
+    changes = freeze_config(path, grown, free=free, growing=growing)
+    write_grown(path, {key: change for key, change in changes.items() if change.has_grown})
+
+    assert {key: tuple(change) for key, change in changes.items()} == {
+        "data.epochs": (1, 3, True), "data.chunks": (["a/*"], ["b/*", "a/*"], True),
+    }  # fmt: skip
+    assert tomllib.loads(path.read_text()) == grown
+    with pytest.raises(ConfigChangedError, match=r"data\.epochs: was 3, now 2 \(it may only grow\)"):
+        freeze_config(path, {"data": {"epochs": 2, "chunks": ["a/*"]}}, free=free, growing=growing)

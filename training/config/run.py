@@ -85,3 +85,6 @@ FREE_KEYS = frozenset(_free_keys(RunConfig))
 """Keys that may differ between launches of one run: they change speed, places or what is kept, not what is trained.
 Weights may be moved: those of trained parts come from the state (the file only gives the shapes), and frozen ones must
 hold the same values as at the first launch (run.json, frozen_weights)."""
+
+GROWING_KEYS = frozenset({"data.epochs", "data.chunks", "schedule.total_steps"})
+"""Keys that may get larger: the run is extended, the ledger says so, and run.toml holds the new value from then on."""
