@@ -39,6 +39,7 @@ from sharding.tables import schema_mismatch
 __all__ = [
     "CHUNK_JSON",
     "HELD_OUT_NAME",
+    "SHARDS_ELSEWHERE",
     "Chunk",
     "ChunkError",
     "ChunkInfo",
@@ -69,6 +70,8 @@ __all__ = [
 CHUNK_JSON = "chunk.json"
 HELD_OUT_NAME = "held-out"
 """Folder of a dataset's validation chunk."""
+SHARDS_ELSEWHERE = ".shards-elsewhere"
+"""File in the folder of a chunk that mirrors one on another machine: its shards are brought when they are needed."""
 _SEAL = "trained-by-"
 _REMAKE = "delete it and run `python -m sharding pack` (`combine` for a combined chunk)"
 
@@ -154,9 +157,10 @@ def read_index(path: Path, *, expected_sha256: str | None = None) -> pa.Table:
 def check_not_stale(chunk: Chunk) -> None:
     """Raise ChunkError if a combined chunk points at shards that are gone or have been replaced.
 
-    A shard's name carries its digest, so one of the same name and size holds the samples that the index means.
+    A shard's name carries its digest, so one of the same name and size holds the samples that the index means. The
+    shards of a mirrored chunk may be elsewhere: who reads them looks himself.
     """
-    if not chunk.info.is_combined:
+    if not chunk.info.is_combined or (chunk.folder / SHARDS_ELSEWHERE).exists():
         return
     gone = []
     for shard in chunk.info.shards:

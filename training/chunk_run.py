@@ -17,6 +17,7 @@ from training.chunk_data import Batch, ChunkData, ChunkSource, make_loader
 from training.chunk_records import chunk_records, steps_to_pass_over
 from training.errors import NonFiniteError
 from training.exit_codes import DONE, STOPPED
+from training.loading.remote import fetch_chunk
 from training.loop import train_epoch
 from training.plans import batch_plan, caption_settings, pixel_settings
 from training.position import Position
@@ -49,6 +50,7 @@ class ChunkRun:
         """Where training stands; after an error, where it was last known to stand."""
 
         self._chunk = self._copy_of(chunk)
+        fetch_chunk(self._config.data, chunk)
         folder = rank.from_main(lambda: state_to_start_from(rank, chunk.name)) if after is None else None
         self._state: LoadedState | None = load_state(folder, is_verified=True) if folder is not None else None
         self.position = self._first_position(after) if after is not None else self._start_position(self._state)

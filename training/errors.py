@@ -13,5 +13,9 @@ class LostWorkerError(RuntimeError):
     """Loader workers were killed again and again."""
 
 
+class RemoteError(RuntimeError):
+    """A workspace elsewhere cannot be read."""
+
+
 class BrokenDataError(ValueError):
     """More images of a chunk failed at run time than max_broken_fraction allows."""

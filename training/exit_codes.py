@@ -6,7 +6,7 @@ from sharding.files import DiskFullError
 from sharding.images import ImageError
 from sharding.tables import DamagedPartError
 from training.buckets import BucketError
-from training.errors import BrokenDataError, LostWorkerError, NonFiniteError
+from training.errors import BrokenDataError, LostWorkerError, NonFiniteError, RemoteError
 from training.ledger import LedgerError
 from training.lock import LockHeldError, LockLostError
 from training.metrics_file import MetricsError
@@ -35,5 +35,5 @@ def code_of(error: BaseException) -> int:
 def is_foreseen(error: BaseException) -> bool:
     """Tell whether an error's message says all: one line for the user; anything else gets its traceback."""
     return code_of(error) != FAILED or isinstance(
-        error, DiskFullError | LockLostError | LostWorkerError | NonFiniteError
+        error, DiskFullError | LockLostError | LostWorkerError | NonFiniteError | RemoteError
     )

@@ -21,6 +21,7 @@ from training.exit_codes import DONE, FAILED, code_of
 from training.extend import extension_of, rate_text
 from training.frozen_config import Change, freeze_config, write_grown
 from training.ledger import Ledger, LedgerError
+from training.loading.remote import mirror_remote
 from training.lock import LockLostError, RunLock
 from training.position import Position
 from training.run_dir import RunDir
@@ -52,6 +53,7 @@ def launch(
     run_dir = RunDir(root)
     code, coming = DONE, list[tuple[int, Chunk]]()
     try:
+        mirror_remote(config.data)
         campaign = _campaign(config, run_dir)
         names = _chunks_to_train(campaign, root, chunk_name, chunks)
         coming = [(campaign.names.index(name), campaign.chunk(name)) for name in names]

@@ -3,7 +3,7 @@
 Camera-size JPEGs in a chunk, buckets of 1024 x 1024. Rounds alternate in one process and the best CPU seconds of each
 count: the bare decode (at the same DCT scale) and resize of bytes in memory; our loader (read, checksum, decode,
 resize, crop, flip, caption, batch); webdataset over the same tars and a torch DataLoader over files, both with the
-same decode and resize. Then one worker feeds a step that sleeps a quarter longer than the worker was seen to need for a
+same decode and resize. Then one worker feeds a step that sleeps half as long again as the worker was seen to need for a
 micro-batch: how long the step waits.
 """
 
@@ -36,7 +36,7 @@ _SAMPLES_PER_PICTURE = 8
 _ROUNDS, _FULL_ROUNDS = 2, 5
 _BUCKETS = BucketSettings(resolution_area=1024 * 1024, step=64)
 _MICRO_BATCH = 4
-_STEP_OF_WORKER = 1.25
+_STEP_OF_WORKER = 1.5
 _TAGS = ["solo", "sky", "cloud", "outdoors", "tree"] * 5
 
 

@@ -35,10 +35,17 @@ class ColourJitterConfig(Config):
 class DataConfig(Config):
     """What is trained, in which order."""
 
-    FREE: ClassVar = frozenset({"workspace", "chunks", "workers", "prefetch", "verify_shards", "max_broken_fraction"})
+    FREE: ClassVar = frozenset(
+        {"workspace", "chunks", "remote", "cache_gb", "workers", "prefetch", "verify_shards", "max_broken_fraction"}
+    )
 
     workspace: Path
     """Workspace that holds chunks/."""
+    remote: str | None = None
+    """URL of a workspace elsewhere (`s3://bucket/workspace`, any that fsspec knows); `workspace` is then a folder of
+    this machine that its chunks are fetched into ahead of need, for one run at a time."""
+    cache_gb: float = Field(100.0, gt=0)
+    """With `remote`: how large the shards in `workspace` may become; those of done chunks go first."""
     chunks: tuple[str, ...] = ("combined/*",)
     """Chunk names or glob patterns (`newest/*`), in training order; a pattern gives its chunks sorted by name."""
     epochs: int = Field(1, gt=0)
