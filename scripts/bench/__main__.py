@@ -19,6 +19,7 @@ BENCHES = {
     "scale": "6 million files through dedupe, plan, combine and report: time and memory",
     "annotate": "five models at one decode per image, against the same ones run one script after the other",
     "pack": "read, checksum, write shards and index, against TarWriter and a copy",
+    "memory": "one full finetuning step of stage C on a CPU: the most memory, beside the planner's word",
     "kill": "random kills of a tiny run, against one that nobody disturbed",
     "loop": "a step of the training loop against forward, backward and optimizer by hand",
     "loader": "decode, resize, crop and caption of a chunk, against the bare decode, webdataset and files",

@@ -135,13 +135,15 @@ def _kill(run: TinyRun, launches: list[Launch], random: np.random.Generator, acc
 
 def _is_loadable(run: TinyRun) -> bool:
     """Tell whether the newest state verifies and is the one that training stopped at."""
-    steps = [line["fields"]["global_step"] for line in run.rows("ledger.jsonl") if line["event"] == "stopped"]
+    steps: list[int] = [
+        line["fields"]["global_step"] for line in run.rows("ledger.jsonl") if line["event"] == "stopped"
+    ]
     folders = [*(run.root / "chunks").glob("*/*/state-*"), *(run.root / "chunks").glob("*/*/final")]
     states = [folder for folder in folders if ".partial-" not in folder.name]
     if not states:
         return steps[-1] == 0
     newest, _ = newest_verified(states)
-    return bool(read_manifest(newest).global_step == steps[-1])
+    return read_manifest(newest).global_step == steps[-1]
 
 
 def _moment(run: TinyRun) -> str:
@@ -179,4 +181,4 @@ def _is_same_list(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
     if [without_losses(row) for row in rows] != [without_losses(row) for row in expected]:
         return False
     pairs = zip(rows, expected, strict=True)
-    return all(bool(np.allclose(losses(one), losses(other), rtol=1e-5, atol=0)) for one, other in pairs)
+    return all(np.allclose(losses(one), losses(other), rtol=1e-5, atol=0) for one, other in pairs)

@@ -10,57 +10,26 @@ import logging
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from scripts.bench.result import Bar, Result
-from training.batch_plan import BatchPlan, rank_share
+from scripts.bench.synthetic import BareRecorder, even_plan, random_batches
+from training.batch_plan import BatchPlan
 from training.chunk_data import Batch
 from training.config import RunConfig
 from training.engines.choose import make_engine
-from training.ledger import Ledger
 from training.loop import train_epoch
-from training.plans import batch_plan
 from training.position import Position
-from training.records import Records
-from training.run_dir import RunDir
 from training.schedules import rate_factor
-from training.step_report import StepReport
-from training.stop import StopRequest
 from training.trained import Trained, load_trained
 
 _ROUNDS, _FULL_ROUNDS = 4, 12
 _NUM_SAMPLES = 24
 _SIDE = 256
-
-
-class _Recorder:
-    """Writes what rank 0 of a run writes each step; saves nothing."""
-
-    def __init__(self, config: RunConfig, root: Path) -> None:
-        run_dir = RunDir(root)
-        root.mkdir(parents=True)
-        self._records = Records(config, run_dir, Ledger.open(run_dir.ledger_path, guard=lambda: None))
-        self._stop = StopRequest(run_dir.stop_requested)
-
-    def step_done(self, report: StepReport) -> None:
-        self._records.step_done(report)
-
-    def save(self, position: Position) -> None:
-        raise AssertionError("a bench saves nothing")
-
-    def poll(self) -> None:
-        self._records.feed_trackers()
-
-    def preview(self, position: Position) -> str:
-        return ""
-
-    def stop_reason(self) -> str:
-        return self._stop.poll()
 
 
 def run(*, full: bool, data: Path | None) -> Result:
@@ -72,9 +41,9 @@ def run(*, full: bool, data: Path | None) -> Result:
         config = _config(Path(folder))
         engine = make_engine(config, device=torch.device("cpu"), exact=False)
         trained = load_trained(config, engine)
-        plan = _plan(config)
-        batches = list(_batches(plan))
-        recorder = _Recorder(config, Path(folder) / "run")
+        plan = even_plan(config, num_samples=_NUM_SAMPLES, side=_SIDE)
+        batches = list(random_batches(plan))
+        recorder = BareRecorder(config, Path(folder) / "run")
 
         def by_loop() -> None:
             train_epoch(
@@ -141,33 +110,3 @@ def _config(folder: Path) -> RunConfig:
         },
     }  # fmt: skip
     return RunConfig.model_validate(values)
-
-
-def _plan(config: RunConfig) -> BatchPlan:
-    index = pa.table(
-        {
-            "key": [f"{number:016x}" for number in range(_NUM_SAMPLES)],
-            "width": [_SIDE] * _NUM_SAMPLES,
-            "height": [_SIDE] * _NUM_SAMPLES,
-            "repeats": [1] * _NUM_SAMPLES,
-            "loss_weight": pa.array([1.0] * _NUM_SAMPLES, pa.float32()),
-        }
-    )
-    return batch_plan(index, "bench/0000", config=config, epoch=0)
-
-
-def _batches(plan: BatchPlan) -> Iterator[Batch]:
-    generator = torch.Generator().manual_seed(0)
-    for step in plan.steps:
-        for share in rank_share(step, rank=0, world_size=1):
-            samples, bucket = share.micro_batch.samples, share.micro_batch.bucket
-            shape = (len(samples), 3, bucket.height, bucket.width)
-            yield Batch(
-                step=step.number, number=share.number, is_padding=False,
-                images=torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8),
-                captions=["1girl, long hair, sky"] * len(samples),
-                identities=[s.identity(seed=0, epoch=0, chunk=plan.chunk) for s in samples],
-                loss_weights=torch.ones(len(samples)), is_broken=torch.zeros(len(samples), dtype=torch.bool),
-                broken=[], datasets=["bench"] * len(samples), original_sizes=[(_SIDE, _SIDE)] * len(samples),
-                crops=[(0, 0)] * len(samples),
-            )  # fmt: skip
