@@ -29,6 +29,7 @@ from training.start_state import first_position, state_before, state_to_start_fr
 from training.state import check_room, help_snapshot, state_bytes, take_snapshot
 from training.state_folder import LoadedState, StateError, load_state, read_manifest, remove_states, retain_states
 from training.step_report import StepReport
+from training.tensor_parts import brought_together
 from training.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ class ChunkRun:
         self.position = Position(chunk=chunk.name)
         """Where training stands; after an error, where it was last known to stand."""
 
-        self._chunk = self._copy_of(chunk)
         fetch_chunk(self._config.data, chunk)
+        self._chunk = self._copy_of(chunk)
         folder = rank.from_main(lambda: state_to_start_from(rank, chunk.name)) if after is None else None
         self._state: LoadedState | None = load_state(folder, is_verified=True) if folder is not None else None
         self.position = self._first_position(after) if after is not None else self._start_position(self._state)
@@ -239,6 +240,8 @@ class ChunkRun:
     def _export(self) -> None:
         assert self._trained is not None
         with self._trained.shown():
+            in_parts = self._rank.engine.weights_in_parts()
+            weights = brought_together(in_parts, is_kept=self._rank.is_main) if in_parts is not None else None
             if self._rank.records is not None:
                 metadata = {
                     "chunkline.run": self._run_dir.read_run_json()["run_id"],
@@ -247,7 +250,7 @@ class ChunkRun:
                     "chunkline.images_seen": str(self.position.images_seen),
                 }
                 folder, dtype = self._run_dir.weights_folder(self._chunk.name), DTYPES[self._config.save.export_dtype]
-                for file in self._trained.recipe.export(folder, dtype=dtype, metadata=metadata):
+                for file in self._trained.recipe.export(folder, dtype=dtype, metadata=metadata, weights=weights):
                     logger.info("weights %s", file)
         self._rank.engine.barrier()
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sharding.files import TEMPORARY_MARK, fsync_folder, require_free_bytes
@@ -31,7 +30,7 @@ from training.state_folder import (
     retain,
 )
 from training.tensor_file import WrittenFile, write_file, write_tensors
-from training.tensor_parts import InParts, whole
+from training.tensor_parts import InParts, brought_together
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +67,7 @@ def take_snapshot(
         own_facts = json.loads(json.dumps(dict(facts), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise StateError(f"state facts: not JSON: {error}") from error
-    copies = {
-        component: {name: _copy(whole(tensor)) for name, tensor in named.items()}
-        for component, named in tensors.items()
-    }
+    copies = {component: brought_together(named, is_kept=True) for component, named in tensors.items()}
     for component in copies:
         if not component.replace("_", "").replace("-", "").isalnum():
             raise StateError(f"component {component!r}: use letters, digits, - and _: it becomes a file name")
@@ -81,12 +77,7 @@ def take_snapshot(
 def help_snapshot(tensors: Mapping[str, Mapping[str, Tensor | InParts]]) -> None:
     """Give this rank's parts to the rank that takes a snapshot; keeps nothing."""
     for named in tensors.values():
-        for tensor in named.values():
-            whole(tensor)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+        brought_together(named, is_kept=False)
 
 
 def state_bytes(tensors: Snapshot | Mapping[str, Mapping[str, Tensor | InParts]]) -> int:

@@ -4,7 +4,7 @@ Two kinds are known: torch's distributed tensors (FSDP2), and `InParts`, for eng
 own (DeepSpeed). Nothing here decides when; bringing together is collective, cutting up is not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,19 @@ def whole(tensor: Tensor | InParts) -> Tensor:
     together = getattr(tensor, "full_tensor", None)
     found: Tensor = tensor if together is None else together()
     return found
+
+
+def brought_together(tensors: Mapping[str, Tensor | InParts], *, is_kept: bool) -> dict[str, Tensor]:
+    """Return whole copies in CPU memory, or nothing on ranks that only give their parts; every rank calls it alike.
+
+    Formats stay; views, shared and 0-d tensors become tensors of their own. One is whole on the device at a time.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        together = whole(tensor)
+        if is_kept:
+            kept[name] = torch.empty(together.shape, dtype=together.dtype).copy_(together.detach())
+    return kept
 
 
 def part_of(tensor: Tensor, parameter: Any, *, slot: str = "") -> Tensor:

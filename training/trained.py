@@ -45,9 +45,13 @@ class Trained:
         return weights_to_show(self.optimizer, self.ema)
 
     def tensors(self) -> dict[str, dict[str, Tensor | InParts]]:
-        """Return a state's components: {component: {name: tensor}}. Not copies; in parts where an engine keeps parts."""
+        """Return a state's components: {component: {name: tensor}}. Not copies; perhaps in parts."""
         optimizer, _ = self.engine.optimizer_state(self.names)
-        own = {"model": self.engine.model_state(), "optimizer": optimizer, "recipe": {**self.recipe.state_tensors()}}
+        own: dict[str, dict[str, Tensor | InParts]] = {
+            "model": self.engine.model_state(),
+            "optimizer": optimizer,
+            "recipe": {**self.recipe.state_tensors()},
+        }
         if self.ema is not None:
             own["ema"] = {**self.ema.tensors()}
         return {name: part for name, part in own.items() if part or name != "recipe"}
@@ -77,6 +81,8 @@ def load_trained(config: RunConfig, engine: Engine) -> Trained:
     module = recipe.trainable()
     set_weights(module, config.precision.weights)
     optimizer = optimizer_from_config(config, module, recipe.parts, learning_rates=recipe.learning_rates())
+    if config.compile != "no":
+        module.compile(backend=config.compile)  # in place: parameters and their names stay
     model = engine.prepare(module, optimizer)
     parameters = dict(module.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}

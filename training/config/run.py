@@ -20,6 +20,7 @@ from training.config.optimizer import (
     fused_backward_problems,
     optimizer_problems,
 )
+from training.config.parallel import ParallelConfig, parallel_problems
 from training.config.saving import SaveConfig
 from training.config.stage_c import StageCConfig
 from training.config.watching import PreviewConfig, TrackerConfig
@@ -49,6 +50,7 @@ class RunConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
     ema: EmaConfig = EmaConfig()
+    parallel: ParallelConfig = ParallelConfig()
     save: SaveConfig = SaveConfig()
     preview: PreviewConfig = PreviewConfig()
     trackers: TrackerConfig = TrackerConfig()
@@ -68,6 +70,7 @@ class RunConfig(Config):
         problems += fused_backward_problems(
             self.optimizer, self.precision, micro_batches_per_step=self.batch.micro_batches_per_step
         )
+        problems += parallel_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self

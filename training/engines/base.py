@@ -60,6 +60,9 @@ class Engine(Protocol):
     def model_state(self) -> dict[str, Tensor | InParts]:
         """Return the module's tensors by name, as trained: not copies, and in parts where they lie so."""
 
+    def weights_in_parts(self) -> dict[str, Tensor | InParts] | None:
+        """Return the module's weights as they are now, to export; None where the module itself holds whole ones."""
+
     def load_model_state(self, tensors: dict[str, Tensor]) -> None:
         """Copy whole tensors into the module. Raises ValueError naming missing or unexpected keys."""
 

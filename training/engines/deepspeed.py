@@ -29,7 +29,7 @@ from training.tensor_parts import InParts
 
 
 class ZeroEngine(PlainEngine):
-    """See `training.engines.base.Engine`. offload: "none", "optimizer" or "optimizer_and_weights" (stage 3), to the CPU.
+    """See `training.engines.base.Engine`. offload, to the CPU: "none", "optimizer", "optimizer_and_weights" (stage 3).
 
     Raises MissingPackageError without DeepSpeed.
     """
@@ -42,7 +42,7 @@ class ZeroEngine(PlainEngine):
         self._library = _library()
         if not dist.is_initialized():  # one process, perhaps with offload
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Move the module to the device, and hand both to DeepSpeed."""
@@ -138,6 +138,10 @@ class ZeroEngine(PlainEngine):
         with self._library.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
 
+    def weights_in_parts(self) -> dict[str, Tensor | InParts] | None:
+        """Return the module's weights as they are now where it does not hold whole ones."""
+        return self.model_state() if self.stage == 3 else None
+
     def load_model_state(self, tensors: dict[str, Tensor]) -> None:
         """Copy whole tensors into weights and their parts. Raises ValueError naming missing or unexpected keys."""
         assert self._module is not None
@@ -187,7 +191,7 @@ class ZeroEngine(PlainEngine):
         """Return the optimizer's tensors by slot and parameter, in parts, and its other facts. names: not read."""
         assert self._optimizer is not None
         stand_in, own_names = self._stand_in()
-        flat = next((state for state in self._optimizer.state.values() if state), {})
+        flat: dict[str, Any] = next((state for state in self._optimizer.state.values() if state), {})
         for parameter in own_names:
             like = {slot: torch.empty_like(parameter) for slot, value in flat.items() if _is_flat(value)}
             others = {slot: copy.copy(value) for slot, value in flat.items() if not _is_flat(value)}
@@ -239,7 +243,7 @@ def _is_flat(value: Any) -> bool:
 
 def _library() -> Any:
     try:
-        import deepspeed
+        import deepspeed  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise MissingPackageError(
             f"parallel.strategy: DeepSpeed is not installed ({error}): run `pip install -e '.[gpu]'`, or use fsdp2"

@@ -8,7 +8,6 @@ have. Gradients are *summed* over ranks: FSDP's own averaging is switched off in
 gradients lie on every process until then), or after each micro-batch (only parts do, and more is sent).
 """
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from training.engines.plain import PlainEngine
 from training.optim.averaged import local
 from training.optim.one_by_one import unwrapped
-from training.tensor_parts import part_of
+from training.tensor_parts import InParts, part_of
 
 
 class FsdpEngine(PlainEngine):
@@ -78,7 +77,7 @@ class FsdpEngine(PlainEngine):
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of this micro-batch."""
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def scale_gradients(self, factor: float) -> None:
         """Multiply all gradients, once, before the norm is taken (used when images failed at run time)."""
@@ -89,11 +88,15 @@ class FsdpEngine(PlainEngine):
         norms = [torch.linalg.vector_norm(local(one), dtype=torch.float32) for one in self._gradients()]
         square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
         dist.all_reduce(square, group=self._mesh.get_group(self._mesh.ndim - 1))  # copies of a part count once
-        return math.sqrt(float(square)) if torch.isfinite(square) else math.nan
+        return float(square.sqrt())
+
+    def weights_in_parts(self) -> dict[str, Tensor | InParts] | None:
+        """Return the module's weights as they are now."""
+        return self.model_state()
 
     def load_model_state(self, tensors: dict[str, Tensor]) -> None:
         """Copy whole tensors into the parts. Raises ValueError naming missing or unexpected keys."""
-        own = self.model_state()
+        own: dict[str, Any] = {**self.model_state()}
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if wrong := sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name)):

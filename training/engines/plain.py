@@ -17,9 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from training.optimizer_state import load_optimizer_tensors, optimizer_tensors
-from training.tensor_parts import InParts
-
 from training.precision import total_norm
+from training.tensor_parts import InParts
 
 _REDUCE_ELEMENTS = 32 << 20  # gradients are copied together in groups of at most this many elements (128 MB in fp32)
 
@@ -116,6 +115,10 @@ class PlainEngine:
         """Return the module's tensors by name, as trained: not copies."""
         assert self._module is not None
         return dict(self._module.state_dict())
+
+    def weights_in_parts(self) -> dict[str, Tensor | InParts] | None:
+        """Return None: the module holds its weights."""
+        return None
 
     def load_model_state(self, tensors: dict[str, Tensor]) -> None:
         """Copy tensors into the module. Raises ValueError naming missing or unexpected keys."""

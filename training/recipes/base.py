@@ -84,8 +84,15 @@ class Recipe(Protocol):
     def preview(self, prompts: Sequence[Prompt]) -> list[Image.Image]:
         """Make one picture per prompt in eval mode, and leave the training mode as it was."""
 
-    def export(self, folder: Path, *, dtype: torch.dtype, metadata: Mapping[str, str]) -> list[ExportFile]:
-        """Write weights that other programs load."""
+    def export(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        metadata: Mapping[str, str],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> list[ExportFile]:
+        """Write weights that other programs load. weights: of `trainable` by name, where it holds no whole ones."""
 
 
 def load_recipe(config: RunConfig) -> Recipe:

@@ -190,15 +190,31 @@ class StageC:
         pixels = (previewer(latents)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
         return Image.fromarray(pixels)
 
-    def export(self, folder: Path, *, dtype: torch.dtype, metadata: Mapping[str, str]) -> list[ExportFile]:
+    def export(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        metadata: Mapping[str, str],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> list[ExportFile]:
         """Write stage_c.safetensors in the original layout, and text_model.safetensors when it was trained."""
         width, height = self._config.buckets.resolution
         header = modelspec(title=self._config.name, width=width, height=height, extra=metadata)
-        reports = [save_stage_c(self._model.network, folder / "stage_c.safetensors", dtype=dtype, metadata=header)]
+        path, network = folder / "stage_c.safetensors", self._model.network
+        own = _of(weights, "network.")
+        reports = [save_stage_c(network, path, dtype=dtype, metadata=header, state_dict=own)]
         if self._model.text is not None:
             path = folder / "text_model.safetensors"
-            reports.append(save_text_model(self._text.text_model, path, dtype=dtype))
+            own = _of(weights, "text.text_model.")
+            reports.append(save_text_model(self._text.text_model, path, dtype=dtype, state_dict=own))
         return [ExportFile(report.path, report.num_overflowed, report.num_vanished) for report in reports]
+
+
+def _of(weights: Mapping[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:
+    if weights is None:
+        return None
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
 def latent_side(pixels: int, encode_scale: float) -> int:

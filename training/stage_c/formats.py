@@ -302,10 +302,10 @@ def save_stage_c(
     if (path.suffix == ".safetensors") == (layout == "diffusers"):
         wanted = "a folder" if layout == "diffusers" else "a .safetensors file"
         raise ValueError(f"{path}: layout {layout!r} is written as {wanted}")
-    own = network.state_dict()
     if state_dict is not None:
-        check_keys(own, state_dict, source="state_dict to save")
-    tensors = from_original(own if state_dict is None else state_dict, layout)
+        with torch.device("meta"):  # where weights are sharded, the network's own may have no shapes
+            check_keys(StageCNetwork(network.config).state_dict(), state_dict, source="state_dict to save")
+    tensors = from_original(network.state_dict() if state_dict is None else state_dict, layout)
     header = {**(metadata or {}), CONFIG_METADATA_KEY: json.dumps(asdict(network.config), sort_keys=True)}
     if layout != "diffusers":
         return write_tensors(path, tensors, dtype=dtype, metadata=header)
