@@ -23,6 +23,7 @@ from training.plans import batch_plan, caption_settings, pixel_settings
 from training.position import Position
 from training.precision import DTYPES
 from training.preview import write_pictures
+from training.preview_prompts import preview_prompts
 from training.rank import Rank
 from training.run_dir import StartedChunk
 from training.start_state import first_position, state_before, state_to_start_from
@@ -31,6 +32,7 @@ from training.state_folder import LoadedState, StateError, load_state, read_mani
 from training.step_report import StepReport
 from training.tensor_parts import brought_together
 from training.trained import Trained
+from training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ class ChunkRun:
         self.position = self._first_position(after) if after is not None else self._start_position(self._state)
         self._parent_folder = rank.run_dir.final_folder(after.chunk) if after is not None else None
         self._make_plans()
+        self._prompts = rank.from_main(lambda: preview_prompts(rank.config, rank.run_dir, chunk=chunk.name))
+        self._validation = Validation(rank)
         self._batches = self._iterate_batches()
         self._loader = next(self._batches, None)  # its workers start while the networks load
 
@@ -214,6 +218,8 @@ class ChunkRun:
         """Make previews and weights while the final state is written, then say that the chunk is done."""
         name, config, rank = self._chunk.name, self._config, self._rank
         reason = self.preview(self.position) if config.preview.at_chunk_end else ""
+        if config.validation.at_chunk_end and not reason:
+            reason = self.validate(self.position)
         rank.saver.drain()
         if reason := reason or rank.agreed_stop():
             return self._finish_stopped(reason)  # the final state is there: the next launch makes these again
@@ -304,15 +310,21 @@ class ChunkRun:
         assert self._trained is not None
         pictures = []
         with self._trained.shown():
-            for prompt in self._config.preview.prompts:
+            for prompt in self._prompts:
                 if reason := self._rank.agreed_stop():
                     return reason
                 with self._rank.engine.autocast():
                     pictures += self._trained.recipe.preview([prompt])
         if pictures and self._rank.records is not None:
-            write_pictures(self._run_dir.previews_folder(position.chunk), position.global_step, pictures)
+            folder = self._run_dir.previews_folder(position.chunk)
+            write_pictures(folder, position.global_step, pictures, self._prompts)
         self._rank.engine.barrier()
         return ""
+
+    def validate(self, position: Position) -> str:
+        """Record the loss of held-out pictures; returns as `preview`."""
+        assert self._trained is not None
+        return self._validation.run(self._trained, position)
 
     def stop_reason(self) -> str:
         return self._rank.stop_reason()

@@ -45,6 +45,9 @@ class Recorder(Protocol):
     def preview(self, position: Position) -> str:
         """Make previews; return why the ranks agreed to stop meanwhile, or ""."""
 
+    def validate(self, position: Position) -> str:
+        """Take the loss of held-out pictures; return why the ranks agreed to stop meanwhile, or ""."""
+
     def stop_reason(self) -> str:
         """Return why this rank was asked to stop, or ""."""
 
@@ -137,8 +140,7 @@ def train_epoch(
             recorder.save(position)
         if stop_reason:
             return position, stop_reason
-        every = config.preview.every_steps
-        if every and position.global_step % every == 0 and not is_last and (reason := recorder.preview(position)):
+        if not is_last and (reason := _watch(position, config, recorder)):
             recorder.save(position)
             return position, reason
     return position, ""
@@ -186,6 +188,15 @@ def _problem(results: Sequence[SampleResult], norm: float) -> str:
         return "no_image"
     is_finite = math.isfinite(norm) and all(math.isfinite(result.weighted_loss) for result in results)
     return "" if is_finite else "not_finite"
+
+
+def _watch(position: Position, config: RunConfig, recorder: Recorder) -> str:
+    """Make the previews and the validation that are due; return why the ranks agreed to stop meanwhile, or ""."""
+    for settings, watch in ((config.preview, recorder.preview), (config.validation, recorder.validate)):
+        every = settings.every_steps
+        if every and position.global_step % every == 0 and (reason := watch(position)):
+            return reason
+    return ""
 
 
 def _check_limits(position: Position, plan: BatchPlan, config: RunConfig, skipped_in_a_row: int) -> None:

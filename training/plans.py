@@ -1,5 +1,6 @@
 """From a run's config to its batch plans and to the settings of loader and captions. No torch."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -53,6 +54,20 @@ def caption_settings(config: RunConfig) -> CaptionSettings:
     return CaptionSettings(**config.caption.model_dump(), total_steps=config.schedule.total_steps)
 
 
+def still_caption_settings(config: RunConfig) -> CaptionSettings:
+    """Return the same for captions that must not change over a run: nothing shuffled, dropped or warmed up."""
+    return replace(
+        caption_settings(config),
+        shuffle=False,
+        tag_dropout_fraction=0.0,
+        tag_dropout_groups={},
+        caption_dropout_fraction=0.0,
+        caption_dropout_every_epochs=0,
+        token_warmup_steps=0,
+        token_warmup_fraction=0.0,
+    )
+
+
 def pixel_settings(config: RunConfig) -> "PixelSettings":
     """Return what happens to pixels."""
     from training.loading.colour import ColourJitter
@@ -64,6 +79,13 @@ def pixel_settings(config: RunConfig) -> "PixelSettings":
         colour_jitter=ColourJitter(**config.data.colour_jitter.model_dump()),
         with_masks=config.data.masks,
     )
+
+
+def still_pixel_settings(config: RunConfig) -> "PixelSettings":
+    """Return the same for pictures that must not change over a run: cut at the centre, not flipped, not jittered."""
+    from training.loading.pixels import PixelSettings
+
+    return PixelSettings(with_masks=config.data.masks)
 
 
 def latent_bytes(bucket: Bucket) -> int:

@@ -6,6 +6,7 @@ with steps that a durable state covers.
 
 import logging
 import platform
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +16,12 @@ import torch
 
 from sharding.config import ConfigError
 from training.batch_plan import BatchPlan
+from training.campaign import read_campaign
 from training.chunk_records import has_state, parent_of
 from training.config import RunConfig
+from training.gauges import Gauges, progress_of
 from training.ledger import Ledger
+from training.loss_window import WINDOW
 from training.metrics_file import append_metrics, read_metrics, trim_metrics
 from training.position import Position
 from training.preview import read_pictures
@@ -25,7 +29,7 @@ from training.run_dir import RunDir, StartedChunk
 from training.state_folder import load_state, read_manifest
 from training.status_tables import count_images
 from training.step_report import StepReport
-from training.trackers import TensorBoard, Tracker, Trackers, WandB
+from training.trackers import Trackers, make_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +41,12 @@ class Records:
         self.ledger = ledger
         self._config = config
         self._run_dir = run_dir
-        self._chunk_name = ""
         self._trace_path = run_dir.root / "trace.jsonl"
         self._trackers: Trackers | None = None
+        self._gauges = Gauges(config)
         self._unfed_rows: list[dict[str, Any]] = []
         self._covered_step = 0
+        self._validated_step = -1
 
     def start_chunk(
         self,
@@ -60,7 +65,6 @@ class Records:
         its `devices` goes into the line. frozen_weights: gives digests of weights that no state holds, by config key;
         asked once a launch. Raises ConfigError when a frozen weights file is not what the run was started with.
         """
-        self._chunk_name = chunk.name
         if self._trackers is None:
             self._trim(position)
             self._require_same_frozen_weights(frozen_weights())
@@ -87,14 +91,32 @@ class Records:
         )
         self._covered_step = position.global_step
         if self._trackers is None:
-            self._trackers = Trackers(self._make_trackers(wandb_id), self._run_dir.root / "trackers.json")
-            rows = read_metrics(self._run_dir.metrics_path)
-            self._unfed_rows = [row for row in rows if row["global_step"] > self._trackers.fed]
+            made = make_trackers(self._config, self._run_dir, wandb_id=wandb_id, step=position.global_step)
+            self._trackers = Trackers(made, self._run_dir.root / "trackers.json")
+            self._read_back()
+        campaign = read_campaign(self._config.data.workspace, self._config.data.chunks, self._run_dir)
+        planned = sum(plan.num_images for plan in plans)
+        self._gauges.progress = progress_of(
+            campaign, chunk.name, num_samples=chunk.info.num_samples, images_planned=planned
+        )
         self.feed_trackers()
 
     def _trim(self, position: Position) -> None:
         for path in (self._run_dir.metrics_path, self._trace_path):
             trim_metrics(path, after_step=position.global_step)
+
+    def _read_back(self) -> None:
+        """Take from metrics.jsonl what trackers have not got, and what the next step's row needs of those before it."""
+        assert self._trackers is not None
+        self._unfed_rows, last = [], deque[dict[str, Any]](maxlen=WINDOW)
+        for row in read_metrics(self._run_dir.metrics_path):
+            if row["global_step"] > self._trackers.fed:
+                self._unfed_rows.append(row)
+            if "validation/loss" in row:
+                self._validated_step = row["global_step"]
+            else:
+                last.append(row)
+        self._gauges.go_on_after(last)
 
     def close(self) -> None:
         """Flush and close the trackers; what a durable state covers reaches them first."""
@@ -112,6 +134,7 @@ class Records:
         if report.problem:
             self._skipped(report)
         metrics = report.metrics()
+        metrics |= self._gauges.read(report, metrics)
         append_metrics(self._run_dir.metrics_path, [metrics])
         self._unfed_rows.append(metrics)
         if self._config.trackers.trace:
@@ -138,11 +161,22 @@ class Records:
             global_step=position.global_step, path=self._run_dir.relative(folder), pass_over=list(pass_over),
         )  # fmt: skip
         self._trim(position)
-        self._unfed_rows = [row for row in self._unfed_rows if row["global_step"] <= position.global_step]
+        self._read_back()
         logger.warning(
             "%s: back from global step %s to %s; steps %s to %s are not tried again",
             failed_at.chunk, f"{failed_at.global_step:,}", folder, f"{pass_over[0]:,}", f"{pass_over[-1]:,}",
         )  # fmt: skip
+
+    def is_validated(self, position: Position) -> bool:
+        """Tell whether the losses of held-out pictures at this step are in metrics.jsonl."""
+        return self._validated_step == position.global_step
+
+    def validated(self, position: Position, values: Mapping[str, Any]) -> None:
+        """Append the losses of held-out pictures to metrics.jsonl, as a row of their own."""
+        place = {"global_step": position.global_step, "chunk": position.chunk}
+        append_metrics(self._run_dir.metrics_path, [place | dict(values)])
+        self._unfed_rows.append(place | dict(values))
+        self._validated_step = position.global_step
 
     def before_save(self) -> None:
         """Make the metrics of all steps so far durable: a state must not be ahead of them."""
@@ -172,31 +206,29 @@ class Records:
         digests = {"chunk_digest": chunk.info.digest, "plan_digests": list(plan_digests)}
         self._run_dir.write_complete(chunk.name, counts=asdict(count_images(chunk)), **digests, **facts)
         self.ledger.append("chunk_done", **saved)
-        self.feed_trackers()
+        self.feed_trackers(is_complete=True)
         logger.info("chunk %s is done: %s images trained", chunk.name, f"{position.chunk_images_trained:,}")
 
-    def feed_trackers(self) -> None:
-        """Give the trackers what a durable state covers, rows and pictures; nothing when they have it all."""
-        if self._trackers is None or not self._unfed_rows or self._unfed_rows[0]["global_step"] > self._covered_step:
+    def feed_trackers(self, *, is_complete: bool = False) -> None:
+        """Give the trackers what a durable state covers, rows and pictures; nothing when they have it all.
+
+        is_complete: nothing more will be said of the last step. Until then it is held back: its previews and validation
+        may come only in the next launch, and a tracker takes a step once.
+        """
+        if self._trackers is None or not self._unfed_rows:
             return
-        pictures = read_pictures(self._run_dir.previews_folder(self._chunk_name))
-        self._trackers.feed(self._unfed_rows, pictures, up_to_step=self._covered_step)
-        self._unfed_rows = [row for row in self._unfed_rows if row["global_step"] > self._covered_step]
+        last = self._unfed_rows[-1]["global_step"] - (not is_complete)
+        up_to_step = min(self._covered_step, last)
+        rows = [row for row in self._unfed_rows if row["global_step"] <= up_to_step]
+        if not rows:
+            return
+        pictures: dict[int, dict[str, Path]] = {}
+        for name in {row["chunk"] for row in rows}:
+            pictures |= read_pictures(self._run_dir.previews_folder(name))
+        self._trackers.feed(rows, pictures, up_to_step=up_to_step)
+        self._unfed_rows = self._unfed_rows[len(rows) :]
 
     # --- parts of the above ---
-
-    def _make_trackers(self, wandb_id: str) -> list[Tracker]:
-        settings, trackers = self._config.trackers, list[Tracker]()
-        if settings.tensorboard:
-            trackers.append(TensorBoard(self._run_dir.tensorboard_folder))
-        if settings.wandb != "off":
-            trackers.append(
-                WandB(
-                    self._run_dir.wandb_folder, project=settings.wandb_project, run_name=self._config.name,
-                    run_id=wandb_id, mode=settings.wandb, config=self._config.model_dump(mode="json"),
-                )
-            )  # fmt: skip
-        return trackers
 
     def _require_same_frozen_weights(self, now: Mapping[str, str]) -> None:
         """Raise ConfigError when a weights file that no state holds was changed: its path is free, its values not."""

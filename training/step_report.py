@@ -1,13 +1,15 @@
 """What a step is in metrics.jsonl, in trace.jsonl and in the log. Pure functions of what the loop knows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from training.batch_plan import BatchPlan, Step
 from training.position import Position
 from training.recipes.base import SampleResult
+from training.timestep_bands import mean_by_band
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,11 @@ class StepReport:
         }
         if not self.results:
             del values["train/loss"], values["train/weighted_loss"]
-        for dataset in sorted({result.dataset for result in self.results}):
-            losses = [result.loss for result in self.results if result.dataset == dataset]
-            values[f"loss_by_dataset/{dataset}"] = sum(losses) / len(losses)
+        buckets = self._bucket_of_key()
+        values |= _mean_by(((result.dataset, result.loss) for result in self.results), "loss_by_dataset/")
+        values |= _mean_by(((buckets[result.key], result.loss) for result in self.results), "loss_by_bucket/")
+        with_timestep = [result for result in self.results if "timestep" in result.scalars]
+        values |= mean_by_band(((r.scalars["timestep"], r.loss) for r in with_timestep), "loss_by_timestep/")
         for name in self.results[0].scalars if self.results else ():
             values[f"sample_mean/{name}"] = sum(result.scalars[name] for result in self.results) / count
         place = {
@@ -74,6 +78,10 @@ class StepReport:
         }
         counts = {"data/broken": len(self.broken), "train/skipped": int(bool(self.problem))}
         return place | {name: value for name, value in values.items() if math.isfinite(value)} | counts
+
+    def _bucket_of_key(self) -> dict[str, str]:
+        planned = self.step.micro_batches
+        return {sample.key: str(micro_batch.bucket) for micro_batch in planned for sample in micro_batch.samples}
 
     def trace(self) -> dict[str, Any]:
         """Return what was trained: equal for an interrupted and an uninterrupted run, on any number of ranks."""
@@ -108,6 +116,14 @@ class StepReport:
             f"lr {self.rates.get('network', math.nan):.1e}  {metrics['speed/images_per_second']:.2f} img/s  "
             f"data {metrics['data/wait_fraction']:.0%}  eta {left_seconds // 60:.0f}m{left_seconds % 60:02.0f}s"
         )
+
+
+def _mean_by(losses: Iterable[tuple[str, float]], prefix: str) -> dict[str, float]:
+    """Return the mean loss under each name. losses: (name, loss)."""
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for name, loss in losses:
+        by_name[name].append(loss)
+    return {prefix + name: sum(by_name[name]) / len(by_name[name]) for name in sorted(by_name)}
 
 
 def _json(value: float) -> float | str:

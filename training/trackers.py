@@ -15,8 +15,12 @@ import numpy as np
 from PIL import Image
 
 from sharding.files import write_json
+from training.config import RunConfig
+from training.frozen_config import to_toml
+from training.run_dir import RunDir
 
 STEP_KEY = "global_step"
+IMAGES_SEEN_KEY = "train/images_seen"
 
 
 class Tracker(Protocol):
@@ -38,14 +42,19 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in one folder; the x axis is the global step."""
+    """Event files in one folder; the x axis is the global step.
+
+    config: the settings of this launch, shown as text at `step`, where it begins.
+    """
 
     name = "tensorboard"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, config: RunConfig, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(log_dir=str(folder))
+        lines = to_toml(config.model_dump(mode="json")).splitlines()
+        self._writer.add_text("config", "".join(f"    {line}\n" for line in lines), step)  # indented: code in Markdown
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -75,8 +84,11 @@ class WandB:
         folder.mkdir(parents=True, exist_ok=True)
         self._wandb = wandb
         self._run = wandb.init(
-            project=project, name=run_name, id=run_id, dir=str(folder), mode=mode, resume="allow", config=config
-        )
+            project=project, name=run_name, id=run_id, dir=str(folder), mode=mode, resume="allow", config=config,
+            allow_val_change=True,
+        )  # fmt: skip
+        self._run.define_metric(STEP_KEY)
+        self._run.define_metric(IMAGES_SEEN_KEY)  # may be chosen as the x axis
         self._run.define_metric("*", step_metric=STEP_KEY)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -114,9 +126,13 @@ class Trackers:
     ) -> None:
         """Send what lies beyond the step fed before, up to and including `up_to_step`, in order of steps.
 
-        rows: of metrics.jsonl; values that are not finite numbers are left out. pictures: PNG files by step and name.
+        rows: of metrics.jsonl; values that are not finite numbers are left out, rows of one step become one. pictures:
+        PNG files by step and name.
         """
-        by_step = {row[STEP_KEY]: row for row in rows if row[STEP_KEY] <= up_to_step}
+        by_step: dict[int, dict[str, Any]] = {}
+        for row in rows:
+            if row[STEP_KEY] <= up_to_step:
+                by_step.setdefault(row[STEP_KEY], {}).update(row)
         if not by_step:
             return
         last_step = max(by_step)
@@ -145,3 +161,18 @@ def chart_values(row: Mapping[str, Any]) -> dict[str, float]:
         for name, value in row.items()
         if "/" in name and isinstance(value, int | float) and math.isfinite(value)
     }
+
+
+def make_trackers(config: RunConfig, run_dir: RunDir, *, wandb_id: str, step: int) -> list[Tracker]:
+    """Return the trackers that a config asks for. step: where this launch begins."""
+    settings, trackers = config.trackers, list[Tracker]()
+    if settings.tensorboard:
+        trackers.append(TensorBoard(run_dir.tensorboard_folder, config=config, step=step))
+    if settings.wandb != "off":
+        trackers.append(
+            WandB(
+                run_dir.wandb_folder, project=settings.wandb_project, run_name=config.name, run_id=wandb_id,
+                mode=settings.wandb, config=config.model_dump(mode="json"),
+            )
+        )  # fmt: skip
+    return trackers

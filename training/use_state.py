@@ -13,6 +13,7 @@ from training.config import RunConfig
 from training.engines.plain import PlainEngine
 from training.precision import DTYPES, choose_device, set_weights
 from training.preview import write_pictures
+from training.preview_prompts import preview_prompts
 from training.recipes.base import Recipe, load_recipe
 from training.run_dir import RunDir
 from training.state_folder import LoadedState, load_state, newest_verified
@@ -42,11 +43,12 @@ def make_previews(config: RunConfig, root: Path, output: Path, *, chunk_name: st
 
     Raises StateError, and ValueError when the config has no prompts.
     """
-    if not config.preview.prompts:
-        raise ValueError("preview.prompts is empty: there is nothing to draw")
+    prompts = preview_prompts(config, RunDir(root))
+    if not prompts:
+        raise ValueError("preview.prompts is empty and there is no preview.file: there is nothing to draw")
     with _shown(config, root, chunk_name) as (state, recipe):
-        pictures = recipe.preview(config.preview.prompts)
-    for path in write_pictures(output, state.facts["global_step"], pictures):
+        pictures = recipe.preview(prompts)
+    for path in write_pictures(output, state.facts["global_step"], pictures, prompts):
         yield str(path)
 
 

@@ -1,12 +1,15 @@
 import json
 import math
 import struct
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from training.trackers import Trackers, WandB, chart_values
+from tests.training.toy import toy_config
+from training.run_dir import RunDir
+from training.trackers import Trackers, WandB, chart_values, make_trackers
 
 
 class FakeTracker:
@@ -92,6 +95,33 @@ def test_pictures_go_with_their_step(tmp_path):
     assert tracker.pictures == [(2, ["preview/strip"])]
 
 
+def test_what_is_said_of_a_step_in_two_rows_is_one_point(tmp_path):
+    tracker = FakeTracker()
+    validation = {"global_step": 2, "chunk": "a/0000", "validation/loss": 0.7}
+
+    Trackers([tracker], tmp_path / "trackers.json").feed([*rows(1, 2), validation], {}, up_to_step=2)
+
+    assert tracker.points == [(1, {"train/loss": 0.1}), (2, {"train/loss": 0.2, "validation/loss": 0.7})]
+
+
+def test_tensorboard_has_one_series_over_launches_and_the_settings_of_each(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for last, seed in ((3, 1), (5, 2)):
+        (board,) = made = make_trackers(toy_config(seed=seed), RunDir(tmp_path), wandb_id="", step=last - 3)
+        trackers = Trackers(made, tmp_path / "trackers.json")
+        trackers.feed(rows(*range(1, last + 1)), {}, up_to_step=last)
+        board.close()
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("config/text_summary")]
+    assert [(event.step, round(event.value, 3)) for event in events.Scalars("train/loss")] == [
+        (step, step / 10) for step in range(1, 6)
+    ]
+    assert ["    seed = 1" in texts[0], "    seed = 2" in texts[1]] == [True, True]
+
+
 def test_charts_get_finite_numbers_only():
     row = {"global_step": 1, "chunk": "a", "step": 2, "train/loss": 0.5, "x/nan": math.nan, "x/text": "nan", "x/int": 3}
 
@@ -124,14 +154,21 @@ def read_wandb(path: Path) -> list[dict]:
 def test_two_launches_are_one_rising_series_in_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
 
-    for steps in ((1, 2, 3), (4, 5)):  # the second launch reads the first's metrics again
-        tracker = WandB(tmp_path / "wandb", project="p", run_name="r", run_id="r-1", mode="offline", config={"seed": 1})
+    for steps in ((1, 2, 3), (4, 5)):  # the second launch reads the first's metrics again; a free setting has changed
+        config = {"seed": 1, "workers": len(steps)}
+        tracker = WandB(tmp_path / "wandb", project="p", run_name="r", run_id="r-1", mode="offline", config=config)
         trackers = Trackers([tracker], tmp_path / "trackers.json")
         trackers.feed(rows(*range(1, steps[-1] + 1)), {}, up_to_step=steps[-1])
         trackers.close()
 
-    files = sorted((tmp_path / "wandb").rglob("run-r-1.wandb"), key=lambda path: path.stat().st_mtime)
-    series = [row for path in files for row in read_wandb(path) if "train/loss" in row]
+    files = list((tmp_path / "wandb").rglob("run-r-1.wandb"))
+    for _ in range(100):  # W&B's own process may write the end of a file after `finish` has returned
+        series = sorted(
+            (row for path in files for row in read_wandb(path) if "train/loss" in row), key=lambda row: row["_step"]
+        )
+        if len(series) == 5:
+            break
+        time.sleep(0.1)
     assert len(files) == 2
     assert [row["global_step"] for row in series] == [row["_step"] for row in series] == [1, 2, 3, 4, 5]
     assert [row["train/loss"] for row in series] == [0.1, 0.2, 0.3, 0.4, 0.5]

@@ -156,6 +156,10 @@ class ListRecorder:
         self.events.append(("preview", position.global_step))
         return "asked in previews" if position.global_step == self.stop_in_preview_at else ""
 
+    def validate(self, position: Position) -> str:
+        self.events.append(("validate", position.global_step))
+        return ""
+
     def stop_reason(self) -> str:
         return "asked" if self.stop_at is not None and len(self.rows) + 1 >= self.stop_at else ""
 

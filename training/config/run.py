@@ -22,8 +22,8 @@ from training.config.optimizer import (
 )
 from training.config.parallel import ParallelConfig, parallel_problems
 from training.config.saving import SaveConfig
-from training.config.stage_c import StageCConfig
-from training.config.watching import PreviewConfig, TrackerConfig
+from training.config.stage_c import StageCConfig, prompt_problems
+from training.config.watching import PreviewConfig, TrackerConfig, ValidationConfig
 
 
 class RunConfig(Config):
@@ -53,6 +53,7 @@ class RunConfig(Config):
     parallel: ParallelConfig = ParallelConfig()
     save: SaveConfig = SaveConfig()
     preview: PreviewConfig = PreviewConfig()
+    validation: ValidationConfig = ValidationConfig()
     trackers: TrackerConfig = TrackerConfig()
     stage_c: StageCConfig
 
@@ -60,8 +61,16 @@ class RunConfig(Config):
     def _sizes_fit(self) -> "RunConfig":
         if self.buckets.step % 32:
             raise ValueError(f"buckets.step {self.buckets.step} must be a multiple of 32, the encoder's stride")
-        if self.preview.prompts and self.stage_c.previewer is None:
-            raise ValueError("preview.prompts are given, but stage_c.previewer is not: no picture can be made")
+        return self
+
+    @model_validator(mode="after")
+    def _previews_can_be_made(self) -> "RunConfig":
+        given = [key for key in ("prompts", "file") if getattr(self.preview, key)]
+        if given and self.stage_c.previewer is None:
+            raise ValueError(f"preview.{given[0]} is given, but stage_c.previewer is not: no picture can be made")
+        for number, prompt in enumerate(self.preview.prompts):
+            if problems := prompt_problems(prompt):
+                raise ValueError(f"preview.prompts.{number}: {'; '.join(problems)}")
         return self
 
     @model_validator(mode="after")

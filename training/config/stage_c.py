@@ -5,6 +5,12 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from sharding.config import Config
+from training.config.watching import Prompt
+
+SAMPLERS = ("ddpm", "ddim")
+"""Of previews: the published one, which adds noise at each step, and the same without."""
+SIDE_MULTIPLE = 8
+"""Sides of a picture: stage B works on patches of 2 × 2 of stage A's latents, each of which is 4 × 4 pixels."""
 
 
 class StageCConfig(Config):
@@ -41,3 +47,19 @@ class StageCConfig(Config):
     """Of the network's blocks and attention probabilities while training."""
     preview_shift: float = Field(2.0, gt=0)
     """Noise schedule shift when sampling previews."""
+
+
+def prompt_problems(prompt: Prompt) -> list[str]:
+    """Return why stage C cannot draw a preview; empty when it can."""
+    problems = []
+    if prompt.sampler not in SAMPLERS:
+        problems.append(f"sampler {prompt.sampler!r}: the recipe stage_c has {' and '.join(SAMPLERS)}")
+    nearest = [
+        max(SIDE_MULTIPLE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE) for side in (prompt.width, prompt.height)
+    ]
+    if nearest != [prompt.width, prompt.height]:
+        problems.append(
+            f"{prompt.width}x{prompt.height}: sides must be multiples of {SIDE_MULTIPLE}; "
+            f"the nearest size is {nearest[0]}x{nearest[1]}"
+        )
+    return problems

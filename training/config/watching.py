@@ -1,8 +1,9 @@
-"""Settings of a run: previews and trackers: what people look at while a run goes on."""
+"""Settings of a run: previews, validation and trackers: what people look at while a run goes on."""
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sharding.config import Config
 
@@ -11,6 +12,7 @@ class Prompt(Config):
     """One preview."""
 
     text: str
+    """`[filewords]` becomes one caption of the run's first chunk, always the same."""
     negative: str = ""
     width: int = Field(1024, gt=0)
     height: int = Field(1024, gt=0)
@@ -18,25 +20,50 @@ class Prompt(Config):
     seed: int = Field(0, ge=0)
     steps: int = Field(20, gt=0)
     guidance: float = Field(4.0, ge=0)
+    sampler: str = "ddpm"
+    """One that the recipe has."""
 
 
 class PreviewConfig(Config):
     """Pictures generated during training: fixed prompts, seeds and sizes."""
 
-    FREE: ClassVar = frozenset({"every_steps", "at_chunk_end", "prompts"})
+    FREE: ClassVar = frozenset({"every_steps", "at_chunk_end", "prompts", "file"})
 
     every_steps: int = Field(0, ge=0)
     """Make previews whenever the global step is a multiple of this; 0 makes them at the end of chunks only."""
     at_chunk_end: bool = True
     """Make previews when a chunk is done."""
     prompts: tuple[Prompt, ...] = ()
-    """Tables of text, negative, width, height, seed, steps, guidance."""
+    """Tables of text, negative, width, height, seed, steps, guidance, sampler."""
+    file: Path | None = None
+    """kohya's prompt file (.txt, .toml, .json); its prompts come after `prompts`."""
+
+
+class ValidationConfig(Config):
+    """The loss on pictures that are not trained, always at the same timesteps and with the same noise."""
+
+    FREE: ClassVar = frozenset({"chunk", "every_steps", "at_chunk_end", "max_images"})
+
+    chunk: str | None = None
+    """A held-out chunk of the workspace, `newest/held-out`; without it there is no validation."""
+    every_steps: int = Field(0, ge=0)
+    """Validate whenever the global step is a multiple of this; 0 validates at the end of chunks only."""
+    at_chunk_end: bool = True
+    """Validate when a chunk is trained."""
+    max_images: int = Field(256, gt=0)
+    """At most so many of the chunk, always the same ones."""
+
+    @model_validator(mode="after")
+    def _has_a_chunk(self) -> "ValidationConfig":
+        if self.every_steps and self.chunk is None:
+            raise ValueError(f"every_steps is {self.every_steps}, but no chunk is named: which pictures are held out?")
+        return self
 
 
 class TrackerConfig(Config):
     """Where metrics go besides metrics.jsonl."""
 
-    FREE: ClassVar = frozenset({"tensorboard", "wandb", "wandb_project", "trace"})
+    FREE: ClassVar = frozenset({"tensorboard", "wandb", "wandb_project", "trace", "spike_factor"})
 
     tensorboard: bool = True
     """Event files in the run folder."""
@@ -46,3 +73,5 @@ class TrackerConfig(Config):
     """W&B's project name."""
     trace: bool = False
     """Write keys, captions, timesteps, losses and rates of every step to trace.jsonl (for proofs)."""
+    spike_factor: float = Field(8.0, ge=0)
+    """Warn of a step whose loss is this many robust standard deviations above the median of the last 100; 0 is off."""

@@ -22,7 +22,7 @@ class Loss:
     weights: Tensor
     """(B,) the recipe's own weights (P2, adaptive, …), without gradient."""
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
-    """(B,) values to record per sample, for example `logsnr` and `timestep`."""
+    """(B,) values to record per sample, for example `logsnr`; `timestep`, in [0, 1], is charted by band."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,11 @@ class Recipe(Protocol):
     def frozen_digests(self) -> dict[str, str]:
         """Return a SHA-256 of each thing that decides what is trained but is in no state, by its config key."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Return the losses of a micro-batch, calling the prepared `model`, with counted randomness only."""
+    def loss(self, model: nn.Module, batch: Batch, *, timesteps: Sequence[float] | None = None) -> Loss:
+        """Return the losses of a micro-batch, calling the prepared `model`, with counted randomness only.
+
+        timesteps: one per sample, from 0 (picture) to 1 (noise), in place of counted ones; validation gives them.
+        """
 
     def after_step(self, results: Sequence[SampleResult]) -> None:
         """Update loss tables from the whole step's samples, the same on all ranks."""

@@ -115,7 +115,7 @@ class StageC:
             "stage_c.tokenizer": digest_of(vocabulary),
         }
 
-    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, *, timesteps: Sequence[float] | None = None) -> Loss:
         """Return epsilon-prediction losses; timestep and noise are counted by each sample's identity.
 
         A sample's loss is the mean over channels and cells of mask × squared error, the mask being 1 without one: what
@@ -124,8 +124,11 @@ class StageC:
         settings = self._settings
         rgb = batch.images.to(self._device, non_blocking=True).float() / 255
         latents = self._effnet.encode(rgb)
-        numbers = [uniform(identity, "timestep") for identity in batch.identities]
-        t = timestep_from_uniform(torch.tensor(numbers, dtype=torch.float32))
+        if timesteps is None:
+            numbers = [uniform(identity, "timestep") for identity in batch.identities]
+            t = timestep_from_uniform(torch.tensor(numbers, dtype=torch.float32))
+        else:
+            t = torch.tensor(timesteps, dtype=torch.float32)
         shape = tuple(latents.shape[1:])
         noise = np.stack([normal(identity, "noise", shape) for identity in batch.identities])
         diffused = diffuse(latents, t.to(self._device), torch.from_numpy(noise).to(self._device))
@@ -185,7 +188,8 @@ class StageC:
             return torch.from_numpy(normal(identity, f"noise {step}", (1, 16, height, width))).to(self._device)
 
         latents = sample(
-            predict, noise, num_steps=prompt.steps, shift=settings.preview_shift, cfg=prompt.guidance
+            predict, noise, num_steps=prompt.steps, shift=settings.preview_shift, cfg=prompt.guidance,
+            eta=1.0 if prompt.sampler == "ddpm" else 0.0,
         )  # fmt: skip
         pixels = (previewer(latents)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
         return Image.fromarray(pixels)

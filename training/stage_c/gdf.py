@@ -171,8 +171,9 @@ def sample(
     shift: float = 2.0,
     cfg: float = 4.0,
     cfg_rho: float = 0.7,
+    eta: float = 1.0,
 ) -> Tensor:
-    """Draw latents (B, C, H, W) float32 with the ancestral DDPM sampler (eta = 1).
+    """Draw latents (B, C, H, W) float32 with the ancestral DDPM sampler; with eta = 0 it is DDIM, which adds no noise.
 
     predict(x, r) returns the conditional and the unconditional noise prediction, the latter None for no guidance;
     x: (B, C, H, W) float32, r: (B,) float32. noise(step): (B, C, H, W) standard normal; step 0 is the start, steps
@@ -196,6 +197,6 @@ def sample(
         clean = (x - b * epsilon) / a
         if step + 1 < num_steps:
             a_next, b_next = signal_and_noise_scale(ladder[step + 1])
-            sigma = b_next / b * (1 - (a / a_next) ** 2).clamp_min(0).sqrt()
+            sigma = eta * b_next / b * (1 - (a / a_next) ** 2).clamp_min(0).sqrt()
             x = a_next * clean + (b_next**2 - sigma**2).clamp_min(0).sqrt() * epsilon + sigma * noise(step + 1).float()
     return clean

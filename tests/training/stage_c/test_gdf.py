@@ -1,6 +1,7 @@
 """Diffusion arithmetic against closed-form values of the published schedule."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -184,3 +185,19 @@ def test_sampling_pure_noise_keeps_unit_variance_on_the_way():
     sample(predict, noise, num_steps=200, shift=1.0)
 
     assert seen == pytest.approx([1.0] * 200, abs=0.05)
+
+
+def test_ddim_goes_where_the_prediction_points_and_uses_no_noise_on_the_way():
+    def predict(x: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return 0.5 * x, None
+
+    def noise(seed: int) -> Callable[[int], torch.Tensor]:
+        return lambda step: torch.randn(
+            1, 16, 4, 4, generator=torch.Generator().manual_seed(seed if step else 0), dtype=torch.float64
+        )
+
+    one, other = (sample(predict, noise(seed), num_steps=10, eta=0.0) for seed in (1, 2))
+    ancestral = sample(predict, noise(1), num_steps=10)
+
+    assert torch.equal(one, other)
+    assert not torch.allclose(one, ancestral)

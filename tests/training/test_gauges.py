@@ -1,0 +1,137 @@
+import logging
+import math
+
+import pytest
+
+from tests.training.toy import run_toy, toy_config, toy_plan
+from training.gauges import Gauges, Progress, memory_metrics
+from training.loss_window import LossWindow
+from training.position import Position
+from training.recipes.base import SampleResult
+from training.step_report import StepReport
+from training.timestep_bands import NUM_BANDS, band_name, band_of, centre, mean_by_band
+
+
+def noisy(count):
+    return [1.0 + 0.1 * math.sin(number * 1.7) for number in range(count)]
+
+
+def test_a_loss_far_above_the_others_is_a_spike_and_a_low_one_is_none():
+    window = LossWindow(noisy(50))
+
+    assert window.spike_size(5.0) > 20
+    assert window.spike_size(1.1) < 3
+    assert window.spike_size(0.0) < 0
+
+
+def test_few_losses_and_losses_that_are_no_numbers_judge_nothing():
+    assert LossWindow(noisy(19)).spike_size(9.0) == 0
+    assert LossWindow(noisy(50)).spike_size(math.nan) == 0
+    assert math.isnan(LossWindow([math.inf]).mean)
+
+
+def test_equal_losses_do_not_make_a_tiny_change_a_spike():
+    assert LossWindow([1.0] * 50).spike_size(1.005) < 8
+
+
+def test_a_lasting_change_is_a_spike_for_about_half_a_window():
+    window, spikes = LossWindow(noisy(100)), 0
+    for loss in noisy(100):
+        spikes += window.spike_size(loss + 3) >= 8
+        window.add(loss + 3)
+
+    assert 30 < spikes < 70
+
+
+def report(loss, *, num_results=6, step=0):
+    config = toy_config()
+    results = [
+        SampleResult(sample.key, "d", "", loss, loss, {"timestep": 0.05 + 0.1 * number})
+        for number, sample in enumerate(s for m in toy_plan(config).steps[0].micro_batches for s in m.samples)
+    ]
+    position = Position(chunk="toy/0000", step=step)
+    after = position.after_step(num_images=6, num_broken=0, is_applied=True, seconds=3.0)
+    return StepReport(toy_plan(config).steps[0], position, after, results[:num_results], [], "", {}, 1.0, 3.0, 0.0)
+
+
+def rows(losses):
+    return [{"global_step": n, "train/loss": loss, "train/weighted_loss": loss} for n, loss in enumerate(losses)]
+
+
+def test_a_spike_is_marked_and_said_once(caplog):
+    gauges = Gauges(toy_config())
+    gauges.go_on_after(rows(noisy(40)))
+
+    with caplog.at_level(logging.WARNING):
+        found = [gauges.read(one, one.metrics()) for one in (report(1.0), report(9.0), report(9.0), report(1.0))]
+
+    assert [row["train/spike"] for row in found] == [0, 1, 1, 0]
+    assert caplog.text.count("loss spike") == 1
+    assert found[0]["train/loss_average"] == pytest.approx(sum([*noisy(40), 1.0]) / 41)
+
+
+def test_a_short_step_and_a_factor_of_zero_give_no_spike():
+    short, off = Gauges(toy_config()), Gauges(toy_config(trackers={"spike_factor": 0}))
+    for gauges in (short, off):
+        gauges.go_on_after(rows(noisy(40)))
+
+    one, whole = report(9.0, num_results=2), report(9.0)
+    assert short.read(one, one.metrics())["train/spike"] == 0
+    assert off.read(whole, whole.metrics())["train/spike"] == 0
+
+
+def test_the_average_goes_on_over_launches():
+    straight, resumed = Gauges(toy_config()), Gauges(toy_config())
+    written = []
+    for loss in noisy(150):
+        one = report(loss)
+        written.append(one.metrics() | straight.read(one, one.metrics()))
+    resumed.go_on_after(written[:-1])
+
+    one = report(noisy(150)[-1])
+    assert resumed.read(one, one.metrics())["train/loss_average"] == written[-1]["train/loss_average"]
+
+
+def test_progress_and_time_left_count_what_is_done_everywhere():
+    position = Position(
+        chunk="b", chunk_images_trained=30, chunk_images_skipped=8, chunk_images_broken=2, chunk_busy_seconds=60.0
+    )
+    progress = Progress(planned=80, before=100, after=220, busy_seconds_before=220.0)
+
+    assert progress.metrics(position) == {
+        "progress/chunk_fraction": 0.5,
+        "progress/campaign_fraction": 140 / 400,
+        "progress/campaign_left_hours": 260 * 2.0 / 3600,
+    }
+
+
+def test_memory_is_measured():
+    assert memory_metrics()["memory/rss_bytes"] > 10_000_000
+
+
+def test_bands_cover_all_timesteps_and_their_names_sort_as_they_do():
+    names = [band_name(band) for band in range(NUM_BANDS)]
+
+    assert [band_of(t) for t in (0.0, 0.001, 0.1, 0.95, 1.0)] == [0, 0, 1, 9, 9]
+    assert [band_of(centre(band)) for band in range(NUM_BANDS)] == list(range(NUM_BANDS))
+    assert sorted(names) == names
+    assert mean_by_band([(0.05, 1.0), (0.01, 3.0), (1.0, 5.0)], "x/") == {"x/0.0-0.1": 2.0, "x/0.9-1.0": 5.0}
+
+
+def test_a_step_is_charted_by_timestep_bucket_and_dataset():
+    metrics = report(0.5).metrics()
+
+    assert sum(name.startswith("loss_by_timestep/") for name in metrics) == 6
+    assert {name for name in metrics if name.startswith("loss_by_bucket/")} <= {
+        "loss_by_bucket/128x64",
+        "loss_by_bucket/64x64",
+    }
+    assert metrics["loss_by_dataset/d"] == 0.5
+
+
+def test_losses_by_bucket_are_those_of_its_images():
+    row = run_toy(toy_config()).recorder.rows[0]
+    by_bucket = [value for name, value in row.items() if name.startswith("loss_by_bucket/")]
+
+    assert min(by_bucket) <= row["train/loss"] <= max(by_bucket)
+    assert not any(name.startswith("loss_by_timestep/") for name in row)  # the toy has none
