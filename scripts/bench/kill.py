@@ -29,7 +29,7 @@ _MAX_LAUNCHES = 400
 
 
 @dataclass
-class _Account:
+class Account:
     """What happened over all runs."""
 
     kills: Counter[str] = field(default_factory=Counter)
@@ -41,32 +41,16 @@ class _Account:
     wrong_bits: list[str] = field(default_factory=list)
     num_runs: int = 0
 
+    @property
+    def problems(self) -> list[str]:
+        """All that was not as promised."""
+        return [*self.bad_exits, *self.wrong_lists, *self.wrong_bits]
+
 
 def run(*, full: bool, data: Path | None) -> Result:
     """Measure; `data` is not used: pictures are the demo's."""
-    from scripts.demo_models.stage_c import make_stage_c_models
-
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    wanted = _FULL_KILLS if full else _KILLS
-    random, account = np.random.default_rng(0), _Account()
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        make_workspace(root / "workspace", num_chunks=_NUM_CHUNKS)
-        make_stage_c_models(root / "models", seed=7)
-        overrides = [*tiny_overrides(root / "workspace", root / "models"), "data.epochs=1", "preview.every_steps=3"]
-        whole = TinyRun(root / "whole", overrides)
-        Launch(whole.arguments("plan"), whole.log).wait()  # starts the server that launches are forked from
-        started = time.monotonic()
-        if (code := whole.train("--chunks", ":")) != 0:
-            raise RuntimeError(f"the undisturbed run ended with {code}:\n{whole.log.read_text()}")
-        seconds = time.monotonic() - started
-        while account.kills.total() < wanted:
-            sizes = (1,) if account.num_runs % 2 == 0 else (1, 2, 3)
-            disturbed = TinyRun(root / f"run-{account.num_runs}", overrides)
-            _disturb(disturbed, random, account, sizes=sizes, seconds=seconds, most=wanted)
-            _compare(disturbed, whole, account, is_one_process=sizes == (1,))
-            account.num_runs += 1
-    problems = [*account.bad_exits, *account.wrong_lists, *account.wrong_bits]
+        account, seconds = measure(Path(folder), num_kills=_FULL_KILLS if full else _KILLS, seed=0)
     return Result(
         bench="kill",
         figures={
@@ -82,12 +66,36 @@ def run(*, full: bool, data: Path | None) -> Result:
               Bar("sigterms_without_code_or_state", at_most=0)],
         full_size=full,
         peer="the same run, not disturbed",
-        notes=[f"an undisturbed launch over all chunks takes {seconds:.1f} s", *problems],
+        notes=[f"an undisturbed launch over all chunks takes {seconds:.1f} s", *account.problems],
     )  # fmt: skip
 
 
+def measure(root: Path, *, num_kills: int, seed: int) -> tuple[Account, float]:
+    """Disturb runs in `root` until there were so many kills; return the account and an undisturbed run's seconds."""
+    from scripts.demo_models.stage_c import make_stage_c_models
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    random, account = np.random.default_rng(seed), Account()
+    make_workspace(root / "workspace", num_chunks=_NUM_CHUNKS)
+    make_stage_c_models(root / "models", seed=7)
+    overrides = [*tiny_overrides(root / "workspace", root / "models"), "data.epochs=1", "preview.every_steps=3"]
+    whole = TinyRun(root / "whole", overrides)
+    Launch(whole.arguments("plan"), whole.log).wait()  # starts the server that launches are forked from
+    started = time.monotonic()
+    if (code := whole.train("--chunks", ":")) != 0:
+        raise RuntimeError(f"the undisturbed run ended with {code}:\n{whole.log.read_text()}")
+    seconds = time.monotonic() - started
+    while account.kills.total() < num_kills:
+        sizes = (1,) if account.num_runs % 2 == 0 else (1, 2, 3)
+        disturbed = TinyRun(root / f"run-{account.num_runs}", overrides)
+        _disturb(disturbed, random, account, sizes=sizes, seconds=seconds, most=num_kills)
+        _compare(disturbed, whole, account, is_one_process=sizes == (1,))
+        account.num_runs += 1
+    return account, seconds
+
+
 def _disturb(
-    run: TinyRun, random: np.random.Generator, account: _Account, *, sizes: tuple[int, ...], seconds: float, most: int
+    run: TinyRun, random: np.random.Generator, account: Account, *, sizes: tuple[int, ...], seconds: float, most: int
 ) -> None:
     """Launch and kill until the run is done; after `most` kills in all it is left in peace."""
     for _ in range(_MAX_LAUNCHES):
@@ -108,7 +116,7 @@ def _disturb(
     raise RuntimeError(f"{run.root.name}: not done after {_MAX_LAUNCHES} launches")
 
 
-def _kill(run: TinyRun, launches: list[Launch], random: np.random.Generator, account: _Account) -> None:
+def _kill(run: TinyRun, launches: list[Launch], random: np.random.Generator, account: Account) -> None:
     account.kills[_moment(run)] += 1
     if random.random() < 0.5:  # one rank dies; what is left of the others is cleared away
         victim = launches[int(random.integers(len(launches)))]
@@ -157,7 +165,7 @@ def _moment(run: TinyRun) -> str:
     return {"chunk_done": "between_chunks", "started": "in_first_steps"}.get(last, "in_steps_and_previews")
 
 
-def _compare(run: TinyRun, whole: TinyRun, account: _Account, *, is_one_process: bool) -> None:
+def _compare(run: TinyRun, whole: TinyRun, account: Account, *, is_one_process: bool) -> None:
     rows, expected = run.rows("trace.jsonl"), whole.rows("trace.jsonl")
     if is_one_process and rows != expected:
         account.wrong_lists.append(f"{run.root.name}: trace differs")
