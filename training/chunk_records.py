@@ -89,6 +89,8 @@ class History:
     latest: dict[str, Any]
     """Of the last `started` line: it has the planned totals."""
     visits: list[Visit]
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    """All `started` lines."""
     status: Status = "running"
     saved: list[dict[str, Any]] = field(default_factory=list)
     skipped: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -101,6 +103,7 @@ class History:
         if self.status == "done":
             self.visits.append(Visit(self.latest["epochs"], fields["global_step"], fields["parent"]))
         self.latest, self.status = fields, "running"
+        self.starts.append(fields)
         self.plan_digests[fields["plan_digest"]] = None
         self.devices[fields["devices"]] = None
         self.go_back_to(fields["global_step"])

@@ -13,10 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sharding.chunk import Chunk, ChunkError
+from sharding.files import free_bytes
 from training.chunk_data import Batch, ChunkData, ChunkSource, make_loader
 from training.chunk_records import chunk_records, steps_to_pass_over
 from training.errors import NonFiniteError
 from training.exit_codes import DONE, STOPPED
+from training.forecast import disk_forecast, folder_bytes
 from training.loading.remote import fetch_chunk
 from training.loop import train_epoch
 from training.plans import batch_plan, caption_settings, pixel_settings
@@ -25,10 +27,11 @@ from training.precision import DTYPES
 from training.preview import write_pictures
 from training.preview_prompts import preview_prompts
 from training.rank import Rank
+from training.retention import retain_exports, retain_finals
 from training.run_dir import StartedChunk
 from training.start_state import first_position, state_before, state_to_start_from
 from training.state import check_room, help_snapshot, state_bytes, take_snapshot
-from training.state_folder import LoadedState, StateError, load_state, read_manifest, remove_states, retain_states
+from training.state_folder import LoadedState, StateError, load_state, read_manifest, remove_states
 from training.step_report import StepReport
 from training.tensor_parts import brought_together
 from training.trained import Trained
@@ -164,9 +167,26 @@ class ChunkRun:
                 resumed_from=self._state.folder if self._state is not None else self._parent_folder,
                 machine=self._rank.machine, frozen_weights=trained.recipe.frozen_digests,
             )  # fmt: skip
+            self._retain()
+            logger.info(self._disk_forecast(trained))
         num_present = len(self._run_dir.state_folders(self._chunk.name))
         num_bytes, keep_last = state_bytes(trained.tensors()), self._config.save.keep_states
         logger.info(check_room(self._run_dir.root, num_bytes, keep_last=keep_last, num_present=num_present))
+
+    def _disk_forecast(self, trained: Trained) -> str:
+        tensors, config, root = trained.tensors(), self._config, self._run_dir.root
+        forecast = disk_forecast(
+            config,
+            num_chunks=len(self._run_dir.read_run_json().get("chunks", [self._chunk.name])),
+            num_steps=sum(len(plan.steps) for plan in self._plans),
+            num_images=sum(plan.num_images for plan in self._plans),
+            index_bytes=self._chunk.index_path.stat().st_size,
+            num_tensors=sum(len(named) for named in tensors.values()),
+            state_bytes=state_bytes(tensors),
+            num_parameters=state_bytes({"model": tensors["model"]}) // DTYPES[config.precision.weights].itemsize,
+            prompts=self._prompts,
+        )
+        return forecast.text(free_bytes=free_bytes(root), used_bytes=folder_bytes(root))
 
     def _train_epochs(self, trained: Trained) -> str:
         pass_over = self._rank.from_main(lambda: steps_to_pass_over(self._rank.ledger.lines, self._chunk.name))
@@ -261,14 +281,13 @@ class ChunkRun:
         self._rank.engine.barrier()
 
     def _retain(self) -> None:
-        """A done chunk's final state stands for its others, also where a kill came first; keep the newest of these."""
-        trusted, finals = self._rank.saver.trusted, []
-        for name, record in chunk_records(self._rank.ledger.lines).items():
-            if record.status == "done":
-                folders = self._run_dir.state_folders(name)
-                retain_states(folders, keep_last=1, trusted=trusted)
-                finals += [folder for folder in folders if folder.name == "final"]
-        retain_states(finals, keep_last=self._config.save.keep_chunks, trusted=trusted)
+        """Remove states and weights of finished chunks that newer ones stand in for, also where a kill came first."""
+        save, records = self._config.save, chunk_records(self._rank.ledger.lines)
+        retain_finals(
+            records, self._run_dir, keep_chunks=save.keep_chunks, keep_every_chunks=save.keep_every_chunks,
+            trusted=self._rank.saver.trusted,
+        )  # fmt: skip
+        retain_exports(records, self._run_dir, keep_exports=save.keep_exports)
 
     # --- what the loop tells (training.loop.Recorder) ---
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from sharding.config import load_config
 from sharding.runlog import configure_logging
 from training.config import RunConfig
-from training.exit_codes import BAD_USAGE, DONE, code_of, is_foreseen
+from training.exit_codes import BAD_DATA, BAD_USAGE, DONE, code_of, is_foreseen
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="the same numbers for programs")
 
     status = _command(commands, "status", _status, "show what is trained and what remains", needs_config=False)
+    status.add_argument(
+        "--verify", action="store_true", help="prove that each image was trained as often as planned; code 3 when not"
+    )
     status.add_argument("--json", action="store_true", help="the same numbers for programs")
 
     export = _command(commands, "export", _export, "write weights from the newest state", needs_config=False)
@@ -134,6 +137,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
+    if options.verify:
+        from training.verify_run import verify_run
+
+        proof = verify_run(_load(options), options.run_dir)
+        print(json.dumps(proof.values(), indent=2) if options.json else proof.text())
+        return BAD_DATA if proof.problems else DONE
     from training.status import read_status, status_json, status_text
 
     status = read_status(_load(options), options.run_dir)

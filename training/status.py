@@ -108,8 +108,8 @@ def _current(campaign: Campaign, run_dir: RunDir) -> CurrentChunk | None:
     done_before = record.steps * visit.first_epoch // record.epochs
     row = _last_row(run_dir.metrics_path)
     reached = row["global_step"] if row is not None and row.get("chunk") == record.chunk else saved
-    steps = (max(step - visit.global_step, 0) + done_before for step in (saved, max(reached, saved)))
-    return CurrentChunk(record.chunk, *steps, record.steps)
+    saved_steps, steps_done = (max(step - visit.global_step, 0) + done_before for step in (saved, max(reached, saved)))
+    return CurrentChunk(record.chunk, saved_steps=saved_steps, steps_done=steps_done, steps=record.steps)
 
 
 def _last_row(path: Path) -> dict[str, Any] | None:

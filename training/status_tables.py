@@ -96,7 +96,7 @@ def _rows(campaign: Campaign, counts: Mapping[str, Mapping[str, int]]) -> list[S
 def render_rows(title: str, unit: str, rows: Sequence[StatusRow]) -> str:
     """Return a Markdown table in the form of the seed's model card: name | training done | remaining | total."""
     sums = StatusRow("**Total**", sum(row.done for row in rows), sum(row.remaining for row in rows))
-    cells = [(title, "training done", "remaining", f"total {unit}"), ("---",) * 4]
+    cells: list[tuple[str, ...]] = [(title, "training done", "remaining", f"total {unit}"), ("---",) * 4]
     cells += [(row.name, *(f"{count:,}" for count in (row.done, row.remaining, row.total))) for row in [*rows, sums]]
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in cells]
