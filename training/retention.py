@@ -6,14 +6,13 @@ what newer, verified states, or newer weights, stand in for.
 
 import logging
 import os
-import shutil
 from collections.abc import Container, Mapping
 from pathlib import Path
 
 from sharding.files import TEMPORARY_MARK
 from training.chunk_records import ChunkRecord
 from training.run_dir import RunDir
-from training.state_folder import retain_states
+from training.state_folder import delete_folder, remove_partials, retain_states
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +34,7 @@ def retain_finals(
     for name, record in records.items():
         if record.status != "done":
             continue
+        remove_partials(run_dir.chunk_folder(name))  # what a kill, or a file that was open, kept from going
         folders = run_dir.state_folders(name)
         removed += retain_states(folders, keep_last=1, trusted=trusted)
         if not is_milestone(record.position_in_run, keep_every_chunks):
@@ -61,6 +61,6 @@ def retain_exports(records: Mapping[str, ChunkRecord], run_dir: RunDir, *, keep_
     for folder in removed:
         doomed = folder.with_name(f"{folder.name}{TEMPORARY_MARK}removed-{os.getpid()}")
         os.replace(folder, doomed)
-        shutil.rmtree(doomed)
+        delete_folder(doomed)
         logger.info("removed %s: save.keep_exports = %d", folder, keep_exports)
     return removed

@@ -254,8 +254,24 @@ def remove_partials(folder: Path) -> list[Path]:
     partial = (path for path in sorted(folder.glob(f"*{TEMPORARY_MARK}*")) if path.is_dir())
     left_over = [path for path in partial if path not in being_written]
     for path in left_over:
-        shutil.rmtree(path)
+        delete_folder(path)
     return left_over
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder; one that is gone already is no error.
+
+    On NFS a file that some process still has open stays behind as `.nfs…`, and its folder with it: that is left, with
+    a warning, to the next `remove_partials`.
+    """
+    try:
+        shutil.rmtree(folder)
+    except OSError:
+        left = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        if not all(name.startswith(".nfs") for name in left):
+            raise
+        if left:
+            logger.warning("%s: deleted later, %s is still open in a process", folder, left[0])
 
 
 def remove_states(folders: Iterable[Path]) -> None:
@@ -268,7 +284,7 @@ def _remove(folder: Path) -> None:
     """Delete a state so that one killed half-way is a partial folder, never a damaged state."""
     doomed = folder.with_name(f"{folder.name}{TEMPORARY_MARK}removed-{os.getpid()}")
     os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    delete_folder(doomed)
 
 
 # --- publishing ---
