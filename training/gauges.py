@@ -103,7 +103,7 @@ class Gauges:
 def memory_metrics() -> dict[str, float]:
     """Return the memory of this process, and the most that its GPU held since the start."""
     found = {"memory/rss_bytes": psutil.Process().memory_info().rss}
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         found["memory/cuda_peak_bytes"] = torch.cuda.max_memory_allocated()
         found["memory/cuda_reserved_bytes"] = torch.cuda.memory_reserved()
     return found

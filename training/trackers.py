@@ -1,8 +1,8 @@
 """Metrics of a run: metrics.jsonl is the truth, TensorBoard and W&B are fed from it.
 
 A tracker gets a step only once a durable state covers it (`feed`), so that its series never goes back after a kill.
-How far each tracker was fed stands in trackers.json, written before the feed: a kill in between loses points of a
-chart, never doubles them.
+How far each tracker was fed stands in trackers.json, before and after each feed. After a kill in between, the next
+launch asks the tracker what it has; from one that cannot say, the steps under way are missing. None is there twice.
 """
 
 import json
@@ -28,11 +28,11 @@ class Tracker(Protocol):
 
     name: str
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Record values at a step."""
+    def point(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
+        """Record values and pictures at a step, all or none of them."""
 
-    def images(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
-        """Record pictures at a step."""
+    def last_step(self) -> int | None:
+        """Return the last step that earlier launches recorded, -1 for none; None when the tracker cannot say."""
 
     def flush(self) -> None:
         """Hand everything to the operating system: a kill after this loses nothing."""
@@ -50,19 +50,33 @@ class TensorBoard:
     name = "tensorboard"
 
     def __init__(self, folder: Path, *, config: RunConfig, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import FileWriter, summary
 
-        self._writer = SummaryWriter(log_dir=str(folder))
+        self._earlier = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
+        self._writer = FileWriter(str(folder))
         lines = to_toml(config.model_dump(mode="json")).splitlines()
-        self._writer.add_text("config", "".join(f"    {line}\n" for line in lines), step)  # indented: code in Markdown
+        text = "".join(f"    {line}\n" for line in lines)  # indented: code in Markdown
+        self._writer.add_summary(summary.text("config", text), step)  # type: ignore[no-untyped-call]
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+    def point(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard import summary
 
-    def images(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
+        whole = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
         for name, picture in pictures.items():
-            self._writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            drawn = summary.image(name, np.asarray(picture), dataformats="HWC")  # type: ignore[no-untyped-call]
+            whole.value.extend(drawn.value)
+        self._writer.add_summary(whole, step)  # one record: a kill cannot cut it in two
+
+    def last_step(self) -> int | None:
+        """Return the last whole step in the newest event file of earlier launches."""
+        from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+        last = -1
+        for event in EventFileLoader(str(self._earlier[-1])).Load() if self._earlier else ():
+            if any(value.tag.startswith("train/") for value in event.summary.value):
+                last = max(last, event.step)
+        return last
 
     def flush(self) -> None:
         self._writer.flush()
@@ -91,11 +105,13 @@ class WandB:
         self._run.define_metric(IMAGES_SEEN_KEY)  # may be chosen as the x axis
         self._run.define_metric("*", step_metric=STEP_KEY)
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({**values, STEP_KEY: step}, step=step)
+    def point(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
+        drawn = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
+        self._run.log({**values, **drawn, STEP_KEY: step}, step=step)
 
-    def images(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
-        self._run.log({name: self._wandb.Image(picture) for name, picture in pictures.items()}, step=step)
+    def last_step(self) -> int | None:
+        """Return None: offline, W&B does not know what was written before."""
+        return None
 
     def flush(self) -> None:
         """Do nothing: W&B's own process writes as it goes."""
@@ -110,12 +126,20 @@ class Trackers:
     def __init__(self, trackers: Iterable[Tracker], position_path: Path) -> None:
         self._trackers = list(trackers)
         self._path = position_path
-        self._fed: dict[str, int] = json.loads(position_path.read_text()) if position_path.exists() else {}
+        self._fed: dict[str, int] = {}
+        self._positions = json.loads(position_path.read_text()) if position_path.exists() else {}
+        for tracker in self._trackers:
+            fed, asked = (self._positions.get(tracker.name, {}).get(key, -1) for key in ("fed", "asked"))
+            if asked > fed:  # killed meanwhile
+                last = tracker.last_step()
+                fed = asked if last is None else min(max(last, fed), asked)
+            self._fed[tracker.name] = fed
+        self._asked = dict(self._fed)
 
     @property
     def fed(self) -> int:
         """The last step that every tracker has got; -1 before the first."""
-        return min((self._fed.get(tracker.name, -1) for tracker in self._trackers), default=-1)
+        return min(self._fed.values(), default=-1)
 
     def feed(
         self,
@@ -137,16 +161,22 @@ class Trackers:
             return
         last_step = max(by_step)
         for tracker in self._trackers:
-            fed = self._fed.get(tracker.name, -1)
+            fed = self._fed[tracker.name]
             if last_step <= fed:
                 continue
-            self._fed[tracker.name] = last_step
-            write_json(self._path, self._fed)
+            self._asked[tracker.name] = last_step
+            self._write_position()
             for step in sorted(step for step in by_step if step > fed):
-                tracker.scalars(step, chart_values(by_step[step]))
-                if step in pictures:
-                    tracker.images(step, {name: Image.open(path) for name, path in pictures[step].items()})
+                drawn = {name: Image.open(path) for name, path in pictures.get(step, {}).items()}
+                tracker.point(step, chart_values(by_step[step]), drawn)
             tracker.flush()
+            self._fed[tracker.name] = last_step
+            self._write_position()
+
+    def _write_position(self) -> None:
+        for name, fed in self._fed.items():  # a tracker that is off keeps its place
+            self._positions[name] = {"fed": fed, "asked": self._asked[name]}
+        write_json(self._path, self._positions)
 
     def close(self) -> None:
         """Flush and close every tracker."""

@@ -62,6 +62,7 @@ class Validation:
             world_size=rank.engine.world_size,
             captions=still_caption_settings(self._config),
             pixels=still_pixel_settings(self._config),
+            with_checksum=self._config.data.verify_shards == "each_use",
         )
         if rank.is_main:
             self._warn_if_changed(plan)

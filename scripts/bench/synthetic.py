@@ -39,6 +39,9 @@ class BareRecorder:
     def preview(self, position: Position) -> str:
         return ""
 
+    def validate(self, position: Position) -> str:
+        return ""
+
     def stop_reason(self) -> str:
         return self._stop.poll()
 

@@ -20,13 +20,15 @@ class FakeTracker:
     def __init__(self, *, breaks_at=None):
         self.points, self.pictures, self.breaks_at = [], [], breaks_at
 
-    def scalars(self, step, values):
+    def point(self, step, values, pictures):
         if step == self.breaks_at:
             raise KeyboardInterrupt
         self.points.append((step, dict(values)))
+        if pictures:
+            self.pictures.append((step, sorted(pictures)))
 
-    def images(self, step, pictures):
-        self.pictures.append((step, sorted(pictures)))
+    def last_step(self):
+        return None
 
     def flush(self):
         pass
@@ -64,7 +66,7 @@ def test_the_next_launch_goes_on_behind_what_was_fed(tmp_path):
     assert [step for step, _ in again.points] == [3]
 
 
-def test_a_kill_while_feeding_loses_points_but_doubles_none(tmp_path):
+def test_a_kill_while_feeding_a_tracker_that_cannot_say_how_far_it_came_doubles_no_point(tmp_path):
     path, killed, again = tmp_path / "trackers.json", FakeTracker(breaks_at=2), FakeTracker()
 
     with pytest.raises(KeyboardInterrupt):
@@ -83,6 +85,18 @@ def test_a_tracker_that_joins_later_gets_everything(tmp_path):
     Trackers([FakeTracker(), late], path).feed(rows(1, 2, 3), {}, up_to_step=3)
 
     assert [step for step, _ in late.points] == [1, 2, 3]
+
+
+def test_a_tracker_that_was_off_goes_on_where_it_was(tmp_path):
+    path, again = tmp_path / "trackers.json", FakeTracker()
+    other = FakeTracker()
+    other.name = "other"
+    Trackers([FakeTracker(), other], path).feed(rows(1, 2), {}, up_to_step=2)
+    Trackers([other], path).feed(rows(1, 2, 3), {}, up_to_step=3)
+
+    Trackers([again, other], path).feed(rows(1, 2, 3, 4), {}, up_to_step=4)
+
+    assert [step for step, _ in again.points] == [3, 4]
 
 
 def test_pictures_go_with_their_step(tmp_path):
@@ -120,6 +134,29 @@ def test_tensorboard_has_one_series_over_launches_and_the_settings_of_each(tmp_p
         (step, step / 10) for step in range(1, 6)
     ]
     assert ["    seed = 1" in texts[0], "    seed = 2" in texts[1]] == [True, True]
+
+
+def test_a_kill_while_tensorboard_is_fed_costs_no_point_and_doubles_none(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path, steps = tmp_path / "trackers.json", range(1, 7)
+    (first,) = make_trackers(toy_config(), RunDir(tmp_path), wandb_id="", step=0)
+    point = first.point
+    monkeypatch.setattr(first, "point", lambda step, *rest: point(step, *rest) if step < 4 else first.flush() or 1 / 0)
+    trackers = Trackers([first], path)
+    trackers.feed(rows(1, 2), {}, up_to_step=2)
+    with pytest.raises(ZeroDivisionError):
+        trackers.feed(rows(*steps), {}, up_to_step=6)
+
+    resumed = Trackers(make_trackers(toy_config(), RunDir(tmp_path), wandb_id="", step=6), path)
+    fed_before = resumed.fed
+    resumed.feed(rows(*steps), {}, up_to_step=6)
+    resumed.close()
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert fed_before == 3
+    assert [event.step for event in events.Scalars("train/loss")] == list(steps)
 
 
 def test_charts_get_finite_numbers_only():
