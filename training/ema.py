@@ -6,6 +6,7 @@ are those of diffusers' `EMAModel`; there `update_every` does not exist.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import Parameter
 
 from training.config.optimizer import EmaConfig
 from training.optim.averaged import kept_aside, local, schedule_free_average
+from training.tensor_parts import InParts
 
 
 def ema_decay(
@@ -78,12 +80,9 @@ class Ema:
             average = self._averages[name]
             average.lerp_(local(parameter).to(average), share)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return whole averages by parameter name, fp32, the same at any world size; not copies when unsharded.
-
-        Collective when parameters are sharded.
-        """
-        return {name: _whole(self._averages[name], parameter) for name, parameter in self._parameters.items()}
+    def tensors(self) -> dict[str, Tensor | InParts]:
+        """Return averages by parameter name, fp32, not copies; in parts where parameters are."""
+        return {name: _saved(self._averages[name], parameter) for name, parameter in self._parameters.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave. Raises ValueError, and changes nothing, when it is for other parameters."""
@@ -133,9 +132,13 @@ def weights_to_show(optimizer: torch.optim.Optimizer, ema: Ema | None) -> Iterat
         yield
 
 
-def _whole(average: Tensor, parameter: Any) -> Tensor:
+def _saved(average: Tensor, parameter: Any) -> Tensor | InParts:
     if not hasattr(parameter, "device_mesh"):
         return average
+    return InParts(parameter.shape, average.dtype, partial(_whole, average, parameter))
+
+
+def _whole(average: Tensor, parameter: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     shard = average.to(local(parameter).device)

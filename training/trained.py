@@ -53,7 +53,7 @@ class Trained:
             "recipe": {**self.recipe.state_tensors()},
         }
         if self.ema is not None:
-            own["ema"] = {**self.ema.tensors()}
+            own["ema"] = self.ema.tensors()
         return {name: part for name, part in own.items() if part or name != "recipe"}
 
     def facts(self) -> dict[str, Any]:

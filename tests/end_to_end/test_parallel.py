@@ -15,7 +15,7 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 )
 def test_two_processes_share_a_model_and_one_goes_on_from_their_state(make_run, uninterrupted, tmp_path, strategy):
     run = make_run(tmp_path / "run")
-    in_parts = ("--set", f"parallel.strategy='{strategy}'")
+    in_parts = ("--set", f"parallel.strategy='{strategy}'", "--set", "stage_c.gradient_checkpointing=true")
 
     codes = run.train_on(2, "--chunk", "real/0000", *in_parts)
     logs = [(tmp_path / f"run.{rank}.log").read_text() for rank in range(2)]
@@ -35,6 +35,24 @@ def test_two_processes_share_a_model_and_one_goes_on_from_their_state(make_run, 
     for ours, theirs in zip(run.rows("metrics.jsonl"), uninterrupted.rows("metrics.jsonl"), strict=True):
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
     assert_close(run, uninterrupted, "real/0001", "final/model.safetensors", atol=1e-4)
+
+
+def test_fsdp_computes_in_bf16_with_a_text_encoder_and_activations_computed_twice(make_run, tmp_path):
+    settings = [
+        "precision.autocast='bf16'", "stage_c.train_text_encoder=true", "stage_c.gradient_checkpointing=true",
+        "optimizer.name='adafactor'", "data.epochs=1", "preview.prompts=[]",
+    ]  # fmt: skip
+    alone = make_run(tmp_path / "alone", *settings)
+    shared = make_run(tmp_path / "shared", *settings, "parallel.strategy='fsdp2'")
+
+    assert alone.train("--chunk", "real/0000") == 0, alone.log.read_text()
+    assert shared.train_on(2, "--chunk", "real/0000") == [0, 0], (tmp_path / "shared.0.log").read_text()
+
+    rows = zip(shared.rows("metrics.jsonl"), alone.rows("metrics.jsonl"), strict=True)
+    assert all(ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=2e-3) for ours, theirs in rows)
+    for name in ("stage_c", "text_model"):
+        ours, theirs = (load_file(one.root / f"chunks/real/0000/weights/{name}.safetensors") for one in (shared, alone))
+        assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
 def assert_close(run, expected, chunk: str, name: str, *, atol: float) -> None:

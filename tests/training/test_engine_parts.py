@@ -12,7 +12,9 @@ from torch import nn
 
 from sharding.config import ConfigError
 from tests.training.toy import ListRecorder, ToyRecipe, toy_batches, toy_config, toy_plan
+from training.config.optimizer import EmaConfig
 from training.config.parallel import IN_PARTS, LIMITS, limits_table
+from training.ema import make_ema
 from training.engines.choose import make_engine
 from training.engines.plain import PlainEngine
 from training.loop import train_epoch
@@ -41,12 +43,12 @@ class PartsRecipe(ToyRecipe):
         return {}
 
 
-def train(parallel, *, optimizer=None, broken=(), nan_keys=(), state=None, steps=None):
+def train(parallel, *, optimizer=None, ema=False, broken=(), nan_keys=(), state=None):
     """Train the toy plan as one rank; return weights, optimizer tensors and facts (rank 0's) and what was told."""
     torch.set_num_threads(1)
     config = toy_config(parallel=parallel, optimizer=optimizer or {"max_grad_norm": 0.05}, precision={"autocast": "no"})
     engine = make_engine(config, device=torch.device("cpu"), exact=True)
-    recipe, recorder = PartsRecipe(nan_keys), ListRecorder(stop_at=steps)
+    recipe, recorder = PartsRecipe(nan_keys), ListRecorder()
     parameters = [one for one in recipe.module.parameters() if one.requires_grad]
     rate = config.optimizer.learning_rate
     if optimizer is None:  # the gradient itself: AdamW would hide a wrong factor
@@ -56,8 +58,11 @@ def train(parallel, *, optimizer=None, broken=(), nan_keys=(), state=None, steps
             config.optimizer.name, {"network": parameters}, learning_rates={"network": rate}, eps=config.optimizer.eps
         )
     model = engine.prepare(recipe.module, made)
-    names = {parameter: name for name, parameter in recipe.module.named_parameters()}
-    trained = Trained(recipe, engine, model, made, names)
+    by_name = dict(recipe.module.named_parameters())
+    names = {parameter: name for name, parameter in by_name.items()}
+    average = make_ema(EmaConfig(enabled=ema, decay=0.5), by_name)
+    trained = Trained(recipe, engine, model, made, names, average)
+    shown = [show(recipe.module)]  # a preview before the first step, as when a launch finishes what another began
     if state is not None:
         trained.load(state)
     plan = toy_plan(config)
@@ -65,12 +70,22 @@ def train(parallel, *, optimizer=None, broken=(), nan_keys=(), state=None, steps
     end, _ = train_epoch(
         plan, batches, position=Position(chunk="toy/0000"), config=config, trained=trained, recorder=recorder
     )
+    with trained.shown():
+        shown.append(show(recipe.module))
+    shown.append(show(recipe.module))
     tensors, facts = trained.tensors(), {"global_step": end.global_step, **trained.facts()}
     if engine.rank != 0:
         help_snapshot(tensors)
-        return {"rows": recorder.rows, "events": recorder.events}
+        return {"rows": recorder.rows, "events": recorder.events, "shown": shown}
     snapshot = take_snapshot(tensors, facts)
-    return {"rows": recorder.rows, "events": recorder.events, "tensors": snapshot.tensors, "facts": snapshot.facts}
+    told = {"rows": recorder.rows, "events": recorder.events, "shown": shown}
+    return {**told, "tensors": snapshot.tensors, "facts": snapshot.facts}
+
+
+@torch.no_grad()
+def show(module):
+    """Call networks as a preview does: one by one, without the module around them."""
+    return module[2](module[0](torch.ones(1, 48)))
 
 
 class SavedState(LoadedState):
@@ -124,6 +139,8 @@ def assert_same(ours, theirs) -> None:
         for name, tensor in tensors.items():
             torch.testing.assert_close(ours["tensors"][component][name], tensor, rtol=1e-5, atol=1e-6, msg=name)
     assert ours["facts"] == theirs["facts"]
+    for one, other in zip(ours["shown"], theirs["shown"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for row, expected in zip(ours["rows"], theirs["rows"], strict=True):
         assert row.keys() == expected.keys()
         for key in {"train/loss", "train/grad_norm"} & expected.keys():
@@ -196,6 +213,28 @@ def test_a_state_for_another_network_is_refused_in_parts(tmp_path, strategy):
 
     with pytest.raises(AssertionError, match="1, 1"):
         train_on(2, tmp_path / "run", parallel={"strategy": strategy}, optimizer=ADAM, state=before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "optimizer", "ema"),
+    [
+        (FSDP, {"name": "schedule_free", "learning_rate": 0.1}, False),
+        (FSDP, ADAM, True),
+        pytest.param({"strategy": "zero2"}, ADAM, True, marks=needs_deepspeed),
+    ],
+    ids=["schedule free", "fsdp2", "zero2"],
+)
+def test_averages_are_shown_and_saved_as_those_of_one_process(tmp_path, parallel, optimizer, ema):
+    if optimizer["name"] == "schedule_free":
+        pytest.importorskip("schedulefree")
+    alone = train({}, optimizer=optimizer, ema=ema)
+
+    ours = train_on(2, tmp_path / "run", parallel=parallel, optimizer=optimizer, ema=ema)
+
+    assert_same(ours[0], alone)
+    assert not torch.equal(alone["shown"][1], alone["shown"][2])
+    torch.testing.assert_close(ours[1]["shown"], alone["shown"], rtol=1e-5, atol=1e-5)
 
 
 def test_single_refuses_several_processes(monkeypatch):

@@ -54,17 +54,14 @@ class ZeroEngine(PlainEngine):
         self._deepspeed, self._zero, *_ = self._library.initialize(
             model=module, optimizer=optimizer, config=self._settings(), dist_init_required=False
         )
-        prepared: nn.Module = self._deepspeed
-        self._prepared = prepared
-        return prepared
+        self._prepared = self._deepspeed
+        return self._deepspeed  # type: ignore[no-any-return]
 
     def _settings(self) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.stage}
         pinned = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
-        if self._offload != "none":
-            zero["offload_optimizer"] = pinned
-        if self._offload == "optimizer_and_weights":
-            zero["offload_param"] = pinned
+        zero |= {"offload_optimizer": pinned} if self._offload != "none" else {}
+        zero |= {"offload_param": pinned} if self._offload == "optimizer_and_weights" else {}
         return {
             "train_micro_batch_size_per_gpu": 1,  # is read by nothing, but must be there
             "gradient_accumulation_steps": 1,

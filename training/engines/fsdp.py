@@ -9,9 +9,9 @@ gradients lie on every process until then), or after each micro-batch (only part
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,7 @@ class FsdpEngine(PlainEngine):
             param_dtype=self._compute, reduce_dtype=torch.float32 if self._compute else None, cast_forward_inputs=False
         )
         # Direct children, too: previews call the networks one by one, without the module around them.
-        for unit in [*_blocks(module), *_with_own_parameters(module.children()), module]:
+        for unit in [*_blocks(module), *_units(module.children()), module]:
             fully_shard(unit, mesh=self._mesh, mp_policy=policy)
         for unit in self._units():
             unit.set_force_sum_reduction_for_comms(True)
@@ -152,13 +152,19 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             for member in child:
-                if isinstance(member, nn.ModuleList):
-                    yield from _with_own_parameters(member)
-                else:
-                    yield from _with_own_parameters([member])
+                yield from _units(member if isinstance(member, nn.ModuleList) else [member])
         else:
             yield from _blocks(child)
 
 
-def _with_own_parameters(modules: Any) -> Iterator[nn.Module]:
-    return (cast(nn.Module, one) for one in modules if any(True for _ in one.parameters()))
+def _units(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """Yield those that can be gathered alone: not lists, and not layers of transformers that are computed twice.
+
+    The latter recompute around their call, where FSDP would not gather again.
+    """
+    for one in modules:
+        is_recomputed = bool(getattr(one, "gradient_checkpointing", False)) and hasattr(
+            one, "_gradient_checkpointing_func"
+        )
+        if any(True for _ in one.parameters()) and not isinstance(one, nn.ModuleList) and not is_recomputed:
+            yield one

@@ -4,11 +4,15 @@ Attribute names are checkpoint keys (`channelwise.2.gamma`, `attention.attn.in_p
 How the blocks are put together is in network.py.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 NORM_EPSILON = 1e-6
 MAX_POSITIONS = 10_000
@@ -50,8 +54,26 @@ class GlobalResponseNorm(nn.Module):
         return scaled.to(x.dtype)
 
 
+def recomputable(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a block compute its activations again in the backward pass where its `recomputes` is set.
+
+    Inside of the block, so that hooks around its call (FSDP2's) run once: recomputing around them fails there.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *inputs: Tensor | None) -> Tensor:
+        if self.recomputes and torch.is_grad_enabled():
+            output: Tensor = checkpoint(functools.partial(forward, self), *inputs, use_reentrant=False)
+            return output
+        return forward(self, *inputs)
+
+    return wrapped
+
+
 class ResBlock(nn.Module):
     """Depthwise convolution, then a per-pixel MLP; `skip` joins the MLP's input where c_skip > 0."""
+
+    recomputes = False
 
     def __init__(self, width: int, *, c_skip: int, dropout: float) -> None:
         super().__init__()
@@ -65,6 +87,7 @@ class ResBlock(nn.Module):
             nn.Linear(width * 4, width),
         )
 
+    @recomputable
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         hidden = self.norm(self.depthwise(x))
         if skip is not None:
@@ -76,12 +99,15 @@ class ResBlock(nn.Module):
 class TimestepBlock(nn.Module):
     """Scale and shift by the noise level and the two unused conditions `sca` and `crp` of the published model."""
 
+    recomputes = False
+
     def __init__(self, width: int, c_r: int) -> None:
         super().__init__()
         self.mapper = nn.Linear(c_r, width * 2)
         self.mapper_sca = nn.Linear(c_r, width * 2)
         self.mapper_crp = nn.Linear(c_r, width * 2)
 
+    @recomputable
     def forward(self, x: Tensor, r_embeddings: Tensor) -> Tensor:
         """r_embeddings: (B, 3 * c_r) float32, for r, sca and crp."""
         r, sca, crp = r_embeddings.to(self.mapper.weight.dtype).chunk(3, dim=1)
@@ -132,6 +158,8 @@ class Attention2d(nn.Module):
 class AttnBlock(nn.Module):
     """Attend from every position to all positions (self_attn) and to the conditioning tokens."""
 
+    recomputes = False
+
     def __init__(self, width: int, c_cond: int, num_heads: int, *, self_attn: bool, dropout: float) -> None:
         super().__init__()
         self.self_attn = self_attn
@@ -139,6 +167,7 @@ class AttnBlock(nn.Module):
         self.attention = Attention2d(width, num_heads, dropout=dropout)
         self.kv_mapper = nn.Sequential(nn.SiLU(), nn.Linear(c_cond, width))
 
+    @recomputable
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         context = self.kv_mapper(condition)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from training.stage_c.blocks import (
     NORM_EPSILON,
@@ -268,6 +267,9 @@ class StageCNetwork(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Recompute every block in the backward pass instead of keeping its activations."""
         self.gradient_checkpointing = True
+        for block in self.iter_blocks():
+            assert isinstance(block, ResBlock | TimestepBlock | AttnBlock)
+            block.recomputes = True
 
     def condition_tokens(self, clip_text: Tensor, clip_text_pooled: Tensor, clip_img: Tensor | None) -> Tensor:
         """Return the conditioning sequence (B, T + seq * P + seq * I, c_cond); see forward for the inputs."""
@@ -335,8 +337,5 @@ class StageCNetwork(nn.Module):
                 extra = skip if index == 0 else None
             else:
                 extra = r_embeddings if isinstance(block, TimestepBlock) else condition
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, extra, use_reentrant=False)
-            else:
-                x = block(x, extra)
+            x = block(x, extra)
         return x
