@@ -4,6 +4,8 @@ from collections import Counter
 
 import pytest
 
+from training.cli import main
+
 pytestmark = pytest.mark.slow
 
 FIRST, SECOND = "real/0000", "real/0001"
@@ -49,10 +51,12 @@ def test_chunks_are_trained_again_in_order_also_when_that_is_killed(make_run, tm
 
     calm.train_all()
     killed.launch().kill_when(lambda: killed.last_step() >= done + 3)
+    assert main(["status", "--verify", "--run-dir", str(killed.root)]) == 0
     assert killed.train("--chunk", SECOND) == 3  # the first one is half trained
     assert f"chunk {SECOND}: {FIRST} is half trained" in killed.errors()[-1]
     assert killed.train("--chunks", ":") == 0
 
+    assert main(["status", "--verify", "--run-dir", str(killed.root)]) == 0
     assert killed.rows("trace.jsonl") == calm.rows("trace.jsonl")
     assert killed.final_files(SECOND) == calm.final_files(SECOND)
     assert set(trained(calm).values()) == {1}
