@@ -6,6 +6,7 @@ from pathlib import Path
 from sharding.chunk import Chunk
 from training.campaign import read_campaign
 from training.config import RunConfig
+from training.loading.remote import mirror_remote
 from training.plan_checks import check_captions
 from training.plan_report import PlanReport, plan_report
 from training.plan_totals import run_totals
@@ -32,6 +33,7 @@ def inspect_plan(
     Raises ChunkError for a chunk that is not in the run, ValueError for buckets that cannot be.
     """
     run_dir = RunDir(root) if root is not None else None
+    mirror_remote(config.data)
     campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=config.data.epochs)
     name = chunk_name or campaign.next
     if name is None:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ class RemoteWorkspace:
         (folder / SHARDS_ELSEWHERE).touch()
         try:
             raw = json.loads(content)
-            index, sha256 = raw["index"], raw["index_sha256"]
+            index, sha256 = Path(raw["index"]).name, raw["index_sha256"]  # a name, which leads nowhere else
         except (ValueError, KeyError, TypeError) as error:
             raise ChunkError(f"{self.url}/chunks/{name}/{CHUNK_JSON}: cannot be understood ({error!r})") from error
         self._copy(f"chunks/{name}/{index}", folder / index, sha256)
@@ -144,6 +144,8 @@ class RemoteWorkspace:
 
     def _bring(self, chunk: Chunk, shard: ShardFile) -> None:
         path = chunk.shard_path(shard.path)
+        if not path.is_relative_to(os.path.normpath(Workspace(self.folder).chunks)) or path.suffix != ".tar":
+            raise ChunkError(f"{self.url}/chunks/{chunk.name}: its shard {shard.path!r} is no tar of this workspace")
         if _has_size(path, shard.num_bytes):
             return
         with locked(path.parent):
@@ -171,7 +173,8 @@ class RemoteWorkspace:
         if sum(kept.values()) > self.max_bytes:
             raise ConfigError(
                 f"data.cache_gb: {self.max_bytes / 1e9:g} GB is too little for {chunk.name}"
-                f"{f' beside {beside.name}' if beside else ''}: {sum(kept.values()) / 1e9:.3g} GB"
+                f"{f' beside {beside.name}' if beside else ''}: {sum(kept.values()) / 1e9:.3g} GB; "
+                "raise it"
             )
         with locked(self.folder):
             _remove_half_files(Workspace(self.folder).chunks)
@@ -194,9 +197,8 @@ def _has_size(path: Path, num_bytes: int) -> bool:
 
 def _shards_in(chunks: Path, *, except_for: Collection[Path]) -> list[tuple[Path, int]]:
     """Return other shards with their sizes, the oldest first."""
-    paths = [
-        Path(os.path.normpath(path)) for path in sorted(chunks.glob("*/*/*.tar"))
-    ]  # as Chunk.shard_path gives them
+    # Normalised, as Chunk.shard_path gives them.
+    paths = [Path(os.path.normpath(path)) for path in sorted(chunks.glob("*/*/*.tar"))]
     found = [(path, path.stat()) for path in paths if path not in except_for]
     return [(path, facts.st_size) for path, facts in sorted(found, key=lambda item: item[1].st_mtime)]
 
@@ -204,8 +206,9 @@ def _shards_in(chunks: Path, *, except_for: Collection[Path]) -> list[tuple[Path
 def _remove_half_files(chunks: Path) -> None:
     """Delete what killed launches left; what another process is writing is younger."""
     for path in chunks.glob(f"*/*/*{TEMPORARY_MARK}*"):
-        if time.time() - path.stat().st_mtime > _HALF_FILE_SECONDS:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # it has just got its name
+            if time.time() - path.stat().st_mtime > _HALF_FILE_SECONDS:
+                path.unlink()
 
 
 @contextmanager

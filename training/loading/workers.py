@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data._utils import signal_handling
 
 from sharding.chunk import ChunkError
 from training.errors import LostWorkerError
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 3
 """Of one loader: a machine that kills workers again and again needs other settings."""
+_END_SECONDS = 5.0
 _PRELOADED = "training.chunk_data"
 _STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
@@ -73,10 +75,23 @@ class Loader(Iterator[Batch]):
 
     def close(self) -> None:
         """End the workers; the loader gives nothing more."""
-        if self._processes():
-            # Not left to garbage collection: an error that is being handled holds the iterator.
-            self._batches._shutdown_workers()  # type: ignore[attr-defined]
+        batches: Any = self._batches
         self._batches = iter(())
+        if not hasattr(batches, "_workers") or batches._shutdown:
+            return
+        # Killed, not asked: asking takes a lock that a worker which was killed may have died with, and would wait for
+        # ever. Workers hold nothing that has to be put away. Nor is it left to garbage collection: an error that is
+        # being handled holds the iterator.
+        batches._shutdown = True
+        signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
+        batches._worker_pids_set = False
+        for worker in batches._workers:
+            worker.kill()
+        for worker in batches._workers:
+            worker.join(_END_SECONDS)
+        for queue in batches._index_queues:
+            queue.cancel_join_thread()
+            queue.close()
 
     def _start(self) -> Iterator[Any]:
         rest = Subset(_Returning(self._data), range(self._given, len(self._data)))

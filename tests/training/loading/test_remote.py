@@ -190,6 +190,17 @@ def test_bytes_that_are_not_those_of_chunk_json_never_arrive(packed, tmp_path):
     assert shard.name not in {path.name for path in remote.folder.rglob("*")}
 
 
+def test_a_shard_that_would_lie_outside_of_the_folder_is_refused(packed, tmp_path):
+    remote = RemoteWorkspace(f"file://{packed}", tmp_path / "here", GIGABYTE)
+    remote.mirror(["newest/*"])
+    chunk = list_chunks(remote.folder / "chunks")[0]
+    for path in ("../../../../outside.tar", "shard.txt"):
+        bad = replace(chunk, info=replace(chunk.info, shards=(replace(chunk.info.shards[0], path=path),)))
+
+        with pytest.raises(ChunkError, match="is no tar of this workspace"):
+            remote.fetch(bad)
+
+
 def test_a_workspace_of_ones_own_is_never_made_a_mirror(packed, tmp_path):
     own = shutil.copytree(packed, tmp_path / "own")
 

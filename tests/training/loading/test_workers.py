@@ -20,13 +20,9 @@ def chunk(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """torch looks after its workers only when none has given anything for so long; 5 s by itself."""
-    from torch.utils.data import _utils
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-    monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.3)
-    default = _utils.MP_STATUS_CHECK_INTERVAL
-    import torch.utils.data.dataloader as dataloader
-
-    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (default,))
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.3,))
 
 
 def content(batch):
@@ -50,6 +46,7 @@ def test_a_killed_worker_costs_a_warning_and_no_batch(chunk, caplog):
     assert "1 of 3 times" in caplog.text
 
 
+@pytest.mark.slow
 def test_workers_that_are_killed_again_and_again_end_the_launch(chunk, monkeypatch):
     monkeypatch.setattr("training.loading.workers.MAX_RESTARTS", 1)
     loader = make_loader(make_data(chunk, make_plan(chunk, micro_batch_size=1)), workers=1, prefetch=1)
