@@ -65,7 +65,7 @@ def train_epoch(
     """Train the steps of `plan` from position.step on; return the new position and why it stopped ("" at the end).
 
     batches: this rank's micro-batches from that step on, in plan order. pass_over: global steps, counted from 1, that
-    are not tried (`training.rollback`).
+    are not tried (`chunk_run` rolled back because of them).
 
     Raises NonFiniteError, BrokenDataError; the last saved state stays intact.
     """
