@@ -3,6 +3,8 @@
 No memory is used and nothing is computed; a few seconds for the 3.6 B network. See `live_bytes` for what is counted.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +16,7 @@ from training.memory.architecture import Architecture, make_modules
 from training.memory.gpu_rules import GpuRules
 from training.memory.live_bytes import LiveBytes
 from training.recipes.stage_c import StageCModel
+from training.stage_c.blocks import recomputable
 from training.stage_c.text import WINDOW_TOKENS
 
 Gradients = Literal["kept", "grown", "released"]
@@ -90,13 +93,19 @@ def _prepare(model: StageCModel, settings: Pass, rules: GpuRules) -> None:
     if not settings.checkpointing:
         return
     network.enable_gradient_checkpointing()
-    blocks: list[nn.Module] = list(network.iter_blocks())
+    for block in network.iter_blocks():
+        block.forward = functools.partial(recomputable(_ruled(block, rules)), block)
     if text is not None:
         text.text_model.gradient_checkpointing_enable({"use_reentrant": False})
         # Their parts: where in a layer transformers puts its checkpoint differs between releases.
-        blocks += [part for layer in text.text_model.text_model.encoder.layers for part in layer.children()]
-    for block in blocks:
-        block.forward = rules.around(block.forward)
+        for part in [part for layer in text.text_model.text_model.encoder.layers for part in layer.children()]:
+            part.forward = rules.around(part.forward)
+
+
+def _ruled(block: nn.Module, rules: GpuRules) -> Callable[..., Tensor]:
+    """Return what a block computes, and computes again, under the rules."""
+    inner = rules.around(functools.partial(inspect.unwrap(type(block).forward), block))
+    return lambda _, *inputs: inner(*inputs)
 
 
 def _step(
