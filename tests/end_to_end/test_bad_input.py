@@ -103,12 +103,15 @@ def test_a_damaged_picture_is_counted_and_left_out(make_run, real_workspace, tmp
     data[row["image_offset"] : row["image_offset"] + row["image_bytes"]] = bytes(row["image_bytes"])
     shard.write_bytes(data)
     options = (*ONE_EPOCH, f"data.workspace='{workspace}'")
-    run = make_run(tmp_path / "run", *options, "data.max_broken_fraction=0.1")
-    strict = make_run(tmp_path / "strict", *options)
+    unchecked = (*options, "data.verify_shards='size'")
+    run = make_run(tmp_path / "run", *unchecked, "data.max_broken_fraction=0.1")
+    strict = make_run(tmp_path / "strict", *unchecked)
+    checked = make_run(tmp_path / "checked", *options, "data.max_broken_fraction=0.1")
 
-    codes = [run.train("--chunk", FIRST), strict.train("--chunk", FIRST)]
+    codes = [each.train("--chunk", FIRST) for each in (run, strict, checked)]
 
-    assert codes == [0, 3], run.log.read_text()
+    assert codes == [0, 3, 3], run.log.read_text()
+    assert f"the image {row['key']} at byte {row['image_offset']} has SHA-256" in checked.errors()[0]
     assert [line["keys"] for line in run.events("broken")] == [[row["key"]]]
     assert run.events("chunk_done")[0]["images_trained"] == 17
     assert "max_broken_fraction 0.01" in strict.errors()[0]
