@@ -1,34 +1,22 @@
 """One launch at a time writes to a run: a lock that survives kill -9, reboots and requeues.
 
-    lock            who holds it, as JSON; there exactly while it is held
-    fence/000017    the claim: `lock` is a second name of the highest one. Its mtime is the heartbeat
-    fence/000017.released
-
-The holder is whoever made the claim with the highest number. A claim is made with link(), which fails if the name
-exists, so of two processes that want number 18 one gets it; that holds on local disks, NFS and Lustre alike, and needs
-no lock daemon. (Where there are no hard links: exclusive creation.) A claim is never changed, and the highest never
-deleted, so numbers only grow. `check` lists the folder, which NFS answers freshly, unlike a look-up by name.
-A process that was fenced off between a `check` and its write can still finish that one write.
+Files and numbers are in `lock_claims`, what tells launches apart in `launch_identity`. A process that was fenced off
+between a `check` and its write can still finish that one write.
 """
 
-import contextlib
-import errno
-import json
 import logging
 import os
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from sharding.files import fsync_folder
+from training.launch_identity import Launch, numbers_mean_the_same, this_launch, why_dead
+from training.lock_claims import Claims, Holder
 
 logger = logging.getLogger(__name__)
 
-_RELEASED = ".released"
 _BEATS_PER_HEARTBEAT = 3
 
 
@@ -38,65 +26,6 @@ class LockHeldError(ValueError):
 
 class LockLostError(RuntimeError):
     """Another launch took the run over; this one must not write any more."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What tells one launch's process from all others. None: unknown on this system, or not under Slurm."""
-
-    host: str
-    boot_id: str | None
-    pid_namespace: str | None
-    pid: int
-    process_start: str | None
-    slurm_job_id: str | None
-    slurm_restart_count: int
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The contents of `lock`."""
-
-    number: int
-    launch: Launch
-    since: str
-    """UTC."""
-    heartbeat_seconds: float
-
-    def __str__(self) -> str:
-        launch = self.launch
-        job = f", Slurm job {launch.slurm_job_id} restart {launch.slurm_restart_count}" if launch.slurm_job_id else ""
-        return f"process {launch.pid} on {launch.host}{job}, since {self.since}"
-
-
-def this_launch() -> Launch:
-    """Describe this process."""
-    return Launch(
-        host=socket.gethostname(),
-        boot_id=_read_text(Path("/proc/sys/kernel/random/boot_id")),
-        pid_namespace=_pid_namespace(),
-        pid=os.getpid(),
-        process_start=process_start(os.getpid()),
-        slurm_job_id=os.environ.get("SLURM_JOB_ID") or None,
-        slurm_restart_count=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
-    )
-
-
-def process_start(pid: int) -> str | None:
-    """Return when a process started, in a form only good for comparing; None when it is dead (or a zombie).
-
-    From /proc where there is one (clock ticks since boot), else from `ps` (a date).
-    """
-    if Path("/proc/self/stat").exists():
-        stat = _read_text(Path(f"/proc/{pid}/stat"))
-        if stat is None:
-            return None
-        after_name = stat[stat.rindex(")") + 2 :].split()  # the name may hold spaces and brackets
-        return None if after_name[0] in "ZX" else after_name[19]
-    if os.name == "nt":  # no cheap way; `_numbers_mean_the_same` leaves it to the heartbeat
-        return None
-    result = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
 
 
 @dataclass(frozen=True)
@@ -120,23 +49,24 @@ def holder_state(path: Path, *, now: float | None = None) -> HolderState | None:
 
     now: seconds on the clock of the file system; this machine's when None.
     """
-    number, is_released = _highest(_fence(path))
-    holder = read_holder(path)
-    beat = _mtime(_fence(path) / _name(number))
-    if is_released or holder is None or beat is None:
+    claims = Claims(path)
+    number, _ = claims.highest()
+    holder, beat = read_holder(path), claims.beat_time(number)
+    if holder is None or beat is None:
         return None
     age_seconds, me = max((time.time() if now is None else now) - beat, 0.0), this_launch()
-    reason = _why_dead(holder, me, beat) or ""
+    reason = why_dead(holder.launch, me, beat) or ""
     limit_seconds = 2 * holder.heartbeat_seconds
-    if not reason and not _numbers_mean_the_same(holder.launch, me) and age_seconds > limit_seconds:
-        reason = f"no heartbeat for {age_seconds:.0f} s (limit {limit_seconds:.0f} s)"
+    if not reason and not numbers_mean_the_same(holder.launch, me) and age_seconds > limit_seconds:
+        reason = _silence(age_seconds, limit_seconds)
     return HolderState(holder, age_seconds, not reason, reason)
 
 
 def read_holder(path: Path) -> Holder | None:
     """Return who holds the lock at `path`, dead or alive; None when nobody does. For `status`."""
-    number, is_released = _highest(_fence(path))
-    return None if is_released or number == 0 else _read_claim(_fence(path), number)
+    claims = Claims(path)
+    number, is_released = claims.highest()
+    return None if is_released or number == 0 else claims.read(number)
 
 
 class RunLock:
@@ -145,7 +75,7 @@ class RunLock:
     def __init__(self, path: Path, holder: Holder) -> None:
         self.path = path
         self.holder = holder
-        self._claim = _fence(path) / _name(holder.number)
+        self._claims = Claims(path)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="run-lock-heartbeat", daemon=True)
         self._thread.start()
@@ -166,46 +96,18 @@ class RunLock:
         and gives up at the first beat. A living process of this host keeps it, however late its heartbeat.
         now: seconds on the clock of the file system that holds `path`, which is asked when None.
         """
-        fence = _fence(path)
-        fence.mkdir(parents=True, exist_ok=True)
-        me = this_launch()
-        watched: tuple[int, float] | None = None
+        claims, me = Claims(path), this_launch()
+        claims.folder.mkdir(parents=True, exist_ok=True)
         while True:
-            number, is_released = _highest(fence)
-            if number and not is_released:
-                holder = _read_claim(fence, number)
-                beat = _mtime(fence / _name(number))
-                if beat is None:  # a newer claim was made and this one removed
-                    continue
-                reason = _why_dead(holder, me, beat)
-                if reason is None:
-                    age_seconds = (now() if now else _file_system_now(fence)) - beat
-                    limit_seconds = 2 * holder.heartbeat_seconds if holder else 2 * heartbeat_seconds
-                    is_near = holder is not None and _numbers_mean_the_same(holder.launch, me)
-                    if is_near or (watched is not None and watched != (number, beat)):
-                        raise LockHeldError(
-                            f"{path.parent}: in use by {holder}, last heartbeat {age_seconds:.0f} s ago; wait for it, "
-                            f"or ask it to stop with `touch {path.with_name('stop')}`"
-                        )
-                    if age_seconds <= limit_seconds:
-                        if watched is None:
-                            logger.warning(
-                                "%s: held by %s; waiting up to %.0f s for a heartbeat", path, holder, limit_seconds
-                            )
-                        watched = (number, beat)
-                        sleep(min(1.0, limit_seconds / 10))
-                        continue
-                    reason = f"no heartbeat for {age_seconds:.0f} s (limit {limit_seconds:.0f} s)"
-                logger.warning("%s: taking over from %s: %s", path, holder or f"claim {number}", reason)
+            number = _wait_until_free(claims, me, heartbeat_seconds, now=now or claims.clock, sleep=sleep)
             since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             mine = Holder(number=number + 1, launch=me, since=since, heartbeat_seconds=heartbeat_seconds)
-            watched = None
-            if _claim(fence, mine):
+            if claims.claim(mine):
                 try:
-                    _show(path, fence / _name(mine.number))
+                    claims.show(mine.number)
                 except FileNotFoundError:  # slept so long that it was taken over and cleared away
                     continue
-                _remove_claims_below(fence, mine.number)
+                claims.remove_below(mine.number)
                 return cls(path, mine)
 
     @property
@@ -216,12 +118,12 @@ class RunLock:
     def check(self) -> None:
         """Raise LockLostError unless this lock is still the newest claim. Call before every write."""
         try:
-            number, is_released = _highest(self._claim.parent)
+            number, is_released = self._claims.highest()
         except FileNotFoundError:
             number, is_released = 0, False
         if number == self.number and not is_released:
             return
-        newer = _read_claim(self._claim.parent, number) if number > self.number else None
+        newer = self._claims.read(number) if number > self.number else None
         raise LockLostError(
             f"{self.path}: fencing number is {number}, ours is {self.number}: the run was taken over"
             f"{f' by {newer}' if newer else ''}; this launch stops writing"
@@ -238,10 +140,7 @@ class RunLock:
         except LockLostError as error:
             logger.warning("not released: %s", error)
             return
-        self._claim.with_name(self._claim.name + _RELEASED).touch()
-        self.path.unlink(missing_ok=True)
-        fsync_folder(self._claim.parent)
-        fsync_folder(self.path.parent)
+        self._claims.release(self.number)
 
     def __enter__(self) -> "RunLock":
         return self
@@ -252,10 +151,8 @@ class RunLock:
     def _beat(self) -> None:
         while not self._ended.wait(self.holder.heartbeat_seconds / _BEATS_PER_HEARTBEAT):
             try:
-                os.utime(self._claim)  # without times: the file server's clock, the same for all hosts
-                if not self.path.exists() or not self.path.samefile(self._claim):
-                    self.check()
-                    _show(self.path, self._claim)
+                self.check()
+                self._claims.beat(self.number)
             except (FileNotFoundError, LockLostError) as error:
                 logger.error("%s: heartbeat ends, the run was taken over (%s)", self.path, error)
                 return
@@ -263,156 +160,46 @@ class RunLock:
                 logger.warning("%s: heartbeat failed: %s", self.path, error)
 
 
-# --- judging a holder ---
+def _wait_until_free(
+    claims: Claims,
+    me: Launch,
+    heartbeat_seconds: float,
+    *,
+    now: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> int:
+    """Return the highest claim's number (0: none) once it is released or its holder is dead; see `RunLock.acquire`.
+
+    heartbeat_seconds: ours, for a claim that cannot be read.
+    """
+    watched: tuple[int, float] | None = None
+    while True:
+        number, is_released = claims.highest()
+        if number == 0 or is_released:
+            return number
+        holder, beat = claims.read(number), claims.beat_time(number)
+        if beat is None:  # a newer claim was made and this one removed
+            continue
+        reason = why_dead(holder.launch, me, beat) if holder is not None else None
+        age_seconds = now() - beat
+        limit_seconds = 2 * (holder.heartbeat_seconds if holder is not None else heartbeat_seconds)
+        is_near = holder is not None and numbers_mean_the_same(holder.launch, me)
+        if reason is None and (is_near or watched not in (None, (number, beat))):
+            raise LockHeldError(
+                f"{claims.lock_path.parent}: in use by {holder}, last heartbeat {age_seconds:.0f} s ago; wait for it, "
+                f"or ask it to stop with `touch {claims.lock_path.with_name('stop')}`"
+            )
+        if reason is not None or age_seconds > limit_seconds:
+            why = reason or _silence(age_seconds, limit_seconds)
+            logger.warning("%s: taking over from %s: %s", claims.lock_path, holder or f"claim {number}", why)
+            return number
+        if watched is None:
+            logger.warning(
+                "%s: held by %s; waiting up to %.0f s for a heartbeat", claims.lock_path, holder, limit_seconds
+            )
+        watched = (number, beat)
+        sleep(min(1.0, limit_seconds / 10))
 
 
-def _why_dead(holder: Holder | None, me: Launch, beat: float) -> str | None:
-    """Say why the holder cannot be alive; None when only its heartbeat can tell, or when it lives."""
-    if holder is None:
-        return None
-    launch = holder.launch
-    is_same_job = launch.slurm_job_id is not None and launch.slurm_job_id == me.slurm_job_id
-    if is_same_job and me.slurm_restart_count > launch.slurm_restart_count:
-        return f"Slurm job {me.slurm_job_id} was restarted (restart {me.slurm_restart_count})"
-    if launch.host == me.host and launch.boot_id != me.boot_id:
-        # Two machines may carry one name: a beat since our boot cannot be from before it.
-        boot_time = _boot_time()
-        return "the machine was restarted" if boot_time is not None and beat < boot_time else None
-    if not _numbers_mean_the_same(launch, me):
-        return None
-    start = process_start(launch.pid)
-    if start is None:
-        return f"process {launch.pid} is dead"
-    return f"process number {launch.pid} is another process now" if start != launch.process_start else None
-
-
-def _numbers_mean_the_same(launch: Launch, me: Launch) -> bool:
-    """Tell whether process numbers mean the same to both, so that one can see whether the other lives."""
-    places = [(one.host, one.boot_id, one.pid_namespace) for one in (launch, me)]
-    return places[0] == places[1] and me.process_start is not None
-
-
-# --- claims ---
-
-
-def _fence(path: Path) -> Path:
-    return path.with_name("fence")
-
-
-def _name(number: int) -> str:
-    return f"{number:06d}"
-
-
-def _highest(fence: Path) -> tuple[int, bool]:
-    """Return the highest claim's number (0: none) and whether it was released."""
-    names = {path.name for path in fence.iterdir()} if fence.exists() else set()
-    number = max((int(name) for name in names if name.isdecimal()), default=0)
-    return number, _name(number) + _RELEASED in names
-
-
-def _claim(fence: Path, holder: Holder) -> bool:
-    """Make the claim; False when another process was faster."""
-    target = fence / _name(holder.number)
-    data = json.dumps(asdict(holder)).encode()
-    draft = fence / f"draft-{holder.launch.host}-{os.getpid()}-{threading.get_ident()}"
-    try:
-        _write(draft, data, os.O_TRUNC)
-        try:
-            os.link(draft, target)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                raise
-            try:
-                _write(target, data, os.O_EXCL)
-            except FileExistsError:
-                return False
-    finally:
-        draft.unlink(missing_ok=True)
-    fsync_folder(fence)
-    # A process that slept since it looked may have remade a number that was used and removed meanwhile.
-    if _highest(fence)[0] != holder.number:
-        target.unlink(missing_ok=True)
-        return False
-    return True
-
-
-def _write(path: Path, data: bytes, flag: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o644)
-    try:
-        os.write(descriptor, data)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _show(path: Path, claim: Path) -> None:
-    """Make `path` a second name of the claim, for people and for its mtime; a copy where there are no hard links."""
-    draft = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    try:
-        os.link(claim, draft)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        draft.write_bytes(claim.read_bytes())
-    os.replace(draft, path)
-    draft.unlink(missing_ok=True)  # replacing a link by a link to the same file leaves both
-    fsync_folder(path.parent)
-
-
-def _remove_claims_below(fence: Path, number: int) -> None:
-    for path in fence.iterdir():
-        if path.stem.isdecimal() and int(path.stem) < number:
-            path.unlink(missing_ok=True)
-
-
-def _read_claim(fence: Path, number: int) -> Holder | None:
-    """Return a claim's contents; None when it is gone or not yet whole (possible without hard links only)."""
-    try:
-        raw = json.loads((fence / _name(number)).read_text(encoding="utf-8"))
-        return Holder(**{**raw, "launch": Launch(**raw["launch"])})
-    except (FileNotFoundError, json.JSONDecodeError, TypeError, KeyError):
-        return None
-
-
-# --- the system ---
-
-
-def _mtime(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return None
-
-
-def _file_system_now(folder: Path) -> float:
-    """Return the time on the clock that gives files in `folder` their mtime."""
-    probe = folder / f"clock-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-    try:
-        probe.touch()
-        os.utime(probe)
-        return probe.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _boot_time() -> float | None:
-    for line in (_read_text(Path("/proc/stat")) or "").splitlines():
-        if line.startswith("btime "):
-            return float(line.split()[1])
-    return None
-
-
-def _pid_namespace() -> str | None:
-    with contextlib.suppress(OSError):
-        return str(Path("/proc/self/ns/pid").readlink())
-    return None
-
-
-def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return None
+def _silence(age_seconds: float, limit_seconds: float) -> str:
+    return f"no heartbeat for {age_seconds:.0f} s (limit {limit_seconds:.0f} s)"

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from training import lock
-from training.lock import LockHeldError, LockLostError, RunLock, read_holder, this_launch
+from training import launch_identity, lock
+from training.launch_identity import this_launch
+from training.lock import LockHeldError, LockLostError, RunLock, read_holder
 
 HOLD = """
 import sys, time
@@ -106,7 +107,7 @@ def test_a_lock_from_before_a_reboot_is_taken_over_at_once(path, monkeypatch):
     with monkeypatch.context() as patched:
         pretend(patched, boot_id="another")
         abandon(RunLock.acquire(path))
-    monkeypatch.setattr(lock, "_boot_time", lambda: time.time() + 5)
+    monkeypatch.setattr(launch_identity, "_boot_time", lambda: time.time() + 5)
 
     with RunLock.acquire(path) as held:
         assert held.number == 2

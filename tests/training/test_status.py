@@ -57,7 +57,7 @@ def test_a_live_launch_is_named_and_the_half_trained_chunk_with_what_a_kill_woul
 def test_the_lock_of_a_killed_launch_is_not_live(run, monkeypatch):
     lock = RunLock.acquire(run.run_dir.lock_path)
     lock._ended.set()  # its heartbeat ends, as that of a killed process
-    monkeypatch.setattr("training.lock.process_start", lambda pid: "later")  # another has its number now
+    monkeypatch.setattr("training.launch_identity.process_start", lambda pid: "later")  # another has its number now
 
     state = holder_state(run.run_dir.lock_path)
 
