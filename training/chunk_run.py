@@ -28,8 +28,8 @@ from training.preview import write_pictures
 from training.preview_prompts import preview_prompts
 from training.rank import Rank
 from training.retention import retain_exports, retain_finals
-from training.run_dir import StartedChunk
 from training.start_state import first_position, state_before, state_to_start_from
+from training.started_chunk import StartedChunk
 from training.state import check_room, help_snapshot, state_bytes, take_snapshot
 from training.state_folder import LoadedState, StateError, load_state, read_manifest, remove_states
 from training.step_report import StepReport

@@ -25,7 +25,8 @@ from training.loss_window import WINDOW
 from training.metrics_file import append_metrics, read_metrics, trim_metrics
 from training.position import Position
 from training.preview import read_pictures
-from training.run_dir import RunDir, StartedChunk
+from training.run_dir import RunDir
+from training.started_chunk import StartedChunk
 from training.state_folder import load_state, read_manifest
 from training.status_tables import count_images
 from training.step_report import StepReport

@@ -13,40 +13,20 @@ import logging
 import os
 import re
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow as pa
-
-from sharding.chunk import CHUNK_JSON, Chunk, ChunkError, load_chunk, read_index, seal
-from sharding.files import TEMPORARY_MARK, replacing, write_json
+from sharding.chunk import Chunk, seal
+from sharding.files import TEMPORARY_MARK, write_json
 from training.ledger import Ledger, LedgerError, Line, read_ledger
+from training.started_chunk import StartedChunk, copy_chunk, read_copy
 
 logger = logging.getLogger(__name__)
 
-_INDEX = "index.parquet"
-_SOURCE = "source.json"
 EXIT_FAILED = 1
-
-
-@dataclass(frozen=True)
-class StartedChunk(Chunk):
-    """A chunk as the run started it: the index is the run's copy, the shards are in the chunk's own folder."""
-
-    copy_folder: Path
-
-    @property
-    def index_path(self) -> Path:
-        return self.copy_folder / _INDEX
-
-    def read_index(self) -> pa.Table:
-        """Read the run's copy of the index. Raises ChunkError when it is missing or damaged."""
-        return read_index(self.index_path, expected_sha256=self.info.index_sha256)
 
 
 class RunDir:
@@ -189,13 +169,8 @@ class RunDir:
         where the shards are now, so a moved workspace is followed. Seals the chunk against replanning.
         Raises ChunkError when the copy's shards are missing or have another size.
         """
-        folder = self.chunk_folder(chunk.name)
         if self.started_chunk(chunk.name, check_shards=False) is None:
-            chunk.read_index()  # verified before it is copied
-            with replacing(folder / _INDEX) as temporary:
-                shutil.copyfile(chunk.index_path, temporary)
-            write_json(folder / _SOURCE, {"folder": str(chunk.folder.absolute())})
-            write_json(folder / CHUNK_JSON, asdict(replace(chunk.info, index=_INDEX)))  # last: this is the commit
+            copy_chunk(chunk, self.chunk_folder(chunk.name))
         started = self.started_chunk(chunk.name, chunk_folder=chunk.folder)
         assert started is not None
         if started.info.digest != chunk.info.digest:
@@ -214,21 +189,9 @@ class RunDir:
         chunk_folder: where the chunk lies now; where it was at the start when None. A chunk that moved is noted.
         Raises ChunkError when the copy is damaged or its shards are missing or have another size.
         """
-        copy_folder = self.chunk_folder(name)
-        if not (copy_folder / CHUNK_JSON).exists():
-            return None
-        info = load_chunk(copy_folder).info
-        source = _read_json(copy_folder / _SOURCE)
-        if source is None:
-            raise ChunkError(f'{copy_folder / _SOURCE}: missing; restore it: {{"folder": "the chunk\'s folder"}}')
-        folder = Path(source["folder"])
-        if chunk_folder is not None and chunk_folder.absolute() != folder:
-            logger.info("chunk %s: shards are now read from %s, not %s", name, chunk_folder, folder)
-            folder = chunk_folder.absolute()
-            write_json(copy_folder / _SOURCE, {"folder": str(folder)})
-        chunk = StartedChunk(folder=folder, info=info, copy_folder=copy_folder)
-        if check_shards:
-            _require_shards(chunk)
+        chunk = read_copy(self.chunk_folder(name), chunk_folder=chunk_folder)
+        if chunk is not None and check_shards:
+            chunk.require_shards()
         return chunk
 
     # --- the end of a chunk ---
@@ -240,23 +203,6 @@ class RunDir:
     def read_complete(self, chunk: str) -> dict[str, Any] | None:
         """Return what complete.json says; None when the chunk is not complete."""
         return _read_json(self.complete_path(chunk))
-
-
-def _require_shards(chunk: Chunk) -> None:
-    for shard in chunk.info.shards:
-        path = chunk.shard_path(shard.path)
-        try:
-            num_bytes = path.stat().st_size
-        except FileNotFoundError:
-            raise ChunkError(
-                f"chunk {chunk.name}: shard {path} is missing, and this run has started the chunk with it; "
-                "restore it, or name the chunk's new place if the workspace moved"
-            ) from None
-        if num_bytes != shard.num_bytes:
-            raise ChunkError(
-                f"chunk {chunk.name}: shard {path} has {num_bytes:,} bytes, {shard.num_bytes:,} are right: it was "
-                "cut short or replaced; run `python -m sharding verify`, then restore it or pack the chunk again"
-            )
 
 
 def _slurm_job() -> dict[str, Any]:

@@ -8,7 +8,8 @@ import pytest
 
 from sharding.chunk import Chunk, ChunkError, Sample, commit_chunk, is_sealed, open_chunk, write_shard
 from training.ledger import LedgerError
-from training.run_dir import RunDir, StartedChunk
+from training.run_dir import RunDir
+from training.started_chunk import StartedChunk
 
 
 def make_chunk(folder: Path, *, caption: str = "a cat", num_samples: int = 3) -> Chunk:
