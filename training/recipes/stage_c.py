@@ -1,14 +1,13 @@
 """The recipe `stage_c`: finetune Stable Cascade's stage C, with or without its text encoder.
 
 Pixels → EfficientNet latents (frozen, fp32) → noised at a counted timestep → the network predicts the noise, given the
-caption's CLIP states. Mathematics and file formats live in `training.stage_c`; nothing here talks to other ranks.
+caption's CLIP states. The parts are in `training.stage_c` (latents, conditioning, objective, model, sampling, formats);
+this file puts them together. Nothing here talks to other ranks.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -16,40 +15,16 @@ from torch import Tensor, nn
 from sharding.files import digest_of
 from training.chunk_data import Batch
 from training.config import Prompt, RunConfig
-from training.randomness import SampleIdentity, normal, uniform
 from training.recipes.base import ExportFile, Loss, SampleResult
-from training.stage_c.effnet import EffNetEncoder, load_effnet
+from training.stage_c.conditioning import Conditioning
 from training.stage_c.formats import load_stage_c, modelspec, save_stage_c
-from training.stage_c.gdf import AdaptiveLossWeight, diffuse, p2_weight, sample, timestep_from_uniform
-from training.stage_c.network import StageCNetwork
+from training.stage_c.latents import LatentEncoder
+from training.stage_c.model import StageCModel
+from training.stage_c.objective import Objective
 from training.stage_c.previewer import Previewer, load_previewer
-from training.stage_c.text import TextConditioner, load_text_model, load_tokenizer, save_text_model, tokenize
+from training.stage_c.sampling import draw_latents, picture
+from training.stage_c.text import save_text_model
 from training.tensor_file import digest_of_tensors
-
-PIXELS_PER_LATENT = 32  # of what the encoder sees
-
-
-class StageCModel(nn.Module):
-    """Everything that is trained, in one module with one forward."""
-
-    def __init__(self, network: StageCNetwork, text: TextConditioner | None) -> None:
-        super().__init__()
-        self.network = network
-        self.text = text
-
-    def forward(
-        self, noised: Tensor, r: Tensor, *, windows: Tensor, states: tuple[Tensor, Tensor] | None, mask: bool
-    ) -> Tensor:
-        """Return the predicted noise (B, 16, H, W).
-
-        noised: (B, 16, H, W); r: (B,) noise level; windows: (B, W, 77) token ids, read when the text encoder is
-        trained here; states: (clip_text, clip_text_pooled) of a frozen one.
-        """
-        if self.text is not None:
-            states = self.text(windows, mask)
-        assert states is not None
-        predicted: Tensor = self.network(noised, r, *states)
-        return predicted
 
 
 class StageC:
@@ -58,13 +33,14 @@ class StageC:
     def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._settings = config.stage_c
-        self._adaptive = AdaptiveLossWeight() if self._settings.loss_weighting == "adaptive" else None
+        self._objective = Objective(self._settings)
+
+    # --- networks ---
 
     def load(self, device: torch.device) -> None:
         """Load all networks; raises FileNotFoundError or WeightsError naming the file and its keys."""
         settings = self._settings
         self._device = device
-        self._tokenizer = load_tokenizer(settings.tokenizer)
         # fp16 is cast later, where values that do not fit are found; bf16 holds all of them, in half the memory.
         dtype = torch.bfloat16 if self._config.precision.weights == "bf16" else torch.float32
         network = load_stage_c(settings.network, dtype=dtype)
@@ -73,23 +49,18 @@ class StageC:
         network.clip_img_mapper.weight.requires_grad_(False)
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        text_dtype = dtype if settings.train_text_encoder else torch.float32
-        text = TextConditioner(load_text_model(settings.text_encoder, text_dtype))
-        text_width = text.text_model.config.hidden_size
-        if text_width != network.config.c_clip_text:
+        self._conditioning = Conditioning(settings, device=device, dtype=dtype)
+        if self._conditioning.text_width != network.config.c_clip_text:
             raise ValueError(
-                f"stage_c.text_encoder gives states of width {text_width}, stage_c.network expects "
+                f"stage_c.text_encoder gives states of width {self._conditioning.text_width}, stage_c.network expects "
                 f"{network.config.c_clip_text}: {settings.text_encoder} and {settings.network} do not belong together"
             )
-        self._text: TextConditioner = text.to(device)
-        if settings.train_text_encoder and settings.gradient_checkpointing:
-            text.text_model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._text.train(settings.train_text_encoder).requires_grad_(settings.train_text_encoder)
-        self._effnet: EffNetEncoder = load_effnet(Path(settings.effnet), device=device).requires_grad_(False)
+        self._latents = LatentEncoder(settings, device=device)
         self._previewer: Previewer | None = None
         if settings.previewer is not None:
             self._previewer = load_previewer(Path(settings.previewer), device=device).requires_grad_(False)
-        self._model = StageCModel(network.to(device), self._text if settings.train_text_encoder else None).train()
+        text = self._conditioning.text if settings.train_text_encoder else None
+        self._model = StageCModel(network.to(device), text).train()
 
     def trainable(self) -> nn.Module:
         return self._model
@@ -106,14 +77,16 @@ class StageC:
         return {"network": optimizer.learning_rate, "text_encoder": text_rate}
 
     def frozen_digests(self) -> dict[str, str]:
-        frozen: dict[str, nn.Module] = {"stage_c.effnet": self._effnet}
+        frozen: dict[str, nn.Module] = {"stage_c.effnet": self._latents.effnet}
         if self._model.text is None:
-            frozen["stage_c.text_encoder"] = self._text
-        vocabulary = sorted(self._tokenizer.get_vocab().items())
+            frozen["stage_c.text_encoder"] = self._conditioning.text
+        vocabulary = sorted(self._conditioning.tokenizer.get_vocab().items())
         return {
             **{key: digest_of_tensors(module.state_dict()) for key, module in frozen.items()},
             "stage_c.tokenizer": digest_of(vocabulary),
         }
+
+    # --- the loss ---
 
     def loss(self, model: nn.Module, batch: Batch, *, timesteps: Sequence[float] | None = None) -> Loss:
         """Return epsilon-prediction losses; timestep and noise are counted by each sample's identity.
@@ -121,78 +94,48 @@ class StageC:
         A sample's loss is the mean over channels and cells of mask × squared error, the mask being 1 without one: what
         a mask hides counts as no error, and does not raise the weight of what it shows (as kohya's --masked_loss).
         """
-        settings = self._settings
-        rgb = batch.images.to(self._device, non_blocking=True).float() / 255
-        latents = self._effnet.encode(rgb)
-        if timesteps is None:
-            numbers = [uniform(identity, "timestep") for identity in batch.identities]
-            t = timestep_from_uniform(torch.tensor(numbers, dtype=torch.float32))
-        else:
-            t = torch.tensor(timesteps, dtype=torch.float32)
-        shape = tuple(latents.shape[1:])
-        noise = np.stack([normal(identity, "noise", shape) for identity in batch.identities])
-        diffused = diffuse(latents, t.to(self._device), torch.from_numpy(noise).to(self._device))
-        tokens = tokenize(self._tokenizer, batch.captions, max_tokens=settings.max_tokens)
-        windows = tokens.windows.to(self._device)
-        states = None
-        if self._model.text is None:
-            with torch.no_grad():
-                states = self._text(windows, settings.attention_mask)
-        predicted = model(diffused.noised, diffused.r, windows=windows, states=states, mask=settings.attention_mask)
+        latents = self._latents.encode(batch.images)
+        t = self._objective.timesteps(batch.identities) if timesteps is None else torch.tensor(timesteps)
+        diffused = self._objective.diffuse(latents, t.float(), batch.identities)
+        tokens = self._conditioning.tokens(batch.captions)
+        states = self._conditioning.states(tokens.windows) if self._model.text is None else None
+        predicted = model(
+            diffused.noised, diffused.r, windows=tokens.windows, states=states, mask=self._settings.attention_mask
+        )
         squares = (predicted.float() - diffused.target).square()
         if (shown := batch.mask_at(*squares.shape[2:])) is not None:
             squares = squares * shown.to(self._device)
-        per_sample = squares.mean(dim=(1, 2, 3))
-        weights = p2_weight(diffused.logsnr) if self._adaptive is None else self._adaptive.weight(diffused.logsnr)
-        cut_tokens = (tokens.num_tokens - settings.max_tokens).clamp_min(0)
-        return Loss(per_sample, weights, {"timestep": t, "logsnr": diffused.logsnr, "cut_tokens": cut_tokens})
+        scalars = {"timestep": t, "logsnr": diffused.logsnr, "cut_tokens": self._conditioning.num_cut(tokens)}
+        return Loss(squares.mean(dim=(1, 2, 3)), self._objective.weights(diffused.logsnr), scalars)
 
     def after_step(self, results: Sequence[SampleResult]) -> None:
-        if self._adaptive is not None and results:
-            logsnr = torch.tensor([result.scalars["logsnr"] for result in results])
-            self._adaptive.update(logsnr, torch.tensor([result.loss for result in results]))
+        self._objective.after_step([one.scalars["logsnr"] for one in results], [one.loss for one in results])
 
     def state_tensors(self) -> dict[str, Tensor]:
-        return {} if self._adaptive is None else self._adaptive.state_dict()
+        return self._objective.state_dict()
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        if self._adaptive is not None:
-            self._adaptive.load_state_dict(tensors)
+        self._objective.load_state_dict(tensors)
 
-    @torch.no_grad()
+    # --- pictures and files ---
+
     def preview(self, prompts: Sequence[Prompt]) -> list[Image.Image]:
-        """Sample each prompt alone, with noise counted by its seed: a picture does not depend on its neighbours."""
         if self._previewer is None:
             raise ValueError("stage_c.previewer is not set: no picture can be made")
         was_training = self._model.training
         self._model.eval()
-        self._text.eval()
+        self._conditioning.text.eval()
         try:
-            return [self._preview_one(prompt, self._previewer) for prompt in prompts]
+            drawn = (
+                draw_latents(
+                    prompt, network=self._model.network, conditioning=self._conditioning, settings=self._settings
+                )
+                for prompt in prompts
+            )
+            return [picture(latents, self._previewer) for latents in drawn]
         finally:
             self._model.train(was_training)
-            self._text.train(self._settings.train_text_encoder)
-
-    def _preview_one(self, prompt: Prompt, previewer: Previewer) -> Image.Image:
-        settings = self._settings
-        identity = SampleIdentity(seed=prompt.seed, epoch=0, chunk="preview", key=f"{prompt.width}x{prompt.height}")
-        height, width = (latent_side(side, settings.encode_scale) for side in (prompt.height, prompt.width))
-        windows = tokenize(self._tokenizer, [prompt.text, prompt.negative], max_tokens=settings.max_tokens).windows
-        text, pooled = self._text(windows.to(self._device), settings.attention_mask)
-
-        def predict(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-            both = self._model.network(x.repeat(2, 1, 1, 1), r.repeat(2), text, pooled)
-            return both[:1], both[1:]
-
-        def noise(step: int) -> Tensor:
-            return torch.from_numpy(normal(identity, f"noise {step}", (1, 16, height, width))).to(self._device)
-
-        latents = sample(
-            predict, noise, num_steps=prompt.steps, shift=settings.preview_shift, cfg=prompt.guidance,
-            eta=1.0 if prompt.sampler == "ddpm" else 0.0,
-        )  # fmt: skip
-        pixels = (previewer(latents)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
-        return Image.fromarray(pixels)
+            self._conditioning.text.train(self._settings.train_text_encoder)
 
     def export(
         self,
@@ -211,7 +154,7 @@ class StageC:
         if self._model.text is not None:
             path = folder / "text_model.safetensors"
             own = _of(weights, "text.text_model.")
-            reports.append(save_text_model(self._text.text_model, path, dtype=dtype, state_dict=own))
+            reports.append(save_text_model(self._model.text.text_model, path, dtype=dtype, state_dict=own))
         return [ExportFile(report.path, report.num_overflowed, report.num_vanished) for report in reports]
 
 
@@ -219,8 +162,3 @@ def _of(weights: Mapping[str, Tensor] | None, prefix: str) -> dict[str, Tensor] 
     if weights is None:
         return None
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-
-
-def latent_side(pixels: int, encode_scale: float) -> int:
-    """Return the latent's side for a picture's side: ceil(pixels × scale / 32); 1024 is 24 at 3/4 and 32 at 1."""
-    return math.ceil(round(pixels * encode_scale / PIXELS_PER_LATENT, 6))

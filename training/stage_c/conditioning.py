@@ -1,0 +1,46 @@
+"""Captions of a batch → token windows → CLIP states, and who computes the states: trained, frozen or made ahead."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from training.config.stage_c import StageCConfig
+from training.stage_c.text import TextConditioner, TokenWindows, load_text_model, load_tokenizer, tokenize
+
+
+class Conditioning:
+    """Tokenizer and text model of a run. dtype: of a trained text model; a frozen one is fp32.
+
+    Raises FileNotFoundError or WeightsError naming the file and its keys.
+    """
+
+    def __init__(self, settings: StageCConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+        is_trained = settings.train_text_encoder
+        self._settings = settings
+        self._device = device
+        self.tokenizer = load_tokenizer(settings.tokenizer)
+        self.text = TextConditioner(load_text_model(settings.text_encoder, dtype if is_trained else torch.float32))
+        self.text.to(device).train(is_trained).requires_grad_(is_trained)
+        if is_trained and settings.gradient_checkpointing:
+            self.text.text_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def text_width(self) -> int:
+        """Channels of the states."""
+        return int(self.text.text_model.config.hidden_size)
+
+    def tokens(self, captions: Sequence[str]) -> TokenWindows:
+        """Return the captions' token windows (B, W, 77) on the device, and their counts on the CPU."""
+        tokens = tokenize(self.tokenizer, captions, max_tokens=self._settings.max_tokens)
+        return TokenWindows(tokens.windows.to(self._device), tokens.num_tokens)
+
+    def num_cut(self, tokens: TokenWindows) -> Tensor:
+        """Return (B,) how many tokens of each caption did not fit."""
+        return (tokens.num_tokens - self._settings.max_tokens).clamp_min(0)
+
+    @torch.no_grad()
+    def states(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (clip_text, clip_text_pooled) without gradient, of windows (B, W, 77)."""
+        clip_text, pooled = self.text(windows, self._settings.attention_mask)
+        return clip_text, pooled
