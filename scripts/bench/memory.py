@@ -72,7 +72,7 @@ def write_weights(folder: str, *, full: bool) -> None:
     from training.memory.architecture import CLIP_BIGG
     from training.stage_c.formats import save_stage_c
     from training.stage_c.network import StageCConfig, StageCNetwork
-    from training.stage_c.text import save_text_model
+    from training.stage_c.text_files import save_text_model
 
     root = Path(folder)
     make_stage_c_models(root, seed=0)

@@ -29,7 +29,8 @@ def make_stage_c_models(folder: Path, *, seed: int) -> dict[str, Path]:
     """
     from training.stage_c.clip_vocabulary import write_tokenizer_files
     from training.stage_c.effnet import save_effnet
-    from training.stage_c.formats import modelspec, save_stage_c
+    from training.stage_c.formats import save_stage_c
+    from training.stage_c.modelspec import modelspec
     from training.stage_c.previewer import save_previewer
 
     generator = torch.Generator().manual_seed(seed)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from training.config import RunConfig
 from training.stage_c.effnet import EffNetConfig
 from training.stage_c.effnet import config_from_state_dict as effnet_config_from
-from training.stage_c.formats import ANCHOR, CONFIG_METADATA_KEY, config_from_diffusers, to_original
+from training.stage_c.layouts import ANCHOR, to_original
 from training.stage_c.network import StageCConfig, config_from_state_dict
-from training.stage_c.text import ANCHOR as TEXT_ANCHOR
+from training.stage_c.network_config import config_from_diffusers, config_from_metadata
 from training.stage_c.text import BOS_ID, EOS_ID
-from training.stage_c.text import CONFIG_METADATA_KEY as TEXT_CONFIG_METADATA_KEY
+from training.stage_c.text_files import ANCHOR as TEXT_ANCHOR
+from training.stage_c.text_files import CONFIG_METADATA_KEY as TEXT_CONFIG_METADATA_KEY
 from training.stage_c.weight_files import TORCH_SUFFIXES, locate_component
 
 if TYPE_CHECKING:
@@ -100,12 +101,7 @@ def _network_config(path_or_id: str) -> StageCConfig | None:
     if not path.is_file():
         return None
     shapes, metadata = read_shapes(path, anchor=ANCHOR)
-    if (text := metadata.get(CONFIG_METADATA_KEY)) is not None:
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(text).items()
-        }
-        return StageCConfig(**values)
-    return config_from_state_dict(to_original(shapes))
+    return config_from_metadata(metadata, source=path) or config_from_state_dict(to_original(shapes))
 
 
 def _text_config(path_or_id: str) -> "CLIPTextConfig | None":

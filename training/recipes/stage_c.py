@@ -17,13 +17,14 @@ from training.chunk_data import Batch
 from training.config import Prompt, RunConfig
 from training.recipes.base import ExportFile, Loss, SampleResult
 from training.stage_c.conditioning import Conditioning
-from training.stage_c.formats import load_stage_c, modelspec, save_stage_c
+from training.stage_c.formats import load_stage_c, save_stage_c
 from training.stage_c.latents import LatentEncoder
 from training.stage_c.model import StageCModel
+from training.stage_c.modelspec import modelspec
 from training.stage_c.objective import Objective
 from training.stage_c.previewer import Previewer, load_previewer
 from training.stage_c.sampling import draw_latents, picture
-from training.stage_c.text import save_text_model
+from training.stage_c.text_files import save_text_model
 from training.tensor_file import digest_of_tensors
 
 
@@ -44,7 +45,7 @@ class StageC:
         # fp16 is cast later, where values that do not fit are found; bf16 holds all of them, in half the memory.
         dtype = torch.bfloat16 if self._config.precision.weights == "bf16" else torch.float32
         network = load_stage_c(settings.network, dtype=dtype)
-        network.set_dropout(settings.dropout)
+        network.set_dropout(settings.dropout, attention=settings.attention_dropout)
         # No image goes in, so its gradient is an exact zero: only weight decay would change it, run after run.
         network.clip_img_mapper.weight.requires_grad_(False)
         if settings.gradient_checkpointing:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from training.config.stage_c import StageCConfig
-from training.stage_c.text import TextConditioner, TokenWindows, load_text_model, load_tokenizer, tokenize
+from training.stage_c.text import TextConditioner, TokenWindows, load_tokenizer, tokenize
+from training.stage_c.text_files import load_text_model
 
 
 class Conditioning:

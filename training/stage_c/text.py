@@ -2,27 +2,19 @@
 
 Captions longer than 75 tokens are encoded as two or three windows of 77 (begin, 75 tokens, end) and put back together
 as one sequence of 152 or 227 states. The pooled vector only sees the first window. Transformers 4.57 and 5 both work.
-Making the caption text is not done here.
+Making the caption text is not done here; files of the text model are read and written in `text_files`.
 """
 
-import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from training.stage_c.clip_vocabulary import write_tokenizer_files
-from training.stage_c.weight_files import (
-    WeightsError,
-    WeightsReport,
-    load_into,
-    locate_component,
-    read_tensors,
-    write_tensors,
-)
+from training.stage_c.weight_files import locate_component
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase
@@ -30,8 +22,6 @@ if TYPE_CHECKING:
 BOS_ID, EOS_ID = 49_406, 49_407
 WINDOW_TOKENS = 75
 MAX_TOKENS_CHOICES = (75, 150, 225)
-CONFIG_METADATA_KEY = "chunkline.text_config"
-ANCHOR = "text_model.embeddings.token_embedding.weight"
 
 
 class TokenWindows(NamedTuple):
@@ -161,110 +151,3 @@ class TextConditioner(nn.Module):
     def forward(self, token_windows: Tensor, use_attention_mask: bool = False) -> tuple[Tensor, Tensor]:
         """Return (clip_text, clip_text_pooled) of token windows (B, W, 77); see encode."""
         return encode(self.text_model, token_windows, use_attention_mask=use_attention_mask)
-
-
-def load_text_model(
-    path_or_id: str | Path, dtype: torch.dtype = torch.float32, *, config_path: Path | None = None
-) -> "CLIPTextModelWithProjection":
-    """Load CLIPTextModelWithProjection from a folder, a hub id or a bare weights file, in evaluation mode.
-
-    A hub id or folder of a whole pipeline is read from its `text_encoder/`; `owner/name/sub` names another subfolder.
-    A bare file (.safetensors, as trainers
-    export it) takes its config from config_path, else from its own metadata, else from its shapes: heads of 64 and
-    exact GELU, right for CLIP bigG only. Prefixes such as `text_encoder.` and stray `position_ids` are dropped.
-
-    Raises FileNotFoundError if nothing is there, WeightsError if keys do not fit or the config cannot be known.
-    """
-    from transformers import CLIPTextModelWithProjection
-
-    path = Path(path_or_id)
-    if path.is_file():
-        return _load_bare_file(path, dtype, config_path)
-    source, subfolder = locate_component(path_or_id, "text_encoder", file_name="config.json")
-    try:
-        model, info = CLIPTextModelWithProjection.from_pretrained(
-            source, subfolder=subfolder, dtype=dtype, output_loading_info=True
-        )
-    except OSError as error:
-        raise FileNotFoundError(f"text model {str(path_or_id)!r}: could not be loaded ({error})") from error
-    problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info[key]}
-    if problems:
-        raise WeightsError(f"text model {str(path_or_id)!r}: {problems}; these weights would be random")
-    return model.eval()
-
-
-def _load_bare_file(path: Path, dtype: torch.dtype, config_path: Path | None) -> "CLIPTextModelWithProjection":
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    state_dict, metadata = read_tensors(path, anchor=ANCHOR, dtype=dtype)
-    state_dict = {key: value for key, value in state_dict.items() if not key.endswith("position_ids")}
-    if config_path is not None:
-        values = json.loads((config_path / "config.json" if config_path.is_dir() else config_path).read_text("utf-8"))
-    elif CONFIG_METADATA_KEY in metadata:
-        values = json.loads(metadata[CONFIG_METADATA_KEY])
-    else:
-        values = _config_from_shapes(state_dict, path)
-    with torch.device("meta"):
-        model = CLIPTextModelWithProjection(CLIPTextConfig(**values))
-    load_into(model, state_dict, source=path)
-    # The only buffer is not part of the file, so loading leaves it on the meta device.
-    embeddings = model.text_model.embeddings
-    embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
-    return model.eval()
-
-
-def _config_from_shapes(state_dict: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    try:
-        vocabulary, hidden = state_dict[ANCHOR].shape
-        intermediate = state_dict["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
-        positions = state_dict["text_model.embeddings.position_embedding.weight"].shape[0]
-        projection = state_dict["text_projection.weight"].shape[0]
-    except KeyError as error:
-        raise WeightsError(
-            f"{path}: key {error.args[0]!r} is missing; a CLIP text model with projection is needed"
-        ) from None
-    if hidden != 1280:
-        raise WeightsError(
-            f"{path}: hidden width {hidden} is not CLIP bigG's 1280, so heads and activation are unknown; "
-            "pass config_path with its config.json"
-        )
-    return {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": sum(key.endswith("mlp.fc1.weight") for key in state_dict),
-        "num_attention_heads": hidden // 64,
-        "max_position_embeddings": positions,
-        "projection_dim": projection,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-5,
-        "bos_token_id": BOS_ID,
-        "eos_token_id": EOS_ID,
-        "pad_token_id": EOS_ID,
-    }
-
-
-def save_text_model(
-    text_model: "CLIPTextModelWithProjection",
-    path: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    state_dict: Mapping[str, Tensor] | None = None,
-    metadata: Mapping[str, str] | None = None,
-) -> WeightsReport:
-    """Write the bare weights file that other programs read, with the config in its metadata.
-
-    A path without suffix is a folder instead: config.json and model.safetensors, as transformers reads it.
-    state_dict replaces the module's own weights where those are sharded or an average is to be saved.
-    """
-    tensors = dict(state_dict if state_dict is not None else text_model.state_dict())
-    values = text_model.config.to_dict()
-    dropped = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
-    values = {key: value for key, value in sorted(values.items()) if key not in dropped and value is not None}
-    if path.suffix == ".safetensors":
-        extra = {**(metadata or {}), CONFIG_METADATA_KEY: json.dumps(values, sort_keys=True)}
-        return write_tensors(path, tensors, dtype=dtype, metadata=extra)
-    report = write_tensors(path / "model.safetensors", tensors, dtype=dtype, metadata=metadata)
-    values["architectures"] = ["CLIPTextModelWithProjection"]
-    (path / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return report

@@ -4,7 +4,7 @@ Knows no model: callers name a key to look for (the anchor) and compare keys the
 are written by `training.tensor_file`; here tensors are converted one at a time on the way, and losses counted.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,59 @@ def locate_component(path_or_id: str | Path, component: str, *, file_name: str) 
     return "/".join(parts[:2]), parts[2] if len(parts) == 3 else component
 
 
+@dataclass(frozen=True)
+class OpenWeights:
+    """A weights file whose tensors are read one by one. keys: as they stand in the file."""
+
+    path: Path
+    keys: tuple[str, ...]
+    metadata: Mapping[str, str]
+    tensor: Callable[[str], Tensor]
+
+    def prefix(self, anchor: str) -> str:
+        """Return what stands before `anchor`, a key that every file of one model has: "" where it also stands alone.
+
+        Raises WeightsError if the anchor is not there or stands behind several prefixes.
+        """
+        prefixes = {key.removesuffix(anchor) for key in self.keys if key == anchor or key.endswith("." + anchor)}
+        if "" in prefixes or len(prefixes) == 1:
+            return min(prefixes)
+        if not prefixes:
+            shown = ", ".join(sorted(self.keys)[:NUM_KEYS_SHOWN])
+            raise WeightsError(
+                f"{self.path}: no key {anchor!r}, so this is a file of another model; it starts with {shown}"
+            )
+        raise WeightsError(
+            f"{self.path}: key {anchor!r} stands behind several prefixes: {sorted(prefixes)}; split the file"
+        )
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[OpenWeights]:
+    """Open a weights file. `.pt`, `.pth`, `.ckpt` and `.bin` are read whole, weights only, also under `state_dict`.
+
+    Raises FileNotFoundError, or WeightsError if the file is of another kind.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    if path.suffix in TORCH_SUFFIXES:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = loaded.get("state_dict", loaded)
+        tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+        yield OpenWeights(path, tuple(tensors), {}, tensors.__getitem__)
+        return
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path}: expected .safetensors or one of {', '.join(TORCH_SUFFIXES)}")
+
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield OpenWeights(path, tuple(file.keys()), dict(file.metadata() or {}), file.get_tensor)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+
+
 def read_tensors(
     path: Path, *, anchor: str | None, dtype: torch.dtype | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -64,54 +117,19 @@ def read_tensors(
     anchor: a key every file of this model has. Where it stands behind a prefix (`model.diffusion_model.`,
     `text_encoder.`, `state_dict.`), only keys with that prefix are taken; None takes all keys as they are.
     dtype converts floating point tensors one by one; tensors are copies, so the file may be replaced afterwards.
-    `.pt`, `.pth`, `.ckpt` and `.bin` files are read with weights_only, also where nested under `state_dict`.
 
-    Raises FileNotFoundError, or WeightsError if the anchor is not there, stands behind several prefixes, or the file
-    is of another kind.
+    Raises FileNotFoundError, or WeightsError; see `open_weights` and `OpenWeights.prefix`.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file")
-    if path.suffix in TORCH_SUFFIXES:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-        loaded = loaded.get("state_dict", loaded)
-        prefix = _find_prefix(loaded, anchor, path)
-        return {
-            key.removeprefix(prefix): _converted(value, dtype)
-            for key, value in loaded.items()
-            if key.startswith(prefix) and isinstance(value, Tensor)
-        }, {}
-    if path.suffix != ".safetensors":
-        raise WeightsError(f"{path}: expected .safetensors or one of {', '.join(TORCH_SUFFIXES)}")
-
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            prefix = _find_prefix(keys, anchor, path)
-            tensors = {
-                key.removeprefix(prefix): _converted(file.get_tensor(key), dtype)
-                for key in keys
-                if key.startswith(prefix)
-            }
-            return tensors, dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+    with open_weights(path) as file:
+        prefix = "" if anchor is None else file.prefix(anchor)
+        tensors = {
+            key.removeprefix(prefix): converted(file.tensor(key), dtype) for key in file.keys if key.startswith(prefix)
+        }
+        return tensors, dict(file.metadata)
 
 
-def _find_prefix(keys: Iterable[str], anchor: str | None, path: Path) -> str:
-    if anchor is None:
-        return ""
-    prefixes = {key.removesuffix(anchor) for key in keys if key == anchor or key.endswith("." + anchor)}
-    if "" in prefixes or len(prefixes) == 1:
-        return min(prefixes)
-    if not prefixes:
-        shown = ", ".join(sorted(keys)[:NUM_KEYS_SHOWN])
-        raise WeightsError(f"{path}: no key {anchor!r}, so this is a file of another model; it starts with {shown}")
-    raise WeightsError(f"{path}: key {anchor!r} stands behind several prefixes: {sorted(prefixes)}; split the file")
-
-
-def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a copy, in dtype if that is given and the tensor holds floating point numbers."""
     return tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=True)
 
 

@@ -18,7 +18,8 @@ from training.optimizers import set_rates
 from training.precision import set_weights
 from training.recipes.stage_c import StageCModel
 from training.stage_c.formats import load_stage_c
-from training.stage_c.text import TextConditioner, load_text_model
+from training.stage_c.text import TextConditioner
+from training.stage_c.text_files import load_text_model
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from training.stage_c.effnet import load_effnet
 from training.stage_c.formats import load_stage_c
 from training.stage_c.gdf import diffuse
 from training.stage_c.previewer import load_previewer
-from training.stage_c.text import TextConditioner, load_text_model, load_tokenizer, tokenize
+from training.stage_c.text import TextConditioner, load_tokenizer, tokenize
+from training.stage_c.text_files import load_text_model
 
 
 @pytest.fixture(scope="module")

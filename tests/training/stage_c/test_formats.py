@@ -9,17 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from training.stage_c.formats import (
-    config_from_diffusers,
-    config_to_diffusers,
-    detect_layout,
-    from_original,
-    load_stage_c,
-    modelspec,
-    save_stage_c,
-    to_original,
-)
+from training.stage_c.formats import load_stage_c, save_stage_c
+from training.stage_c.layouts import detect_layout, from_original, to_original
+from training.stage_c.modelspec import modelspec
 from training.stage_c.network import StageCConfig, StageCNetwork
+from training.stage_c.network_config import config_from_diffusers, config_to_diffusers
 from training.stage_c.weight_files import WeightsError, write_tensors
 
 CONFIG = StageCConfig(

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from training.stage_c.blocks import timestep_embedding
-from training.stage_c.formats import config_to_diffusers, from_original
+from training.stage_c.layouts import from_original
 from training.stage_c.network import StageCConfig, StageCNetwork, config_from_state_dict
+from training.stage_c.network_config import config_to_diffusers
 
 TINY = StageCConfig(
     c_cond=24,

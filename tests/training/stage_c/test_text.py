@@ -9,12 +9,11 @@ from training.stage_c.text import (
     BOS_ID,
     EOS_ID,
     TextConditioner,
-    load_text_model,
     load_tokenizer,
     real_token_mask,
-    save_text_model,
     tokenize,
 )
+from training.stage_c.text_files import load_text_model, save_text_model
 from training.stage_c.weight_files import WeightsError, write_tensors
 
 transformers = pytest.importorskip("transformers")
@@ -162,7 +161,7 @@ def test_saved_text_models_load_again_exactly(text_model, name, tmp_path):
 
 
 def test_the_published_text_model_is_known_by_its_shapes():
-    from training.stage_c.text import _config_from_shapes
+    from training.stage_c.text_files import _config_from_shapes
 
     with torch.device("meta"):
         published = transformers.CLIPTextModelWithProjection(
