@@ -90,6 +90,8 @@ def measured_peak(architecture: Architecture, settings: Pass, num_images: int) -
 
 def _prepare(model: StageCModel, settings: Pass, rules: GpuRules) -> None:
     network, text = model.network, model.text
+    # The meta device has no autocast that the network could ask about.
+    network.residual_dtype = torch.float32 if settings.autocast or settings.weights == "fp32" else torch.bfloat16
     if not settings.checkpointing:
         return
     network.enable_gradient_checkpointing()

@@ -7,7 +7,7 @@ How the blocks are put together is in network.py.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 NORM_EPSILON = 1e-6
 MAX_POSITIONS = 10_000
+
+DropoutPlace = Literal["probabilities", "output", "none"]
+"""Where dropout acts on attention."""
 
 
 def timestep_embedding(r: Tensor, width: int) -> Tensor:
@@ -112,15 +115,18 @@ class TimestepBlock(nn.Module):
         """r_embeddings: (B, 3 * c_r) float32, for r, sca and crp."""
         r, sca, crp = r_embeddings.to(self.mapper.weight.dtype).chunk(3, dim=1)
         scale_shift: Tensor = self.mapper(r) + self.mapper_sca(sca) + self.mapper_crp(crp)
-        scale, shift = scale_shift[:, :, None, None].chunk(2, dim=1)
+        # In the format of x: 1 + scale in bfloat16 would round the whole of x to eight bits.
+        scale, shift = scale_shift.to(x.dtype)[:, :, None, None].chunk(2, dim=1)
         return x * (1 + scale) + shift
 
 
 class PackedAttention(nn.Module):
     """Multi-head attention with q, k and v stacked in one weight, as in torch's nn.MultiheadAttention.
 
-    Dropout acts on the attention probabilities, in training mode only. No key mask.
+    Dropout acts in training mode only, on the attention probabilities unless `dropout_on` is set. No key mask.
     """
+
+    dropout_on: DropoutPlace = "probabilities"
 
     def __init__(self, width: int, num_heads: int, *, dropout: float) -> None:
         super().__init__()
@@ -138,9 +144,10 @@ class PackedAttention(nn.Module):
         q, k, v = (
             part.reshape(*part.shape[:2], self.num_heads, -1).transpose(1, 2) for part in (q, *kv.chunk(2, dim=-1))
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        is_dropped = self.training and self.dropout_on == "probabilities"
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if is_dropped else 0.0)
         projected: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
-        return projected
+        return F.dropout(projected, self.dropout) if self.training and self.dropout_on == "output" else projected
 
 
 class Attention2d(nn.Module):

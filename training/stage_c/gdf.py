@@ -23,12 +23,13 @@ LOGSNR_LIMIT = math.log(ALPHA_BAR_MAX / ALPHA_BAR_MIN)  # 9.21024, symmetric
 TIMESTEP_SHIFT = 0.001
 
 
-def timestep_from_uniform(uniform: Tensor) -> Tensor:
+def timestep_from_uniform(uniform: Tensor, *, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Turn uniform numbers in [0, 1) into training timesteps in [0.001, 1], same shape and dtype.
 
-    t = 1 gets a probability of 0.001: the published draw adds 0.001 and clamps.
+    t = 1 gets a probability of 0.001: the published draw adds 0.001 and clamps. low, high: that range is stretched to
+    this one.
     """
-    return ((1 - uniform) + TIMESTEP_SHIFT).clamp(TIMESTEP_SHIFT, 1.0)
+    return low + (high - low) * ((1 - uniform) + TIMESTEP_SHIFT).clamp(TIMESTEP_SHIFT, 1.0)
 
 
 def logsnr_from_timestep(t: Tensor, *, shift: float = 1.0) -> Tensor:
@@ -90,6 +91,17 @@ def p2_weight(logsnr: Tensor, *, k: float = 1.0, gamma: float = 1.0, scale: floa
     shift moves the logSNR seen by the weight only.
     """
     return (k + (scale * (logsnr + 2 * math.log(shift))).exp()) ** -gamma
+
+
+def min_snr_weight(logsnr: Tensor, *, gamma: float = 5.0, shift: float = 1.0) -> Tensor:
+    """Return min(SNR, gamma) / SNR: (B,), the weights for a network that predicts the noise.
+
+    shift moves the logSNR seen by the weight only. GDF's class of the same name gives min(SNR, gamma), which is meant
+    for a network that predicts the picture: on predicted noise it favours little noise by far.
+    Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", 2023, section 3.4.
+    """
+    snr = (logsnr + 2 * math.log(shift)).exp()
+    return snr.clamp(max=gamma) / snr
 
 
 class AdaptiveLossWeight:

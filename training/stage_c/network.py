@@ -23,6 +23,7 @@ from training.stage_c.blocks import (
     NORM_EPSILON,
     AttnBlock,
     ChannelNorm,
+    DropoutPlace,
     PackedAttention,
     ResBlock,
     TimestepBlock,
@@ -165,6 +166,8 @@ class StageCNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.residual_dtype: torch.dtype | None = None
+        """Of what runs from block to block. None: float32 under autocast, else the weights' format."""
         widths, last = config.c_hidden, len(config.c_hidden) - 1
 
         self.clip_txt_mapper = nn.Linear(config.c_clip_text, config.c_cond)
@@ -256,13 +259,13 @@ class StageCNetwork(nn.Module):
         for level in (*self.down_blocks, *self.up_blocks):
             yield from level.children()
 
-    def set_dropout(self, probability: float) -> None:
-        """Use one dropout probability in all blocks, for attention probabilities and hidden layers alike."""
+    def set_dropout(self, probability: float, *, attention: DropoutPlace = "probabilities") -> None:
+        """Use one dropout probability in all blocks, for hidden layers and, at that place, attention."""
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = probability
             elif isinstance(module, PackedAttention):
-                module.dropout = probability
+                module.dropout, module.dropout_on = probability, attention
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute every block in the backward pass instead of keeping its activations."""
@@ -315,19 +318,26 @@ class StageCNetwork(nn.Module):
         r_embeddings = torch.cat([timestep_embedding(value, self.config.c_r) for value in conditions], dim=1)
         condition = self.condition_tokens(clip_text, clip_text_pooled, clip_img)
 
-        x = self.embedding(x.to(self._input_convolution.weight.dtype))
+        # Convolutions give the compute format. What is added up over all blocks must not be rounded to it each time.
+        residual = self._residual_dtype(x.device)
+        x = self.embedding(x.to(self._input_convolution.weight.dtype)).to(residual)
         skips: list[Tensor] = []
         for blocks, downscaler in zip(self.down_blocks, self.down_downscalers, strict=True):
-            x = self._run_level(blocks, downscaler(x), r_embeddings, condition, skip=None)
+            x = self._run_level(blocks, downscaler(x).to(residual), r_embeddings, condition, skip=None)
             skips.append(x)
         skips.pop()  # the innermost level goes on as x
         for index, (blocks, upscaler) in enumerate(zip(self.up_blocks, self.up_upscalers, strict=True)):
             skip = skips.pop() if index else None
             if skip is not None and x.shape[2:] != skip.shape[2:]:
                 x = F.interpolate(x.float(), skip.shape[2:], mode="bilinear", align_corners=True).to(x.dtype)
-            x = upscaler(self._run_level(blocks, x, r_embeddings, condition, skip=skip))
+            x = upscaler(self._run_level(blocks, x, r_embeddings, condition, skip=skip)).to(residual)
         prediction: Tensor = self.clf(x)
         return prediction
+
+    def _residual_dtype(self, device: torch.device) -> torch.dtype:
+        if self.residual_dtype is not None:
+            return self.residual_dtype
+        return torch.float32 if torch.is_autocast_enabled(device.type) else self._input_convolution.weight.dtype
 
     def _run_level(
         self, blocks: nn.Module, x: Tensor, r_embeddings: Tensor, condition: Tensor, *, skip: Tensor | None
