@@ -91,6 +91,7 @@ def train_epoch(
             with engine.micro_batch(is_last=number == len(share) - 1):
                 with engine.autocast():
                     losses = trained.recipe.loss(trained.model, batch)
+                batch = batch.without(losses.broken)
                 is_used = (~batch.is_broken & (not batch.is_padding)).to(losses.per_sample.device)
                 weighted = losses.weights * batch.loss_weights.to(losses.weights.device) * losses.per_sample
                 # where, not a product: 0 × NaN of an unused slot would be NaN

@@ -84,7 +84,11 @@ class Validation:
             for batch in batches:
                 if reason := rank.agreed_stop():
                     return reason
-                measured += self._measure(trained, batch)
+                timesteps = [fixed_timestep(identity) for identity in batch.identities]
+                with rank.engine.autocast():
+                    losses = trained.recipe.loss(trained.model, batch, timesteps=timesteps)
+                batch = batch.without(losses.broken)
+                measured += _measured(batch, timesteps, losses.per_sample)
                 broken += batch.broken
         gathered = rank.engine.gather((measured, broken))
         if rank.records is not None:
@@ -101,15 +105,6 @@ class Validation:
         rank.engine.barrier()
         return ""
 
-    def _measure(self, trained: Trained, batch: Batch) -> list[_Measured]:
-        timesteps = [fixed_timestep(identity) for identity in batch.identities]
-        with self._rank.engine.autocast():
-            losses = trained.recipe.loss(trained.model, batch, timesteps=timesteps).per_sample
-        if batch.is_padding:
-            return []
-        slots = zip(batch.identities, timesteps, losses.double().tolist(), batch.is_broken.tolist(), strict=True)
-        return [_Measured(identity.key, timestep, loss) for identity, timestep, loss, broken in slots if not broken]
-
     def _warn_if_changed(self, plan: BatchPlan) -> None:
         """Remember in run.json which pictures are validated, and say aloud when they are others than before."""
         run_dir = self._rank.run_dir
@@ -120,6 +115,14 @@ class Validation:
                 "curve is another one", plan.chunk, plan.digest[:12], before[:12],
             )  # fmt: skip
         run_dir.update_run_json(validation=plan.digest)
+
+
+def _measured(batch: Batch, timesteps: Sequence[float], losses: torch.Tensor) -> list[_Measured]:
+    """Return the losses (B,) of a batch that count."""
+    if batch.is_padding:
+        return []
+    slots = zip(batch.identities, timesteps, losses.double().tolist(), batch.is_broken.tolist(), strict=True)
+    return [_Measured(identity.key, timestep, loss) for identity, timestep, loss, broken in slots if not broken]
 
 
 def validation_plan(index: pa.Table, chunk: str, *, config: RunConfig) -> BatchPlan:

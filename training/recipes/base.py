@@ -23,6 +23,9 @@ class Loss:
     """(B,) the recipe's own weights (P2, adaptive, …), without gradient."""
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
     """(B,) values to record per sample, for example `logsnr`; `timestep`, in [0, 1], is charted by band."""
+    broken: Mapping[int, str] = field(default_factory=dict)
+    """Slots that turned out to be unusable, with the reason: they are counted with the images that cannot be read, and
+    their losses, whatever they are, are not used."""
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sharding.files import digest_of
 from training.chunk_data import Batch
 from training.config import Prompt, RunConfig
 from training.recipes.base import ExportFile, Loss, SampleResult
 from training.stage_c.conditioning import Conditioning
 from training.stage_c.formats import load_stage_c, save_stage_c
-from training.stage_c.latents import LatentEncoder
+from training.stage_c.image import ImageConditioning
+from training.stage_c.latents import LatentEncoder, leave_out_not_finite
 from training.stage_c.model import StageCModel
 from training.stage_c.modelspec import modelspec
 from training.stage_c.objective import Objective
 from training.stage_c.previewer import Previewer, load_previewer
 from training.stage_c.sampling import draw_latents, picture
 from training.stage_c.text_files import save_text_model
-from training.tensor_file import digest_of_tensors
 
 
 class StageC:
@@ -46,8 +45,6 @@ class StageC:
         dtype = torch.bfloat16 if self._config.precision.weights == "bf16" else torch.float32
         network = load_stage_c(settings.network, dtype=dtype)
         network.set_dropout(settings.dropout, attention=settings.attention_dropout)
-        # No image goes in, so its gradient is an exact zero: only weight decay would change it, run after run.
-        network.clip_img_mapper.weight.requires_grad_(False)
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self._conditioning = Conditioning(settings, device=device, dtype=dtype)
@@ -56,6 +53,14 @@ class StageC:
                 f"stage_c.text_encoder gives states of width {self._conditioning.text_width}, stage_c.network expects "
                 f"{network.config.c_clip_text}: {settings.text_encoder} and {settings.network} do not belong together"
             )
+        self._images = ImageConditioning(settings, device=device)
+        if self._images.is_used and self._images.width != network.config.c_clip_img:
+            raise ValueError(
+                f"stage_c.image_encoder gives embeddings of width {self._images.width}, stage_c.network expects "
+                f"{network.config.c_clip_img}: CLIP ViT-L/14 is the one it was trained with"
+            )
+        # Without images its gradient is an exact zero: only weight decay would change it, run after run.
+        network.clip_img_mapper.weight.requires_grad_(self._images.is_used)
         self._latents = LatentEncoder(settings, device=device)
         self._previewer: Previewer | None = None
         if settings.previewer is not None:
@@ -78,14 +83,7 @@ class StageC:
         return {"network": optimizer.learning_rate, "text_encoder": text_rate}
 
     def frozen_digests(self) -> dict[str, str]:
-        frozen: dict[str, nn.Module] = {"stage_c.effnet": self._latents.effnet}
-        if self._model.text is None:
-            frozen["stage_c.text_encoder"] = self._conditioning.text
-        vocabulary = sorted(self._conditioning.tokenizer.get_vocab().items())
-        return {
-            **{key: digest_of_tensors(module.state_dict()) for key, module in frozen.items()},
-            "stage_c.tokenizer": digest_of(vocabulary),
-        }
+        return {**self._latents.digests(), **self._conditioning.digests(), **self._images.digests()}
 
     # --- the loss ---
 
@@ -94,20 +92,23 @@ class StageC:
 
         A sample's loss is the mean over channels and cells of mask × squared error, the mask being 1 without one: what
         a mask hides counts as no error, and does not raise the weight of what it shows (as kohya's --masked_loss).
+        Validation, which gives timesteps, shows the network no picture.
         """
-        latents = self._latents.encode(batch.images)
+        latents, broken = leave_out_not_finite(self._latents.encode(batch.images))
+        shown = self._images.embeddings(batch.images, batch.identities) if timesteps is None else None
         t = self._objective.timesteps(batch.identities) if timesteps is None else torch.tensor(timesteps)
         diffused = self._objective.diffuse(latents, t.float(), batch.identities)
         tokens = self._conditioning.tokens(batch.captions)
         states = self._conditioning.states(tokens.windows) if self._model.text is None else None
         predicted = model(
-            diffused.noised, diffused.r, windows=tokens.windows, states=states, mask=self._settings.attention_mask
-        )
+            diffused.noised, diffused.r, windows=tokens.windows, states=states, mask=self._settings.attention_mask,
+            clip_img=shown,
+        )  # fmt: skip
         squares = (predicted.float() - diffused.target).square()
-        if (shown := batch.mask_at(*squares.shape[2:])) is not None:
-            squares = squares * shown.to(self._device)
+        if (mask := batch.mask_at(*squares.shape[2:])) is not None:
+            squares = squares * mask.to(self._device)
         scalars = {"timestep": t, "logsnr": diffused.logsnr, "cut_tokens": self._conditioning.num_cut(tokens)}
-        return Loss(squares.mean(dim=(1, 2, 3)), self._objective.weights(diffused.logsnr), scalars)
+        return Loss(squares.mean(dim=(1, 2, 3)), self._objective.weights(diffused.logsnr), scalars, broken)
 
     def after_step(self, results: Sequence[SampleResult]) -> None:
         self._objective.after_step([one.scalars["logsnr"] for one in results], [one.loss for one in results])

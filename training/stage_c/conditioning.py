@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sharding.files import digest_of
 from training.config.stage_c import StageCConfig
 from training.stage_c.text import TextConditioner, TokenWindows, load_tokenizer, tokenize
 from training.stage_c.text_files import load_text_model
+from training.tensor_file import digest_of_tensors
 
 
 class Conditioning:
@@ -30,6 +32,13 @@ class Conditioning:
     def text_width(self) -> int:
         """Channels of the states."""
         return int(self.text.text_model.config.hidden_size)
+
+    def digests(self) -> dict[str, str]:
+        """Return a SHA-256 of tokenizer and, where it is frozen, text model, by config key."""
+        digests = {"stage_c.tokenizer": digest_of(sorted(self.tokenizer.get_vocab().items()))}
+        if not self._settings.train_text_encoder:
+            digests["stage_c.text_encoder"] = digest_of_tensors(self.text.state_dict())
+        return digests
 
     def tokens(self, captions: Sequence[str]) -> TokenWindows:
         """Return the captions' token windows (B, W, 77) on the device, and their counts on the CPU."""

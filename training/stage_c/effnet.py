@@ -1,8 +1,8 @@
 """The EfficientNet encoder that turns pictures into stage C latents.
 
 EfficientNetV2-S features, a 1x1 convolution to 16 channels and a fixed normalisation, with torchvision's key names
-under `backbone.` so that published `effnet_encoder.safetensors` files load. Frozen: always in evaluation mode and
-float32 (float16 gives NaN). Latents are used as they come, without a scale factor.
+under `backbone.` so that published `effnet_encoder.safetensors` files load. Frozen: always in evaluation mode, weights
+in float32 (float16 gives NaN). Latents are used as they come, without a scale factor.
 
 Source: Tan and Le, "EfficientNetV2", 2021, table 4.
 """
@@ -114,7 +114,7 @@ class InvertedBottleneck(nn.Module):
 
 
 class EffNetEncoder(nn.Module):
-    """Encode pictures as stage C latents; frozen, evaluation mode, float32."""
+    """Encode pictures as stage C latents; frozen, evaluation mode, float32 weights."""
 
     def __init__(self, config: EffNetConfig) -> None:
         super().__init__()
@@ -149,10 +149,11 @@ class EffNetEncoder(nn.Module):
         return latents
 
     @torch.no_grad()
-    def encode(self, rgb: Tensor) -> Tensor:
+    def encode(self, rgb: Tensor, *, compute: torch.dtype = torch.float32) -> Tensor:
         """Return latents (B, 16, H/32, W/32) float32 of rgb: (B, 3, H, W) in [0, 1], H and W multiples of 32.
 
-        Autocast is switched off inside. Raises ValueError if the shape does not fit or the weights are not float32.
+        compute: float32, or bfloat16 for convolutions in bfloat16. Autocast from outside is switched off inside.
+        Raises ValueError if the shape does not fit or the weights are not float32.
         """
         if rgb.ndim != 4 or rgb.shape[1] != 3 or rgb.shape[2] % PIXELS_PER_LATENT or rgb.shape[3] % PIXELS_PER_LATENT:
             raise ValueError(
@@ -164,11 +165,11 @@ class EffNetEncoder(nn.Module):
         dtype = next(self.parameters()).dtype
         if dtype != torch.float32:
             raise ValueError(f"effnet encode: weights are {dtype}; keep the encoder in float32")
-        with torch.autocast(rgb.device.type, enabled=False):
-            rgb = rgb.float()
-            mean = rgb.new_tensor(IMAGENET_MEAN)[:, None, None]
-            std = rgb.new_tensor(IMAGENET_STD)[:, None, None]
-            return self.forward((rgb - mean) / std)
+        rgb = rgb.float()
+        mean, std = (rgb.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        normalised = (rgb - mean) / std
+        with torch.autocast(rgb.device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
+            return self.forward(normalised).float()
 
 
 def load_effnet(path: Path, *, device: torch.device | str = "cpu") -> EffNetEncoder:

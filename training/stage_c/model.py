@@ -15,15 +15,22 @@ class StageCModel(nn.Module):
         self.text = text
 
     def forward(
-        self, noised: Tensor, r: Tensor, *, windows: Tensor, states: tuple[Tensor, Tensor] | None, mask: bool
+        self,
+        noised: Tensor,
+        r: Tensor,
+        *,
+        windows: Tensor,
+        states: tuple[Tensor, Tensor] | None,
+        mask: bool,
+        clip_img: Tensor | None = None,
     ) -> Tensor:
         """Return the predicted noise (B, 16, H, W).
 
         noised: (B, 16, H, W); r: (B,) noise level; windows: (B, W, 77) token ids, read when the text encoder is
-        trained here; states: (clip_text, clip_text_pooled) of a frozen one.
+        trained here; states: (clip_text, clip_text_pooled) of a frozen one; clip_img: (B, 768), None means zeros.
         """
         if self.text is not None:
             states = self.text(windows, mask)
         assert states is not None
-        predicted: Tensor = self.network(noised, r, *states)
+        predicted: Tensor = self.network(noised, r, *states, clip_img)
         return predicted
