@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from training.memory.architecture import Architecture, make_modules
 from training.memory.gpu_rules import GpuRules
 from training.memory.live_bytes import LiveBytes
-from training.recipes.stage_c import StageCModel
 from training.stage_c.blocks import recomputable
+from training.stage_c.model import StageCModel
 from training.stage_c.text import WINDOW_TOKENS
 
 Gradients = Literal["kept", "grown", "released"]

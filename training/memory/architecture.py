@@ -26,7 +26,7 @@ from training.stage_c.weight_files import TORCH_SUFFIXES, locate_component
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig
 
-    from training.recipes.stage_c import StageCModel
+    from training.stage_c.model import StageCModel
 
 EFFNET_ANCHOR = "mapper.0.weight"
 CLIP_BIGG: dict[str, Any] = {
@@ -127,8 +127,8 @@ def make_modules(architecture: Architecture) -> "tuple[StageCModel, nn.Module, n
     from transformers import CLIPTextModelWithProjection
 
     from training.optim.selection import freeze
-    from training.recipes.stage_c import StageCModel
     from training.stage_c.effnet import EffNetEncoder
+    from training.stage_c.model import StageCModel
     from training.stage_c.network import StageCNetwork
     from training.stage_c.text import TextConditioner
 

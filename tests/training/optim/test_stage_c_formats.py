@@ -16,8 +16,8 @@ from training.optim.loss_scale import LossScale
 from training.optim.selection import PatternError
 from training.optimizers import set_rates
 from training.precision import set_weights
-from training.recipes.stage_c import StageCModel
 from training.stage_c.formats import load_stage_c
+from training.stage_c.model import StageCModel
 from training.stage_c.text import TextConditioner
 from training.stage_c.text_files import load_text_model
 
