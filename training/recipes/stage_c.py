@@ -18,7 +18,7 @@ from training.recipes.base import ExportFile, Loss, SampleResult
 from training.stage_c.conditioning import Conditioning
 from training.stage_c.formats import load_stage_c, save_stage_c
 from training.stage_c.image import ImageConditioning
-from training.stage_c.latents import LatentEncoder, leave_out_not_finite
+from training.stage_c.latents import LatentEncoder
 from training.stage_c.model import StageCModel
 from training.stage_c.modelspec import modelspec
 from training.stage_c.objective import Objective
@@ -94,10 +94,10 @@ class StageC:
         a mask hides counts as no error, and does not raise the weight of what it shows (as kohya's --masked_loss).
         Validation, which gives timesteps, shows the network no picture.
         """
-        latents, broken = leave_out_not_finite(self._latents.encode(batch.images))
+        latents = self._latents.encode(batch.images)
         shown = self._images.embeddings(batch.images, batch.identities) if timesteps is None else None
         t = self._objective.timesteps(batch.identities) if timesteps is None else torch.tensor(timesteps)
-        diffused = self._objective.diffuse(latents, t.float(), batch.identities)
+        diffused = self._objective.diffuse(latents.values, t.float(), batch.identities)
         tokens = self._conditioning.tokens(batch.captions)
         states = self._conditioning.states(tokens.windows) if self._model.text is None else None
         predicted = model(
@@ -108,7 +108,7 @@ class StageC:
         if (mask := batch.mask_at(*squares.shape[2:])) is not None:
             squares = squares * mask.to(self._device)
         scalars = {"timestep": t, "logsnr": diffused.logsnr, "cut_tokens": self._conditioning.num_cut(tokens)}
-        return Loss(squares.mean(dim=(1, 2, 3)), self._objective.weights(diffused.logsnr), scalars, broken)
+        return Loss(squares.mean(dim=(1, 2, 3)), self._objective.weights(diffused.logsnr), scalars, latents.broken)
 
     def after_step(self, results: Sequence[SampleResult]) -> None:
         self._objective.after_step([one.scalars["logsnr"] for one in results], [one.loss for one in results])

@@ -1,5 +1,7 @@
 """Pixels of a batch → stage C latents, and which of them cannot be trained."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -10,6 +12,14 @@ from training.stage_c.effnet import load_effnet
 from training.tensor_file import digest_of_tensors
 
 NOT_FINITE = "its latents are not finite, in fp32 either"
+
+
+@dataclass(frozen=True)
+class Latents:
+    """values: (B, 16, H / 32, W / 32) float32, all finite. broken: slot → why its values are zeros."""
+
+    values: Tensor
+    broken: Mapping[int, str] = field(default_factory=dict)
 
 
 class LatentEncoder:
@@ -24,30 +34,22 @@ class LatentEncoder:
         """Return a SHA-256 of the weights, by config key."""
         return {"stage_c.effnet": digest_of_tensors(self.effnet.state_dict())}
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Return latents (B, 16, H / 32, W / 32) float32 of images (B, 3, H, W) uint8.
+    def encode(self, images: Tensor) -> Latents:
+        """Return the latents of images (B, 3, H, W) uint8.
 
-        Those that bf16 makes not finite are made again in fp32; see `leave_out_not_finite` for what still is not.
+        Those that bf16 makes not finite are made again in fp32. What is not finite in fp32 either becomes zeros, so that
+        the forward pass stays finite, and broken: other trainers go on with the zeros.
         """
         rgb = images.to(self._device, non_blocking=True).float() / 255
-        latents = self.effnet.encode(rgb, compute=self._compute)
-        if self._compute != torch.float32 and (slots := _not_finite(latents)):
-            latents[slots] = self.effnet.encode(rgb[slots])
-        return latents
+        values = self.effnet.encode(rgb, compute=self._compute)
+        slots = _not_finite(values)
+        if slots and self._compute != torch.float32:
+            values[slots] = self.effnet.encode(rgb[slots])
+            slots = _not_finite(values)
+        values[slots] = 0
+        return Latents(values, dict.fromkeys(slots, NOT_FINITE))
 
 
-def leave_out_not_finite(latents: Tensor) -> tuple[Tensor, dict[int, str]]:
-    """Return latents (B, C, H, W) with zeros for those that are not finite, and the reason by slot.
-
-    Zeros, so that the forward pass stays finite; a loss must not be taken of them.
-    """
-    slots = _not_finite(latents)
-    if slots:
-        latents = latents.clone()
-        latents[slots] = 0
-    return latents, dict.fromkeys(slots, NOT_FINITE)
-
-
-def _not_finite(latents: Tensor) -> list[int]:
-    slots: list[int] = (~latents.isfinite().all(dim=3).all(dim=2).all(dim=1)).nonzero().flatten().tolist()
+def _not_finite(values: Tensor) -> list[int]:
+    slots: list[int] = (~values.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
     return slots
