@@ -38,8 +38,10 @@ class Frozen:
         )
 
 
-def matching(names: Iterable[str], patterns: Sequence[str], *, key: str) -> dict[str, list[str]]:
-    """Return {pattern: names that it matches}. key: the setting that holds the patterns, for messages.
+def matching(
+    names: Iterable[str], patterns: Sequence[str], *, key: str, what: str = "parameter"
+) -> dict[str, list[str]]:
+    """Return {pattern: names that it matches}. key: the setting that holds the patterns; what: they name; for messages.
 
     Raises PatternError that lists every pattern without a match, or that is no regular expression.
     """
@@ -48,7 +50,7 @@ def matching(names: Iterable[str], patterns: Sequence[str], *, key: str) -> dict
     if unmatched := [pattern for pattern, hits in found.items() if not hits]:
         examples = ", ".join(known[:3] + known[-1:]) or "none"
         listing = ", ".join(map(repr, unmatched))
-        raise PatternError(f"{key}: {listing} matches no parameter of {len(known):,}; they are named {examples}")
+        raise PatternError(f"{key}: {listing} matches no {what} of {len(known):,}; they are named {examples}")
     return found
 
 

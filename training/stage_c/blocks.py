@@ -141,6 +141,10 @@ class PackedAttention(nn.Module):
         width = tokens.shape[-1]
         q = F.linear(tokens, self.in_proj_weight[:width], self.in_proj_bias[:width])
         kv = F.linear(context, self.in_proj_weight[width:], self.in_proj_bias[width:])
+        return self.mix(q, kv)
+
+    def mix(self, q: Tensor, kv: Tensor) -> Tensor:
+        """Attend. q: (B, N, C), kv: (B, M, 2 C), keys before values -> (B, N, C)."""
         q, k, v = (
             part.reshape(*part.shape[:2], self.num_heads, -1).transpose(1, 2) for part in (q, *kv.chunk(2, dim=-1))
         )

@@ -1,0 +1,100 @@
+"""Adapters of one component as a folder of PEFT's: `adapter_config.json` and `adapter_model.safetensors`.
+
+`PeftModel.from_pretrained(network, folder)` loads it, and so does this. Layer names are those of the network that the
+folder is for.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.lora.adapter import DOWN, MAGNITUDE, UP, Adapter, AdapterError, adapter_of
+from training.lora.kohya import write_cast
+from training.stage_c.weight_files import WeightsReport, read_tensors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ROOT = "base_model.model."
+_IN_FILE = {DOWN: "lora_A.weight", UP: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
+_FROM_FILE = {name: one for one, name in _IN_FILE.items()}
+
+
+def write_peft(
+    folder: Path, adapters: Mapping[str, Adapter], *, dtype: torch.dtype, metadata: Mapping[str, str]
+) -> WeightsReport:
+    """Write adapters of one kind, by layer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for layer, adapter in adapters.items():
+        for name, tensor in adapter.tensors.items():
+            flat = name == MAGNITUDE and tensor.ndim == 2
+            tensors[f"{_ROOT}{layer}.{_IN_FILE.get(name, name)}"] = tensor.reshape(-1) if flat else _conv(name, tensor)
+    text = json.dumps(_config(adapters), indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    return write_cast(folder / WEIGHTS, tensors, dtype=dtype, metadata=metadata, keep=".none")
+
+
+def _conv(name: str, tensor: Tensor) -> Tensor:
+    """PEFT's magnitude of a convolution is (1, out, 1, 1)."""
+    return tensor.transpose(0, 1) if name == MAGNITUDE else tensor
+
+
+def _config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
+
+    ranks = {layer: adapter.rank or int(adapter.alpha) or 1 for layer, adapter in adapters.items()}
+    alphas = {layer: adapter.alpha for layer, adapter in adapters.items()}
+    kind, first = next(iter(adapters.values())).kind, next(iter(adapters))
+    shared: dict[str, Any] = {
+        "r": ranks[first],
+        "target_modules": sorted(adapters),
+        "rank_pattern": {f"^{layer}": rank for layer, rank in ranks.items() if rank != ranks[first]},
+        "alpha_pattern": {f"^{layer}": alpha for layer, alpha in alphas.items() if alpha != alphas[first]},
+        "inference_mode": True,
+    }
+    config: Any
+    if kind in ("lora", "dora"):
+        config = LoraConfig(lora_alpha=alphas[first], use_dora=kind == "dora", **shared)  # type: ignore[arg-type]
+    else:
+        config = (LoHaConfig if kind == "loha" else LoKrConfig)(alpha=alphas[first], **shared)  # type: ignore[arg-type]
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    return json.loads(json.dumps(values, default=str))  # type: ignore[no-any-return]
+
+
+def read_peft(folder: Path) -> dict[str, Adapter]:
+    """Return a folder's adapters by layer. Raises FileNotFoundError, AdapterError."""
+    config_path = folder / CONFIG
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{folder}: no {CONFIG}; give a folder that PEFT wrote, or a .safetensors file")
+    config = json.loads(config_path.read_text("utf-8"))
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(folder / WEIGHTS, anchor=None)[0].items():
+        layer, name = _split(key.removeprefix(_ROOT))
+        if not name:
+            raise AdapterError(f"{folder}: {key!r} is no tensor of a LoRA, DoRA, LoHa or LoKr")
+        found.setdefault(layer, {})[name] = _as_rows(tensor) if name == MAGNITUDE else tensor
+    alpha = float(config.get("lora_alpha", config.get("alpha", 1.0)))
+    patterns = {key.removeprefix("^"): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
+    return {
+        layer: adapter_of(tensors, _pattern_value(patterns, layer, alpha), layer=f"{folder}: {layer}")
+        for layer, tensors in found.items()
+    }
+
+
+def _as_rows(magnitude: Tensor) -> Tensor:
+    return magnitude.reshape(-1, 1) if magnitude.ndim == 1 else magnitude.transpose(0, 1)
+
+
+def _pattern_value(patterns: Mapping[str, float], layer: str, default: float) -> float:
+    return next((value for key, value in patterns.items() if layer == key or layer.endswith(f".{key}")), default)
+
+
+def _split(key: str) -> tuple[str, str]:
+    for name in (*_FROM_FILE, *(f"{one}.weight" for one in ("lora_magnitude_vector",))):
+        if key.endswith(f".{name}"):
+            return key.removesuffix(f".{name}"), _FROM_FILE.get(name, MAGNITUDE)
+    layer, _, name = key.rpartition(".")
+    return layer, name if name.startswith(("hada_", "lokr_")) else ""
