@@ -1,0 +1,1 @@
+"""Concept lists of other trainers, read even when they are broken, and written as ours."""
