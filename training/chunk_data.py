@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch.utils.data import Dataset
 
@@ -19,15 +19,24 @@ from sharding.images import ImageError
 from training.batch_plan import BatchPlan, PlannedSample, RankMicroBatch, rank_share
 from training.buckets import Placement
 from training.caption_text import CaptionSettings, training_caption
+from training.latents.stored import Ahead
+from training.latents.wanted import caption_id
 from training.loading.batch import Batch
 from training.loading.chunk_source import ChunkSource, SampleBytes
-from training.loading.pixels import PixelSettings, Shown, crop_position, show
+from training.loading.pictures import (
+    DecodedPictures,
+    Picture,
+    Pictures,
+    StoredPictures,
+    stacked_images,
+    stacked_latents,
+    stacked_masks,
+)
+from training.loading.pixels import PixelSettings
 from training.loading.workers import make_loader
 from training.randomness import SampleIdentity
 
 __all__ = ["Batch", "ChunkData", "ChunkSource", "PixelSettings", "make_loader"]
-
-MID_GREY = 128
 
 _COLUMNS = [
     "key", "shard", "image_offset", "image_bytes", "mask_offset", "mask_bytes", "sha256", "width", "height", "caption",
@@ -37,13 +46,14 @@ _COLUMNS = [
 
 @dataclass(frozen=True)
 class _Loaded:
-    """One sample of a micro-batch; broken: why its image cannot be read, or ""."""
+    """One sample of a micro-batch; broken: why it cannot be used, or ""."""
 
     identity: SampleIdentity
     caption: str
     dataset: str
     size: tuple[int, int]
-    shown: Shown
+    picture: Picture
+    text: Sequence[torch.Tensor]
     broken: str
 
 
@@ -51,7 +61,7 @@ class ChunkData(Dataset[Batch]):
     """Map-style: item i is the i-th micro-batch that this rank runs, from `first_step` on.
 
     first_global_step: global step of the plan's step 0; the caption warm-up needs it. with_checksum: compare the
-    SHA-256 of every image with the index.
+    SHA-256 of every image with the index. ahead: latents and text outputs to read instead of decoding and encoding.
     An image that cannot be read becomes a weight-0 slot, never an exception. Raises ChunkError when a shard is missing
     or damaged (cut short, other bytes) or the index is another one than the plan's, ValueError for a first_step beyond
     the plan.
@@ -69,6 +79,7 @@ class ChunkData(Dataset[Batch]):
         captions: CaptionSettings | None = None,
         pixels: PixelSettings | None = None,
         with_checksum: bool = True,
+        ahead: Ahead | None = None,
     ) -> None:
         if not 0 <= first_step <= len(plan.steps):
             raise ValueError(f"chunk {plan.chunk}: first_step must be 0 … {len(plan.steps)}, got {first_step}")
@@ -84,6 +95,10 @@ class ChunkData(Dataset[Batch]):
         ]
         self._index: pa.Table | None = None
         self._bytes = SampleBytes(source, with_checksum=with_checksum)
+        self._ahead = ahead or Ahead()
+        self._pictures: Pictures = DecodedPictures(self._bytes, self._pixels)
+        if self._ahead.latents is not None:
+            self._pictures = StoredPictures(self._bytes, self._pixels, self._ahead.latents)
         self._require_shards()
 
     def __len__(self) -> int:
@@ -102,11 +117,14 @@ class ChunkData(Dataset[Batch]):
             for one, sample in zip(loaded, micro_batch.samples, strict=True)
         ]
         broken = [(one.identity.key, one.broken) for one in loaded if one.broken]
+        pictures, bucket = [one.picture for one in loaded], micro_batch.bucket
         return Batch(
             step=step,
             number=share.number,
             is_padding=share.is_padding,
-            images=_images(loaded),
+            images=stacked_images(pictures),
+            latents=stacked_latents(pictures),
+            text=tuple(map(torch.stack, zip(*(one.text for one in loaded), strict=True))) or None,
             captions=[one.caption for one in loaded],
             identities=[one.identity for one in loaded],
             loss_weights=torch.tensor(weights, dtype=torch.float32),
@@ -114,24 +132,23 @@ class ChunkData(Dataset[Batch]):
             broken=[] if share.is_padding else broken,
             datasets=[one.dataset for one in loaded],
             original_sizes=[one.size for one in loaded],
-            crops=[(one.shown.left, one.shown.top) for one in loaded],
-            masks=_masks(loaded),
+            crops=[(one.left, one.top) for one in pictures],
+            masks=stacked_masks(pictures, height=bucket.height, width=bucket.width),
         )
 
     def close(self) -> None:
         """Close the files this process has open; the next item opens them again."""
         self._bytes.close()
+        self._ahead.close()
 
     def _load(self, sample: PlannedSample, placed: Placement, step: int) -> _Loaded:
         row = self._row(sample)
         identity = sample.identity(seed=self._seed, epoch=self._epoch, chunk=self._chunk)
-        size, broken = (row["width"], row["height"]), ""
-        image = self._bytes.image(row)
-        mask = self._bytes.mask(row) if self._pixels.needs_masks else b""
+        broken = ""
         try:
-            shown = show(image, mask, size=size, placement=placed, settings=self._pixels, identity=identity)
+            picture = self._pictures.load(row, placed, identity)
         except ImageError as error:
-            shown, broken = _grey(placed, self._pixels, identity), str(error)
+            picture, broken = self._pictures.stand_in(row, placed, identity), str(error)
         caption = training_caption(
             row["caption"],
             row["groups"],
@@ -139,7 +156,12 @@ class ChunkData(Dataset[Batch]):
             identity=identity,
             global_step=self._first_global_step + step,
         )
-        return _Loaded(identity, caption, row["dataset"], size, shown, broken)
+        text: Sequence[torch.Tensor] = ()
+        if self._ahead.text is not None:
+            place = self._ahead.text.place(caption_id(caption))
+            text, broken = self._ahead.text.tensors(place), broken or place.reason
+        size = (row["width"], row["height"])
+        return _Loaded(identity, caption, row["dataset"], size, picture, text, broken)
 
     def _table(self) -> pa.Table:
         if self._index is None:
@@ -157,35 +179,11 @@ class ChunkData(Dataset[Batch]):
 
     def _require_shards(self) -> None:
         rows = {sample.row for _, share in self._items for sample in share.micro_batch.samples}
-        shards = self._table().column("shard").take(pa.array(sorted(rows), pa.int64())).unique().to_pylist()
+        table = self._table().select(["shard", "mask_bytes"]).take(pa.array(sorted(rows), pa.int64()))
+        if self._ahead.latents is not None:  # of shards, only masks are read
+            has_mask = pc.greater(table.column("mask_bytes"), 0)
+            table = table.filter(has_mask) if self._pixels.with_masks else table.slice(0, 0)
         try:
-            self._source.require_shards(shards)
+            self._source.require_shards(table.column("shard").unique().to_pylist())
         except ChunkError as error:
             raise ChunkError(f"chunk {self._chunk}: {error}") from None
-
-
-def _grey(placed: Placement, settings: PixelSettings, identity: SampleIdentity) -> Shown:
-    """Return what stands in the slot of an image that cannot be read."""
-    pixels = np.full((placed.bucket.height, placed.bucket.width, 3), MID_GREY, np.uint8)
-    return Shown(pixels, None, *crop_position(placed, crop=settings.crop, identity=identity))
-
-
-def _images(loaded: Sequence[_Loaded]) -> torch.Tensor:
-    """Return (B, 3, H, W) uint8."""
-    height, width, _ = loaded[0].shown.image.shape
-    images = np.empty((len(loaded), 3, height, width), np.uint8)
-    for slot, one in enumerate(loaded):
-        # In one go: a copy of flipped pixels, three bytes at a time, takes a fifth of what decoding takes.
-        images[slot] = one.shown.image.transpose(2, 0, 1)
-    return torch.from_numpy(images)
-
-
-def _masks(loaded: Sequence[_Loaded]) -> torch.Tensor | None:
-    """Return (B, 1, H, W) uint8, white for samples without a mask; None when none has one."""
-    if all(one.shown.mask is None for one in loaded):
-        return None
-    masks = np.full((len(loaded), 1, *loaded[0].shown.image.shape[:2]), 255, np.uint8)
-    for slot, one in enumerate(loaded):
-        if one.shown.mask is not None:
-            masks[slot, 0] = one.shown.mask
-    return torch.from_numpy(masks)

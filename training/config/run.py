@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from sharding.config import Config, Name
 from training.config.captions import CaptionConfig
 from training.config.data import BatchConfig, BucketConfig, DataConfig
+from training.config.latents import LatentsConfig, ahead_problems
 from training.config.optimizer import (
     EmaConfig,
     OptimizerConfig,
@@ -46,6 +47,7 @@ class RunConfig(Config):
     batch: BatchConfig = BatchConfig()
     buckets: BucketConfig = BucketConfig()
     caption: CaptionConfig = CaptionConfig()
+    latents: LatentsConfig = LatentsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     precision: PrecisionConfig = PrecisionConfig()
@@ -80,6 +82,7 @@ class RunConfig(Config):
             self.optimizer, self.precision, micro_batches_per_step=self.batch.micro_batches_per_step
         )
         problems += parallel_problems(self)
+        problems += ahead_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -79,11 +79,25 @@ def show(
     left, top = crop_position(placement, crop=settings.crop, identity=identity, mask=mask)
     window = slice(top, top + placement.bucket.height), slice(left, left + placement.bucket.width)
     image, mask = image[window], mask[window] if mask is not None and settings.with_masks else None
-    if settings.flip_fraction > 0 and uniform(identity, "flip") < settings.flip_fraction:
+    if is_flipped(settings, identity):
         image, mask = image[:, ::-1], mask[:, ::-1] if mask is not None else None
     if settings.colour_jitter.is_on:
         image = jittered(image, settings.colour_jitter, identity=identity)
     return Shown(image, mask, left, top)
+
+
+def is_flipped(settings: PixelSettings, identity: SampleIdentity) -> bool:
+    """Tell whether a showing is mirrored left to right."""
+    return settings.flip_fraction > 0 and uniform(identity, "flip") < settings.flip_fraction
+
+
+def shown_mask(
+    data: bytes, *, size: tuple[int, int], placement: Placement, left: int, top: int, is_mirrored: bool
+) -> Pixels:
+    """Return the mask of a showing whose picture was cut at (left, top) already. Raises ImageError `bad_mask`."""
+    mask = resized_mask(data, *size, placement=placement)
+    mask = mask[top : top + placement.bucket.height, left : left + placement.bucket.width]
+    return mask[:, ::-1] if is_mirrored else mask
 
 
 def crop_position(

@@ -1,0 +1,69 @@
+"""What a recipe must offer so that latents and text outputs can be encoded ahead: its frozen encoders, by themselves.
+
+Loading one does not load what is trained. A new recipe adds a line to each function here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from training.config import RunConfig
+
+
+class Encoded(Protocol):
+    """Latents of a batch. What was not finite in a lower precision has been tried in fp32."""
+
+    @property
+    def values(self) -> Tensor:
+        """(B, C, h, w) float32."""
+
+    @property
+    def broken(self) -> Mapping[int, str]:
+        """Slots that cannot be trained, with the reason."""
+
+
+class ImageEncoder(Protocol):
+    """Pixels to latents."""
+
+    def digests(self) -> dict[str, str]:
+        """Return a SHA-256 of all that decides a latent besides the pixels, by config key."""
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Return the latents of images (B, 3, H, W) uint8, as training from pixels would have them."""
+
+
+class TextEncoder(Protocol):
+    """Captions to what a network is conditioned on."""
+
+    def digests(self) -> dict[str, str]:
+        """Return a SHA-256 of all that decides an output besides the caption, by config key."""
+
+    def encode(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return tensors of B rows each, as training would have them."""
+
+
+def load_image_encoder(config: RunConfig, device: torch.device) -> ImageEncoder:
+    """Load the frozen image encoder. Raises FileNotFoundError, WeightsError."""
+    from training.stage_c.latents import LatentEncoder
+
+    return LatentEncoder(config.stage_c, device=device)
+
+
+def load_text_encoder(config: RunConfig, device: torch.device) -> TextEncoder:
+    """Load the frozen text encoder. Raises FileNotFoundError, WeightsError."""
+    from training.stage_c.conditioning import Conditioning
+
+    return Conditioning(config.stage_c, device=device, dtype=torch.float32)
+
+
+def image_rule(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide what a picture's latent is, besides its size, for JSON."""
+    return {"effnet_dtype": config.stage_c.effnet_dtype}
+
+
+def caption_rule(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide what a caption's output is, for JSON."""
+    settings = config.stage_c
+    return {"max_tokens": settings.max_tokens, "attention_mask": settings.attention_mask}
