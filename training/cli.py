@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-from sharding.config import load_config
+from sharding.config import ConfigError, load_config
 from sharding.runlog import configure_logging
 from training.config import RunConfig
 from training.exit_codes import BAD_DATA, BAD_USAGE, DONE, code_of, is_foreseen
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m training", description="Train one run over many chunks.")
-    commands = parser.add_subparsers(required=True, metavar="plan|run|status|export|preview")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = _command(commands, "run", _run, "train a chunk, or several; run the same command again to resume")
     run.add_argument("--chunk", help="default: the first chunk of the run that is not done")
@@ -64,6 +64,20 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--chunk", help="a finished chunk whose state is kept; default: the newest state")
     export.add_argument("--output", type=Path, help="folder; default: RUN/export")
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: save.export_dtype")
+
+    concepts = commands.add_parser("import-concepts", help="read a list of concepts of any trainer, even a broken one")
+    concepts.add_argument("source", type=Path, help="the list, or a folder with a folder per concept")
+    concepts.add_argument("--output", type=Path, metavar="TOML", help="write them as ours; default: print")
+    concepts.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="THEIRS=OURS",
+        help="where their folders lie here: 'E:\\data=/data'",
+    )
+    concepts.add_argument("--dry-run", action="store_true", help="read and say what is odd, write nothing")
+    concepts.add_argument("-v", "--verbose", action="store_true")
+    concepts.set_defaults(action=_import_concepts)
 
     preview = _command(
         commands, "preview", _preview, "make the run's previews from the newest state", needs_config=False
@@ -157,6 +171,25 @@ def _export(options: argparse.Namespace) -> int:
     output = options.output or options.run_dir / "export"
     for line in export_weights(config, options.run_dir, output, chunk_name=options.chunk, dtype_name=options.dtype):
         print(line)
+    return DONE
+
+
+def _import_concepts(options: argparse.Namespace) -> int:
+    from sharding.files import write_bytes
+    from training.dreambooth.concepts.reading import import_concepts
+
+    mapped = [tuple(pair.partition("=")[::2]) for pair in options.map]
+    imported = import_concepts(options.source, mapped=mapped)
+    print(f"{options.source}: {imported.kind}, {len(imported.concepts)} concepts", file=sys.stderr)
+    for note in imported.notes:
+        print(f"  {note}", file=sys.stderr)
+    if options.output is None:
+        print(imported.toml(), end="")
+    elif options.output.absolute() == options.source.absolute():
+        raise ConfigError(f"{options.output}: is the list itself; give --output another name")
+    elif not options.dry_run:
+        write_bytes(options.output, imported.toml().encode())
+        print(options.output)
     return DONE
 
 
