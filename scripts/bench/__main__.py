@@ -21,6 +21,8 @@ BENCHES = {
     "pack": "read, checksum, write shards and index, against TarWriter and a copy",
     "memory": "one full finetuning step of stage C on a CPU: the most memory, beside the planner's word",
     "kill": "random kills of a tiny run, against one that nobody disturbed",
+    "kill_in_parts": "the same with a model in parts on two processes: FSDP2, DeepSpeed ZeRO-2",
+    "elastic": "1, 3, 2 processes inside one chunk, against one process that nobody stopped",
     "loop": "a step of the training loop against forward, backward and optimizer by hand",
     "save": "a state: how long training stands still and all takes, against a copy in memory and cp with SHA-256",
     "loader": "decode, resize, crop and caption of a chunk, against the bare decode, webdataset and files",

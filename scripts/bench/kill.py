@@ -3,6 +3,7 @@
 SIGKILL and SIGTERM by turns of a seeded coin, anywhere: while it starts, in steps, previews and saves, between chunks.
 Half of the runs stay in one process, and must end with the same bits; the others change between one, two and three
 processes from launch to launch, and must train the same list with the same losses within a relative 1e-5.
+`kill_in_parts` does the same with a model in parts.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from scripts.bench.result import Bar, Result
+from scripts.bench.trained_list import is_same_list, loss_differences
 from scripts.tiny_run import Launch, TinyRun, make_workspace, tiny_overrides
 from training.state_folder import newest_verified, read_manifest
 
@@ -26,6 +29,21 @@ _KILLS, _FULL_KILLS = 8, 200
 _NUM_CHUNKS = 3
 _STOPPED = 75
 _MAX_LAUNCHES = 400
+_LOSS_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the launches of a run are made. sizes: numbers of processes, one is drawn for each launch."""
+
+    sizes: tuple[int, ...]
+    overrides: tuple[str, ...] = ()
+    """Settings of the run, such as `parallel.strategy='fsdp2'`."""
+    has_same_bits: bool = False
+    """Whether weights must end bit-equal with the undisturbed run's, not losses within a relative 1e-5 only."""
+
+
+WAYS = (Way((1,), has_same_bits=True), Way((1, 2, 3)))
 
 
 @dataclass
@@ -40,6 +58,8 @@ class Account:
     wrong_lists: list[str] = field(default_factory=list)
     wrong_bits: list[str] = field(default_factory=list)
     num_runs: int = 0
+    seconds: float = 0.0
+    """How long the undisturbed run took."""
 
     @property
     def problems(self) -> list[str]:
@@ -50,7 +70,7 @@ class Account:
 def run(*, full: bool, data: Path | None) -> Result:
     """Measure; `data` is not used: pictures are the demo's."""
     with tempfile.TemporaryDirectory() as folder:
-        account, seconds = measure(Path(folder), num_kills=_FULL_KILLS if full else _KILLS, seed=0)
+        account = measure(Path(folder), num_kills=_FULL_KILLS if full else _KILLS, seed=0)
     return Result(
         bench="kill",
         figures={
@@ -66,12 +86,17 @@ def run(*, full: bool, data: Path | None) -> Result:
               Bar("sigterms_without_code_or_state", at_most=0)],
         full_size=full,
         peer="the same run, not disturbed",
-        notes=[f"an undisturbed launch over all chunks takes {seconds:.1f} s", *account.problems],
+        notes=[f"an undisturbed launch over all chunks takes {account.seconds:.1f} s", *account.problems],
     )  # fmt: skip
 
 
-def measure(root: Path, *, num_kills: int, seed: int) -> tuple[Account, float]:
-    """Disturb runs in `root` until there were so many kills; return the account and an undisturbed run's seconds."""
+def measure(
+    root: Path, *, num_kills: int, seed: int, ways: Sequence[Way] = WAYS, undisturbed: Way = WAYS[0]
+) -> Account:
+    """Disturb runs in `root`, launched by turns in these ways, until there were so many kills.
+
+    All are compared with one that is launched `undisturbed`. Its folder is `root/whole`.
+    """
     from scripts.demo_models.stage_c import make_stage_c_models
 
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -79,41 +104,40 @@ def measure(root: Path, *, num_kills: int, seed: int) -> tuple[Account, float]:
     make_workspace(root / "workspace", num_chunks=_NUM_CHUNKS)
     make_stage_c_models(root / "models", seed=7)
     overrides = [*tiny_overrides(root / "workspace", root / "models"), "data.epochs=1", "preview.every_steps=3"]
-    whole = TinyRun(root / "whole", overrides)
+    whole = TinyRun(root / "whole", [*overrides, *undisturbed.overrides])
     Launch(whole.arguments("plan"), whole.log).wait()  # starts the server that launches are forked from
     started = time.monotonic()
-    if (code := whole.train("--chunks", ":")) != 0:
-        raise RuntimeError(f"the undisturbed run ended with {code}:\n{whole.log.read_text()}")
-    seconds = time.monotonic() - started
+    _finish(whole, whole.launch_on(undisturbed.sizes[0], "--chunks", ":"))
+    account.seconds = time.monotonic() - started
     while account.kills.total() < num_kills:
-        sizes = (1,) if account.num_runs % 2 == 0 else (1, 2, 3)
-        disturbed = TinyRun(root / f"run-{account.num_runs}", overrides)
-        _disturb(disturbed, random, account, sizes=sizes, seconds=seconds, most=num_kills)
-        _compare(disturbed, whole, account, is_one_process=sizes == (1,))
+        way = ways[account.num_runs % len(ways)]
+        disturbed = TinyRun(root / f"run-{account.num_runs}", [*overrides, *way.overrides])
+        _disturb(disturbed, random, account, sizes=way.sizes, most=num_kills)
+        _compare(disturbed, whole, account, has_same_bits=way.has_same_bits)
         account.num_runs += 1
-    return account, seconds
+    return account
 
 
-def _disturb(
-    run: TinyRun, random: np.random.Generator, account: Account, *, sizes: tuple[int, ...], seconds: float, most: int
-) -> None:
+def _disturb(run: TinyRun, random: np.random.Generator, account: Account, *, sizes: tuple[int, ...], most: int) -> None:
     """Launch and kill until the run is done; after `most` kills in all it is left in peace."""
     for _ in range(_MAX_LAUNCHES):
         launches = run.launch_on(int(random.choice(sizes)), "--chunks", ":")
-        if account.kills.total() >= most:
-            codes = [launch.wait(600) for launch in launches]
-        else:
-            deadline = time.monotonic() + random.uniform(0, seconds)
+        if account.kills.total() < most:
+            deadline = time.monotonic() + random.uniform(0, account.seconds)
             while time.monotonic() < deadline and all(launch.process.is_alive() for launch in launches):
                 time.sleep(0.002)
             if all(launch.process.is_alive() for launch in launches):
                 _kill(run, launches, random, account)
                 continue
-            codes = [launch.wait(600) for launch in launches]
-        if any(codes):
-            raise RuntimeError(f"{run.root.name}: exit codes {codes}:\n{run.log.read_text()[-4_000:]}")
+        _finish(run, launches)
         return
     raise RuntimeError(f"{run.root.name}: not done after {_MAX_LAUNCHES} launches")
+
+
+def _finish(run: TinyRun, launches: list[Launch]) -> None:
+    codes = [launch.wait(600) for launch in launches]
+    if any(codes):
+        raise RuntimeError(f"{run.root.name}: exit codes {codes}:\n{launches[0].log.read_text()[-4_000:]}")
 
 
 def _kill(run: TinyRun, launches: list[Launch], random: np.random.Generator, account: Account) -> None:
@@ -165,28 +189,15 @@ def _moment(run: TinyRun) -> str:
     return {"chunk_done": "between_chunks", "started": "in_first_steps"}.get(last, "in_steps_and_previews")
 
 
-def _compare(run: TinyRun, whole: TinyRun, account: Account, *, is_one_process: bool) -> None:
+def _compare(run: TinyRun, whole: TinyRun, account: Account, *, has_same_bits: bool) -> None:
     rows, expected = run.rows("trace.jsonl"), whole.rows("trace.jsonl")
-    if is_one_process and rows != expected:
+    if has_same_bits and rows != expected:
         account.wrong_lists.append(f"{run.root.name}: trace differs")
-    if not is_one_process and not _is_same_list(rows, expected):
-        account.wrong_lists.append(f"{run.root.name}: list differs after changes of the number of processes")
+    if not has_same_bits and not is_same_list(rows, expected):
+        account.wrong_lists.append(f"{run.root.name}: list differs")
+    elif not has_same_bits and (worst := max(loss_differences(rows, expected))) > _LOSS_TOLERANCE:
+        account.wrong_lists.append(f"{run.root.name}: losses differ by a relative {worst:.1e}")
     for number in range(_NUM_CHUNKS):
         chunk = f"real/{number:04d}"
-        if is_one_process and run.final_files(chunk) != whole.final_files(chunk):
+        if has_same_bits and run.final_files(chunk) != whole.final_files(chunk):
             account.wrong_bits.append(f"{run.root.name}: weights of {chunk} differ")
-
-
-def _is_same_list(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
-    """Compare keys, captions, timesteps and rates exactly, losses within a relative 1e-5."""
-
-    def without_losses(row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, "samples": [sample[:3] for sample in row["samples"]]}
-
-    def losses(row: dict[str, Any]) -> list[float]:
-        return [float(sample[3]) for sample in row["samples"]]
-
-    if [without_losses(row) for row in rows] != [without_losses(row) for row in expected]:
-        return False
-    pairs = zip(rows, expected, strict=True)
-    return all(np.allclose(losses(one), losses(other), rtol=1e-5, atol=0) for one, other in pairs)
