@@ -1,4 +1,4 @@
-"""`python -m training`: parses arguments, gives back the exit code. What a subcommand does is in `training.commands`."""
+"""`python -m training`: parses arguments, gives the exit code. What a subcommand does is in `training.commands`."""
 
 import argparse
 import importlib
