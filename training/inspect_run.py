@@ -5,12 +5,14 @@ from pathlib import Path
 
 from sharding.chunk import Chunk
 from training.campaign import read_campaign
-from training.config import RunConfig
+from training.config import Prompt, RunConfig
+from training.config.stage_c import prompt_problems
 from training.loading.remote import mirror_remote
 from training.plan_checks import check_captions
 from training.plan_report import PlanReport, plan_report
 from training.plan_totals import run_totals
 from training.plans import batch_plan
+from training.prompt_file import read_prompts
 from training.run_dir import RunDir
 
 
@@ -52,6 +54,7 @@ def inspect_plan(
         config=config,
         num_processes=num_processes,
         state=_state(config) if with_state else None,
+        prompts=_prompts(config),
     )
     return replace(report, findings=(*report.findings, *check_captions(index, config=config)))
 
@@ -64,6 +67,11 @@ def plan_text(config: RunConfig, root: Path | None, *, chunk_name: str | None, w
     if report.refusals:
         raise PlanRefusedError("\n".join(finding.text for finding in report.refusals))
     return report.text()
+
+
+def _prompts(config: RunConfig) -> tuple[Prompt, ...]:
+    file = config.preview.file
+    return config.preview.prompts + (read_prompts(file, problems=prompt_problems) if file is not None else ())
 
 
 def _state(config: RunConfig) -> tuple[int, str]:

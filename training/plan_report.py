@@ -4,6 +4,7 @@ Text for people, plain data for programs. No torch, no files: who reads them is 
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ import pyarrow as pa
 
 from training.batch_plan import BatchPlan
 from training.buckets import Placement
-from training.config import RunConfig
+from training.config import Prompt, RunConfig
+from training.latent_sizes import check_previews, density_text, latent_size, picture_size, previews_text
 from training.plan_checks import Finding, check_plan
 from training.plan_totals import ChunkTotals, RunTotals, chunk_totals
 
@@ -24,6 +26,10 @@ class BucketRow:
     """A line of the table: one bucket, or all."""
 
     bucket: str
+    """Pixels in the encoder."""
+    latent: str
+    picture: str
+    """Pixels of the pictures: the bucket / encode_scale."""
     num_images: int
     """Exposures of one epoch."""
     num_micro_batches: int
@@ -37,13 +43,15 @@ class BucketRow:
 
     def __str__(self) -> str:
         return (
-            f"{self.bucket:>11} {self.num_images:>9,} {self.num_micro_batches:>13,} {self.fill_fraction:>7.1%}"
-            f" {self.crop_loss_mean:>10.1%} {self.crop_loss_p99:>9.1%} {self.num_enlarged:>9,}"
+            f"{self.picture:>11} {self.bucket:>11} {self.latent:>8} {self.num_images:>9,}"
+            f" {self.num_micro_batches:>13,} {self.fill_fraction:>7.1%} {self.crop_loss_mean:>10.1%}"
+            f" {self.crop_loss_p99:>9.1%} {self.num_enlarged:>9,}"
         )
 
 
 _HEADER = (
-    f"{'bucket':>11} {'images':>9} {'micro-batches':>13} {'fill':>7} {'crop mean':>10} {'crop p99':>9} {'enlarged':>9}"
+    f"{'pictures':>11} {'bucket':>11} {'latents':>8} {'images':>9} {'micro-batches':>13} {'fill':>7} {'crop mean':>10}"
+    f" {'crop p99':>9} {'enlarged':>9}"
 )
 
 
@@ -55,6 +63,10 @@ class PlanReport:
     epoch: int
     digest: str
     """Of the batch plan."""
+    density: str
+    """What becomes of a picture of buckets.resolution."""
+    previews: str
+    """How many latents previews have; empty without any."""
     rows: tuple[BucketRow, ...]
     """The fullest bucket first; the last row is the sum."""
     num_steps: int
@@ -86,7 +98,7 @@ class PlanReport:
         chunk, run = self.totals, self.run
         epochs = f"{run.epochs} epoch{'s' * (run.epochs > 1)}"
         weights = "–".join(f"{weight:g}" for weight in sorted(set(self.loss_weights)))
-        lines = [_HEADER, *map(str, self.rows)]
+        lines = [self.density, *[self.previews] * bool(self.previews), _HEADER, *map(str, self.rows)]
         lines.append(
             f"{self.chunk} epoch {self.epoch}: {self.num_steps:,} steps of {self.micro_batches_per_step} micro-batches"
             f" of {self.micro_batch_size}, {self.num_exposures:,} exposures of {self.num_keys:,} samples"
@@ -124,8 +136,12 @@ def plan_report(
     config: RunConfig,
     num_processes: int | None = None,
     state: tuple[int, str] | None = None,
+    prompts: Sequence[Prompt] = (),
 ) -> PlanReport:
-    """Count a plan made from `index`, as part of a run. num_processes: ranks it will run on, when they are known."""
+    """Count a plan made from `index`, as part of a run. num_processes: ranks it will run on, when they are known.
+
+    prompts: of all previews.
+    """
     samples = [sample for micro_batch in plan.micro_batches() for sample in micro_batch.samples]
     weights = [sample.loss_weight for sample in samples]
     dropped = {
@@ -141,7 +157,9 @@ def plan_report(
         chunk=plan.chunk,
         epoch=plan.epoch,
         digest=plan.digest,
-        rows=_rows(plan, index),
+        density=density_text(config),
+        previews=previews_text(prompts, config),
+        rows=_rows(plan, index, encode_scale=config.stage_c.encode_scale),
         num_steps=len(plan.steps),
         micro_batches_per_step=plan.micro_batches_per_step,
         micro_batch_size=plan.micro_batch_size,
@@ -154,11 +172,14 @@ def plan_report(
         run=run,
         latents_note="; ".join(note for note, applies in notes.items() if applies),
         state=state,
-        findings=check_plan(plan, run, config=config, num_processes=num_processes),
+        findings=(
+            *check_plan(plan, run, config=config, num_processes=num_processes),
+            *check_previews(plan, prompts, config=config),
+        ),
     )
 
 
-def _rows(plan: BatchPlan, index: pa.Table) -> tuple[BucketRow, ...]:
+def _rows(plan: BatchPlan, index: pa.Table, *, encode_scale: float) -> tuple[BucketRow, ...]:
     widths: list[int] = index.column("width").to_pylist()
     heights: list[int] = index.column("height").to_pylist()
     losses: dict[str, list[float]] = defaultdict(list)
@@ -176,9 +197,12 @@ def _rows(plan: BatchPlan, index: pa.Table) -> tuple[BucketRow, ...]:
                 is_enlarged(sample.row, placed)
                 for sample, placed in zip(micro_batch.samples, micro_batch.placements, strict=True)
             )
+    sizes = {str(each): (latent_size(each), picture_size(each, encode_scale)) for each in plan.images_per_bucket}
     return tuple(
         BucketRow(
             bucket=name,
+            latent=sizes.get(name, ("", ""))[0],
+            picture=sizes.get(name, ("", ""))[1],
             num_images=len(losses[name]),
             num_micro_batches=num_micro_batches[name],
             fill_fraction=len(losses[name]) / (num_micro_batches[name] * plan.micro_batch_size),
@@ -186,5 +210,5 @@ def _rows(plan: BatchPlan, index: pa.Table) -> tuple[BucketRow, ...]:
             crop_loss_p99=float(np.percentile(losses[name], 99)),
             num_enlarged=num_enlarged[name],
         )
-        for name in [*map(str, plan.images_per_bucket), "all"]
+        for name in [*sizes, "all"]
     )

@@ -104,8 +104,10 @@ class BucketConfig(Config):
     """kohya's bucket_no_upscale, kohya's predefined area buckets, a list of aspect ratios (by default the official
     StableCascade one), or the wiki's table: longer side fixed, the shorter one in steps."""
     resolution: tuple[int, int] = (1024, 1024)
-    """Width and height of the full picture; their product × encode_scale² bounds a bucket's area, the longer one
-    × encode_scale is the side of `long_side`."""
+    """Width and height of a picture as people see it, not of what the encoder sees: that is × `stage_c.encode_scale`.
+    [1024, 1024] trains at most 768×768 pixels and 24×24 latents with the default 3/4, with kohya's 1 1024×1024 and
+    32×32. The product bounds a bucket's area, the longer one is the side of `long_side`; `plan` prints what comes
+    of it."""
     step: int = Field(64, gt=0)
     """Bucket sides are multiples of this many pixels fed to the image encoder; a multiple of 32."""
     min_side: int | None = Field(None, gt=0)

@@ -22,6 +22,12 @@ class Prompt(Config):
     guidance: float = Field(4.0, ge=0)
     sampler: str = "ddpm"
     """One that the recipe has."""
+    encode_scale: float | None = Field(None, gt=0, le=1)
+    """Latent density of this picture; default: that of training, `stage_c.encode_scale`."""
+    max_tokens: Literal[75, 150, 225] | None = None
+    """Tokens of text and negative; default: as in training."""
+    attention_mask: bool | None = None
+    """Whether padding is masked; default: as in training."""
 
 
 class PreviewConfig(Config):

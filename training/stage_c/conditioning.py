@@ -40,9 +40,12 @@ class Conditioning:
             digests["stage_c.text_encoder"] = digest_of_tensors(self.text.state_dict())
         return digests
 
-    def tokens(self, captions: Sequence[str]) -> TokenWindows:
-        """Return the captions' token windows (B, W, 77) on the device, and their counts on the CPU."""
-        tokens = tokenize(self.tokenizer, captions, max_tokens=self._settings.max_tokens)
+    def tokens(self, captions: Sequence[str], *, max_tokens: int | None = None) -> TokenWindows:
+        """Return the captions' token windows (B, W, 77) on the device, and their counts on the CPU.
+
+        max_tokens: in place of the run's.
+        """
+        tokens = tokenize(self.tokenizer, captions, max_tokens=max_tokens or self._settings.max_tokens)
         return TokenWindows(tokens.windows.to(self._device), tokens.num_tokens)
 
     def num_cut(self, tokens: TokenWindows) -> Tensor:
@@ -50,7 +53,11 @@ class Conditioning:
         return (tokens.num_tokens - self._settings.max_tokens).clamp_min(0)
 
     @torch.no_grad()
-    def states(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (clip_text, clip_text_pooled) without gradient, of windows (B, W, 77)."""
-        clip_text, pooled = self.text(windows, self._settings.attention_mask)
+    def states(self, windows: Tensor, *, attention_mask: bool | None = None) -> tuple[Tensor, Tensor]:
+        """Return (clip_text, clip_text_pooled) without gradient, of windows (B, W, 77).
+
+        attention_mask: in place of the run's.
+        """
+        mask = self._settings.attention_mask if attention_mask is None else attention_mask
+        clip_text, pooled = self.text(windows, mask)
         return clip_text, pooled

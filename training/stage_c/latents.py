@@ -37,8 +37,8 @@ class LatentEncoder:
     def encode(self, images: Tensor) -> Latents:
         """Return the latents of images (B, 3, H, W) uint8.
 
-        Those that bf16 makes not finite are made again in fp32. What is not finite in fp32 either becomes zeros, so that
-        the forward pass stays finite, and broken: other trainers go on with the zeros.
+        Those that bf16 makes not finite are made again in fp32. What is not finite in fp32 either becomes zeros, so
+        that the forward pass stays finite, and broken: other trainers go on with the zeros.
         """
         rgb = images.to(self._device, non_blocking=True).float() / 255
         values = self.effnet.encode(rgb, compute=self._compute)

@@ -1,6 +1,7 @@
-"""Previews of stage C: prompt → latents → the previewer's small picture. Sizes follow the density of training."""
+"""Previews of stage C: prompt → latents → the previewer's small picture.
 
-import math
+Token windows, attention mask and latent density are those of training, unless a prompt says otherwise.
+"""
 
 import torch
 from PIL import Image
@@ -8,9 +9,9 @@ from torch import Tensor
 
 from training.config import Prompt
 from training.config.stage_c import StageCConfig
+from training.latent_sizes import latent_side
 from training.randomness import SampleIdentity, normal
 from training.stage_c.conditioning import Conditioning
-from training.stage_c.effnet import PIXELS_PER_LATENT
 from training.stage_c.gdf import sample
 from training.stage_c.network import StageCNetwork
 from training.stage_c.previewer import Previewer
@@ -22,12 +23,14 @@ def draw_latents(
 ) -> Tensor:
     """Return the latents (1, 16, H, W) of a prompt, with noise counted by its seed.
 
-    The network must be in eval mode. A prompt is sampled alone: a picture does not depend on its neighbours.
+    The network must be in eval mode. A prompt is sampled alone: a picture does not depend on its neighbours. Guidance
+    goes away from the encoded negative prompt, which is the empty caption by default, not from zeros.
     """
     identity = SampleIdentity(seed=prompt.seed, epoch=0, chunk="preview", key=f"{prompt.width}x{prompt.height}")
-    height, width = (latent_side(side, settings.encode_scale) for side in (prompt.height, prompt.width))
-    windows = conditioning.tokens([prompt.text, prompt.negative]).windows
-    text, pooled = conditioning.states(windows)
+    scale = prompt.encode_scale or settings.encode_scale
+    height, width = (latent_side(side, scale) for side in (prompt.height, prompt.width))
+    windows = conditioning.tokens([prompt.text, prompt.negative], max_tokens=prompt.max_tokens).windows
+    text, pooled = conditioning.states(windows, attention_mask=prompt.attention_mask)
 
     def predict(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         both = network(x.repeat(2, 1, 1, 1), r.repeat(2), text, pooled)
@@ -46,8 +49,3 @@ def picture(latents: Tensor, previewer: Previewer) -> Image.Image:
     """Return what the previewer makes of latents (1, 16, H, W): (8 W, 8 H) pixels."""
     pixels = (previewer(latents)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).cpu().numpy()
     return Image.fromarray(pixels)
-
-
-def latent_side(pixels: int, encode_scale: float) -> int:
-    """Return the latent's side for a picture's side: ceil(pixels × scale / 32); 1024 is 24 at 3/4 and 32 at 1."""
-    return math.ceil(round(pixels * encode_scale / PIXELS_PER_LATENT, 6))
