@@ -37,7 +37,7 @@ class ChunkTotals:
     read_bytes: int
     """Images and masks, as often as they are repeated."""
     latent_bytes: int
-    """Of each trained sample once, were latents cached in fp16."""
+    """Of latents of all trained samples, encoded ahead in latents.dtype; with flips, of mirrored ones, too."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def chunk_totals(index: pa.Table, chunk: str, *, config: RunConfig) -> ChunkTota
     sizes, size_of_row = np.unique(width << 32 | height, return_inverse=True)
     showings: Counter[Bucket] = Counter()
     num_dropped = latents = 0
+    variants = 2 if config.data.horizontal_flip else 1
     is_kept = np.ones(len(sizes), bool)
     per_size = (np.bincount(size_of_row, weights, len(sizes)).astype(int) for weights in (None, repeats, repeats > 0))
     for number, (size, rows, times, shown) in enumerate(zip(sizes.tolist(), *per_size, strict=True)):
@@ -78,7 +79,7 @@ def chunk_totals(index: pa.Table, chunk: str, *, config: RunConfig) -> ChunkTota
             continue
         bucket = own.placement.bucket
         showings[bucket] += int(times)
-        latents += latent_bytes(bucket) * int(shown)
+        latents += latent_bytes(bucket, config.latents.dtype) * int(shown) * variants
     stored = sum(np.asarray(index.column(name), np.int64) for name in ("image_bytes", "mask_bytes"))
     return ChunkTotals(
         name=chunk,

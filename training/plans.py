@@ -88,6 +88,7 @@ def still_pixel_settings(config: RunConfig) -> "PixelSettings":
     return PixelSettings(with_masks=config.data.masks)
 
 
-def latent_bytes(bucket: Bucket) -> int:
-    """Return the size of the latent of an image in this bucket, in fp16."""
-    return LATENT_CHANNELS * (bucket.width // SIDE_MULTIPLE) * (bucket.height // SIDE_MULTIPLE) * 2
+def latent_bytes(bucket: Bucket, dtype: str) -> int:
+    """Return the size of the latent of an image in this bucket. dtype: fp16, bf16 or fp32."""
+    cells = (bucket.width // SIDE_MULTIPLE) * (bucket.height // SIDE_MULTIPLE)
+    return LATENT_CHANNELS * cells * (4 if dtype == "fp32" else 2)

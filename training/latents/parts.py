@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -152,9 +153,9 @@ class PartWriter:
         self._rows.append({**facts, **place, "crc32": crc32, "reason": reason})
 
     @property
-    def num_broken(self) -> int:
-        """Rows so far that have a reason."""
-        return sum(bool(row["reason"]) for row in self._rows)
+    def reasons(self) -> Counter[str]:
+        """Rows so far that have no tensors, by reason."""
+        return Counter(row["reason"].partition(":")[0] for row in self._rows if row["reason"])
 
     def commit(self) -> PartInfo:
         """Make the part what readers find; return its manifest, or another task's that has made it meanwhile."""
@@ -173,7 +174,7 @@ class PartWriter:
             index_path = self._folder / f"{stem}.parquet"
             write_part(index_path, _table(self._rows), made_from=data.sha256)
             index = PartFile(index_path.name, index_path.stat().st_size, sha256_file(index_path))
-            info = PartInfo(self._dtype, len(self._rows), self.num_broken, data, index)
+            info = PartInfo(self._dtype, len(self._rows), self.reasons.total(), data, index)
             write_json(self._folder / f"{stem}.json", asdict(info))
             return info
 
