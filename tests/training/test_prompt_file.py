@@ -27,7 +27,7 @@ def read(path):
 def test_lines_are_read_as_kohya_reads_them(tmp_path):
     full, plain, _ = read(write(tmp_path, "p.txt", LINES))
 
-    assert full.model_dump() == {
+    assert full.model_dump(exclude_none=True) == {
         "text": "masterpiece, 1girl", "negative": "bad hands, text", "width": 832, "height": 1216, "seed": 42,
         "steps": 28, "guidance": 4.5, "sampler": "ddim",
     }  # fmt: skip
