@@ -66,14 +66,15 @@ def parse_config(
     """Validate already read values; `name` stands in messages for the file. Raises ConfigError."""
     merged = dict(values)
     for override in overrides:
-        _apply_override(merged, override)
+        apply_override(merged, override)
     try:
         return config_type.model_validate(merged)
     except ValidationError as error:
         raise ConfigError("\n".join(f"{name}: {line}" for line in _explain(error, config_type))) from None
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Put a `key.path=value` into nested tables, as `load_config` does. Raises ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {override!r}: expected key.path=value")
