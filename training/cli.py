@@ -12,7 +12,7 @@ from training.exit_codes import BAD_USAGE, code_of, is_foreseen
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = ("plan", "encode-latents", "run", "status", "export", "preview", "import-concepts")
+COMMANDS = ("plan", "encode-latents", "run", "status", "export", "preview", "import-concepts", "explain-kohya")
 
 
 def main(argv: list[str] | None = None) -> int:

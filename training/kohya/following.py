@@ -1,0 +1,47 @@
+"""The commands that do here what a kohya command did: pictures into chunks, a state taken over, the run. No torch."""
+
+import shlex
+from collections.abc import Iterator
+
+from training.kohya.flag_table import OF_THE_BRANCH
+from training.kohya.given import Given
+from training.kohya.run_settings import run_folder
+
+RUN_TOML = "run.toml"
+_DATASET = "dataset.toml"
+
+
+def following_commands(given: Given, *, workspace: str, chunks: str) -> Iterator[str]:
+    """Yield the commands in their order; those of a recipe to come are left out."""
+    if folder := given.value("train_data_dir"):
+        words = ["sharding", "import-kohya", folder, "--output", _DATASET, "--name", chunks.split("/")[0]]
+        if given.value("dataset_config"):
+            words += ["--dataset-config", given.value("dataset_config")]
+        elif given.value("in_json"):
+            words += ["--metadata", given.value("in_json")]
+        yield _module(*words)
+        yield _module("scripts.build_chunks", _DATASET, "--workspace", workspace)
+    if given.script not in OF_THE_BRANCH:
+        return
+    if given.has("cache_latents", "cache_latents_to_disk"):
+        yield _module("training", "encode-latents", RUN_TOML)
+    if given.value("resume"):
+        run_dir = str(run_folder(given))
+        yield _module("training", "import-state", given.value("resume"), RUN_TOML, "--run-dir", run_dir)
+    yield _run_command(given)
+
+
+def _run_command(given: Given) -> str:
+    processes = given.launcher.get("num_processes", 1)
+    environment = [f"{name}={shlex.quote(value)}" for name, value in given.environment.items()]
+    own = ["-m", "training", "run", RUN_TOML, "--run-dir", str(run_folder(given))]
+    words = ["python", *own]
+    if processes > 1:
+        count = str(processes)
+        launcher = ["accelerate", "launch", "--config_file", "configs/accelerate/ddp.yaml", "--num_processes", count]
+        words = [*launcher, *own, "--processes", count]
+    return " ".join([*environment, shlex.join(words)])
+
+
+def _module(*words: str) -> str:
+    return shlex.join(["python", "-m", *words])
