@@ -1,0 +1,1 @@
+"""Stable Diffusion's original single-file layout: names and shapes of each part, reading, writing."""
