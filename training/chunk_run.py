@@ -19,6 +19,7 @@ from training.chunk_records import chunk_records, steps_to_pass_over
 from training.errors import NonFiniteError
 from training.exit_codes import DONE, STOPPED
 from training.forecast import disk_forecast, folder_bytes
+from training.latents.ahead import ahead_of
 from training.loading.remote import fetch_chunk
 from training.loop import train_epoch
 from training.plans import batch_plan, caption_settings, pixel_settings
@@ -82,6 +83,10 @@ class ChunkRun:
         epochs = range(self._config.data.epochs)
         self._plans = [batch_plan(index, name, config=self._config, epoch=epoch) for epoch in epochs]
         self._plan_digests = [plan.digest for plan in self._plans]
+        self._ahead = ahead_of(
+            index, self._plans, config=self._config, pixels=pixel_settings(self._config),
+            captions=caption_settings(self._config), from_main=self._rank.from_main,
+        )  # fmt: skip
         state = self._state
         saved = state.facts["plan_digests"] if state is not None and self._is_own(state) else []
         if state is not None and saved != self._plan_digests[: len(saved)]:  # more epochs may follow
@@ -108,6 +113,7 @@ class ChunkRun:
                 captions=caption_settings(self._config),
                 pixels=pixel_settings(self._config),
                 with_checksum=self._config.data.verify_shards == "each_use",
+                ahead=self._ahead,
             )
             first_global_step += len(plan.steps)
             if len(data):

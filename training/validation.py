@@ -23,6 +23,7 @@ from sharding.schema import Workspace
 from training.batch_plan import BatchPlan, MicroBatch, make_batch_plan
 from training.chunk_data import Batch, ChunkData, ChunkSource, make_loader
 from training.config import RunConfig
+from training.latents.ahead import ahead_of
 from training.plans import bucket_settings, still_caption_settings, still_pixel_settings
 from training.position import Position
 from training.randomness import SampleIdentity
@@ -54,15 +55,18 @@ class Validation:
         if self._config.validation.chunk is None:
             return
         chunk = _held_out(self._config, self._config.validation.chunk)
-        plan = validation_plan(chunk.read_index(), chunk.name, config=self._config)
+        index, config = chunk.read_index(), self._config
+        plan = validation_plan(index, chunk.name, config=config)
+        pixels, captions = still_pixel_settings(config), still_caption_settings(config)
         self._data = ChunkData(
             ChunkSource.of_chunk(chunk),
             plan,
             rank=rank.engine.rank,
             world_size=rank.engine.world_size,
-            captions=still_caption_settings(self._config),
-            pixels=still_pixel_settings(self._config),
-            with_checksum=self._config.data.verify_shards == "each_use",
+            captions=captions,
+            pixels=pixels,
+            with_checksum=config.data.verify_shards == "each_use",
+            ahead=ahead_of(index, [plan], config=config, pixels=pixels, captions=captions, from_main=rank.from_main),
         )
         if rank.is_main:
             self._warn_if_changed(plan)

@@ -35,6 +35,10 @@ def latent_problems(config: "RunConfig") -> list[str]:
         problems.append(
             "data.colour_jitter gives every showing other colours, and a latent is encoded once; leave it out"
         )
+    if config.stage_c.image_embedding_fraction:
+        problems.append(
+            "stage_c.image_embedding_fraction shows the network pixels, and there would be none; leave it out"
+        )
     return problems
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from training.chunk_data import Batch
 from training.config import Prompt, RunConfig
+from training.latents.store import encoder_digests
 from training.recipes.base import ExportFile, Loss, SampleResult
 from training.stage_c.conditioning import Conditioning
 from training.stage_c.formats import load_stage_c, save_stage_c
@@ -48,7 +49,7 @@ class StageC:
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         self._conditioning = Conditioning(settings, device=device, dtype=dtype)
-        if self._conditioning.text_width != network.config.c_clip_text:
+        if self._needs_text_model and self._conditioning.text_width != network.config.c_clip_text:
             raise ValueError(
                 f"stage_c.text_encoder gives states of width {self._conditioning.text_width}, stage_c.network expects "
                 f"{network.config.c_clip_text}: {settings.text_encoder} and {settings.network} do not belong together"
@@ -62,11 +63,19 @@ class StageC:
         # Without images its gradient is an exact zero: only weight decay would change it, run after run.
         network.clip_img_mapper.weight.requires_grad_(self._images.is_used)
         self._latents = LatentEncoder(settings, device=device)
+        if not self._config.latents.use:
+            self._latents.load()
         self._previewer: Previewer | None = None
         if settings.previewer is not None:
             self._previewer = load_previewer(Path(settings.previewer), device=device).requires_grad_(False)
         text = self._conditioning.text if settings.train_text_encoder else None
         self._model = StageCModel(network.to(device), text).train()
+
+    @property
+    def _needs_text_model(self) -> bool:
+        """Whether it is needed before an export: not when its states are made ahead, and no preview is drawn."""
+        preview = self._config.preview
+        return not self._config.latents.text or bool(preview.prompts) or preview.file is not None
 
     def trainable(self) -> nn.Module:
         return self._model
@@ -83,7 +92,10 @@ class StageC:
         return {"network": optimizer.learning_rate, "text_encoder": text_rate}
 
     def frozen_digests(self) -> dict[str, str]:
-        return {**self._latents.digests(), **self._conditioning.digests(), **self._images.digests()}
+        ahead = self._config.latents
+        latents = encoder_digests(self._config, "latents") if ahead.use else self._latents.digests()
+        text = encoder_digests(self._config, "text") if ahead.text else self._conditioning.digests()
+        return {**latents, **text, **self._images.digests()}
 
     # --- the loss ---
 
@@ -94,12 +106,12 @@ class StageC:
         a mask hides counts as no error, and does not raise the weight of what it shows (as kohya's --masked_loss).
         Validation, which gives timesteps, shows the network no picture.
         """
-        latents = self._latents.encode(batch.images)
-        shown = self._images.embeddings(batch.images, batch.identities) if timesteps is None else None
+        latents = self._latents.of(batch)
+        shown = self._images.embeddings(batch) if timesteps is None else None
         t = self._objective.timesteps(batch.identities) if timesteps is None else torch.tensor(timesteps)
         diffused = self._objective.diffuse(latents.values, t.float(), batch.identities)
         tokens = self._conditioning.tokens(batch.captions)
-        states = self._conditioning.states(tokens.windows) if self._model.text is None else None
+        states = self._conditioning.states_of(batch, tokens.windows) if self._model.text is None else None
         predicted = model(
             diffused.noised, diffused.r, windows=tokens.windows, states=states, mask=self._settings.attention_mask,
             clip_img=shown,

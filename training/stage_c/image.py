@@ -4,7 +4,7 @@ The picture is made 224 pixels on its shorter side, cut to the middle square and
 code does. Loads transformers folders, hub ids and bare weight files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from training.chunk_data import Batch
 from training.config.stage_c import StageCConfig
-from training.randomness import SampleIdentity, uniform
+from training.randomness import uniform
 from training.stage_c.weight_files import WeightsError, load_into, locate_component, read_tensors
 from training.tensor_file import digest_of_tensors
 
@@ -53,13 +54,15 @@ class ImageConditioning:
         return {"stage_c.image_encoder": digest_of_tensors(self._model.state_dict())} if self._model is not None else {}
 
     @torch.no_grad()
-    def embeddings(self, images: Tensor, identities: Sequence[SampleIdentity]) -> Tensor | None:
-        """Return (B, width) float32 of images (B, 3, H, W) uint8: zeros but for the share whose number comes up.
+    def embeddings(self, batch: Batch) -> Tensor | None:
+        """Return (B, width) float32 of a batch's images: zeros but for the share whose number comes up.
 
         None when no embeddings are used.
         """
         if self._model is None:
             return None
+        identities, images = batch.identities, batch.images
+        assert images is not None  # the settings refuse latents made ahead with it
         slots = [n for n, one in enumerate(identities) if uniform(one, "image embedding") < self._fraction]
         embeddings = torch.zeros(len(identities), self.width, device=self._device)
         if slots:
