@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from training.lora.frozen_base import frozen_base
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,11 +39,12 @@ def set_exact(*, exact: bool, num_threads: int | None) -> int:
 def set_weights(module: nn.Module, name: str) -> None:
     """Give every floating parameter of a module the format "fp32", "bf16" or "fp16"; buffers keep theirs.
 
-    Parameters stay the same objects. Raises ValueError, naming the parameter, when a value is too large for fp16.
+    So does the base below adapters. Parameters stay the same objects. Raises ValueError, naming the parameter, when a
+    value is too large for fp16.
     """
-    dtype = DTYPES[name]
+    dtype, base = DTYPES[name], frozen_base(module)
     for parameter_name, parameter in module.named_parameters():
-        if not parameter.is_floating_point() or parameter.dtype == dtype:
+        if not parameter.is_floating_point() or parameter.dtype == dtype or parameter_name in base:
             continue
         converted = parameter.detach().to(dtype)
         if name == "fp16" and bool((torch.isinf(converted) & torch.isfinite(parameter)).any()):

@@ -13,10 +13,9 @@ def keys() -> list[str]:
     """Every settable key of a run.toml, dotted."""
     found = []
     for name, field in RunConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Config):
-            found += [f"{name}.{inner}" for inner in field.annotation.model_fields]
-        else:
-            found.append(name)
+        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))  # a table may be left out
+        tables = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Config)]
+        found += [f"{name}.{inner}" for table in tables for inner in table.model_fields] or [name]
     return found
 
 

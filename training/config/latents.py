@@ -60,8 +60,9 @@ def text_problems(config: "RunConfig") -> list[str]:
     problems = []
     if names := [f"caption.{name}" for name, is_on in changing.items() if is_on]:
         problems.append(f"{', '.join(names)}: captions change from showing to showing, a text output is encoded once")
-    if config.stage_c.train_text_encoder:
-        problems.append("stage_c.train_text_encoder: what a trained text encoder gives changes with every step")
+    if config.trains_in_text_encoder:
+        key = "stage_c.train_text_encoder" if config.stage_c.train_text_encoder else "lora.text_encoder or tokens"
+        problems.append(f"{key}: what a trained text encoder gives changes with every step")
     return problems
 
 

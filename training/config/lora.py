@@ -101,7 +101,7 @@ class TrainedTokenConfig(Config):
     token: str | None = None
     """A new token, as captions have it: `[name]` or `<name>`."""
     initialise: str | None = None
-    """Regular expression over the vocabulary (`^dog</w>`); a new token starts as the mean of what it finds, else at 0."""
+    """Regular expression over words (`^dog</w>`): a new token starts as the mean of what it finds, else at 0."""
     existing: str | None = None
     """Regular expression over the vocabulary: train these tokens."""
 
@@ -139,7 +139,7 @@ class TokensConfig(Config):
     train: tuple[TrainedTokenConfig, ...] = Field(min_length=1)
     """Tables of token and initialise, or existing."""
     learning_rate: float | None = Field(None, gt=0)
-    """Peak learning rate; default: optimizer.learning_rate. Their change since the start is what weight decay shrinks."""
+    """Peak learning rate; default: optimizer.learning_rate. Weight decay shrinks their change since the start."""
     only: bool = False
     """Train nothing but them."""
 

@@ -13,6 +13,7 @@ from sharding.config import Config, Name
 from training.config.captions import CaptionConfig
 from training.config.data import BatchConfig, BucketConfig, DataConfig
 from training.config.latents import LatentsConfig, ahead_problems
+from training.config.lora import LoraConfig, TokensConfig, adapter_problems
 from training.config.optimizer import (
     EmaConfig,
     OptimizerConfig,
@@ -58,6 +59,16 @@ class RunConfig(Config):
     validation: ValidationConfig = ValidationConfig()
     trackers: TrackerConfig = TrackerConfig()
     stage_c: StageCConfig
+    lora: LoraConfig | None = None
+    """Train adapters, not the networks."""
+    tokens: TokensConfig | None = None
+    """Train embeddings of single tokens, too."""
+
+    @property
+    def trains_in_text_encoder(self) -> bool:
+        """Whether anything in the text encoder is trained: all of it, adapters, or tokens."""
+        has_adapters = self.lora is not None and self.lora.text_encoder is not None
+        return self.stage_c.train_text_encoder or has_adapters or self.tokens is not None
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "RunConfig":
@@ -83,6 +94,7 @@ class RunConfig(Config):
         )
         problems += parallel_problems(self)
         problems += ahead_problems(self)
+        problems += adapter_problems(self)
         if problems:
             raise ValueError("; ".join(problems))
         return self

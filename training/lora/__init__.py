@@ -1,1 +1,1 @@
-"""Adapters (LoRA, DoRA, LoHa, LoKr) on a frozen base: made by PEFT, kept in states alone, written for other programs."""
+"""Adapters (LoRA, DoRA, LoHa, LoKr) on a frozen base: made by PEFT, alone in states, written for other programs."""

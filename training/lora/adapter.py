@@ -34,19 +34,26 @@ class Adapter:
     """See the module.
 
     lora_down: (rank, in, …) and lora_up: (out, rank, …), with kernel dimensions for a convolution. dora_scale:
-    (out, 1, …), or (1, in, …) in files of LyCORIS. alpha: the change is multiplied by alpha / rank.
+    (out, 1, …), or (1, in, …) in files of LyCORIS. alpha: the change is multiplied by alpha / rank. given_rank: of a
+    LoKr of two whole factors, whose tensors do not tell it.
     """
 
     kind: Kind
     tensors: Mapping[str, Tensor]
     alpha: float
+    given_rank: int | None = None
 
     @property
-    def rank(self) -> int | None:
-        """The inner dimension; None for a LoKr of two whole factors, which has none and is not scaled."""
+    def inner_rank(self) -> int | None:
+        """The rank that tensors tell; None for a LoKr of two whole factors."""
         if self.kind in ("lora", "dora"):
             return self.tensors[DOWN].shape[0]
         return next((self.tensors[name].shape[0] for name in _INNER if name in self.tensors), None)
+
+    @property
+    def rank(self) -> int | None:
+        """The inner dimension; None where nothing tells it: such a LoKr is not scaled."""
+        return self.inner_rank or self.given_rank
 
     @property
     def scale(self) -> float:
@@ -90,8 +97,10 @@ def _magnitudes(wanted: Tensor, weight: Tensor) -> Tensor:
     return (wanted.reshape(-1) / found).reshape(-1, *ones).transpose(0, axis)
 
 
-def adapter_of(tensors: Mapping[str, Tensor], alpha: float | None, *, layer: str) -> Adapter:
+def adapter_of(tensors: Mapping[str, Tensor], alpha: float | None, *, layer: str, rank: int | None = None) -> Adapter:
     """Return the adapter whose tensors these are. alpha: None is the rank, as programs read it that find none.
+
+    rank: where tensors do not tell it.
 
     Raises AdapterError naming the layer when they are of no known kind, or not complete.
     """
@@ -101,8 +110,8 @@ def adapter_of(tensors: Mapping[str, Tensor], alpha: float | None, *, layer: str
         kind = "lokr"
     if kind is None:
         raise AdapterError(f"{layer}: {', '.join(sorted(names))} are not the tensors of a LoRA, DoRA, LoHa or LoKr")
-    adapter = Adapter(kind, tensors, 1.0)
-    return Adapter(kind, tensors, float(adapter.rank or 1) if alpha is None else alpha)
+    found = Adapter(kind, tensors, 1.0, rank)
+    return Adapter(kind, tensors, float(found.rank or 1) if alpha is None else alpha, rank)
 
 
 def _is_lokr(names: set[str]) -> bool:

@@ -1,15 +1,14 @@
-"""What is loaded but never trained nor saved: the base below adapters, and its digest.
+"""What is loaded but never trained nor saved: the base below adapters.
 
-A state then holds megabytes instead of gigabytes. It goes on only on the same base: the digest is what says so.
+A state then holds megabytes instead of gigabytes. It goes on only on the same base: the recipe's `frozen_digests` say
+so.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from training.tensor_file import digest_of_tensors
+from torch import nn
 
 
 def freeze_base(module: nn.Module, names: Iterable[str], *, dtype: torch.dtype | None = None) -> None:
@@ -40,8 +39,3 @@ def frozen_base(module: nn.Module) -> frozenset[str]:
     """Return the names that `freeze_base` left out of states; empty where it was not called."""
     names: frozenset[str] = getattr(module, "_frozen_base", frozenset())
     return names
-
-
-def base_digest(tensors: Mapping[str, Tensor], *, rename: Callable[[str], str] = str) -> str:
-    """Return the SHA-256 of base tensors under their names in weights files, whatever adapters lie on them."""
-    return digest_of_tensors({rename(name): tensor for name, tensor in tensors.items()})

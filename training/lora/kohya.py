@@ -1,7 +1,8 @@
 """Adapters in one .safetensors file as kohya's sd-scripts and LyCORIS write it, and ComfyUI and A1111 read it.
 
-A layer `down_blocks.0.2.attention.attn.to_q` is `lora_unet_down_blocks_0_2_attention_attn_to_q` with `.lora_down.weight`,
-`.lora_up.weight` and `.alpha` behind it, or a LoHa's, LoKr's or DoRA's tensors. The alpha is the true one, in fp32.
+A layer `down_blocks.0.2.attention.attn.to_q` is `lora_unet_down_blocks_0_2_attention_attn_to_q` with
+`.lora_down.weight`, `.lora_up.weight` and `.alpha` behind it, or the tensors of a LoHa, LoKr or DoRA. The alpha is the
+true one, in fp32.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,16 +27,18 @@ def write_kohya(
     for component, adapters in parts.items():
         for layer, adapter in adapters.items():
             stem = _stem(prefixes[component], layer)
-            tensors |= {f"{stem}.{name}": tensor for name, tensor in adapter.tensors.items()}
-            alpha = adapter.alpha if adapter.rank is not None else 1.0
-            tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float64).float()
+            own, alpha = dict(adapter.tensors), adapter.alpha
+            if adapter.inner_rank is None:  # readers do not scale a LoKr of two whole factors
+                own["lokr_w1"], alpha = own["lokr_w1"] * adapter.scale, 1.0
+            tensors |= {f"{stem}.{name}": tensor for name, tensor in own.items()}
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha)
     return write_cast(path, tensors, dtype=dtype, metadata=metadata, keep=".alpha")
 
 
 def write_cast(
     path: Path, tensors: Mapping[str, Tensor], *, dtype: torch.dtype, metadata: Mapping[str, str], keep: str
 ) -> WeightsReport:
-    """Write tensors in `dtype`, but for integers and those whose name ends with `keep`, and count what the cast lost."""
+    """Write tensors in `dtype`, but for integers and names that end with `keep`; count what the cast lost."""
     cast, overflowed, vanished = {}, 0, 0
     for name, tensor in tensors.items():
         value = tensor if name.endswith(keep) or not tensor.is_floating_point() else tensor.to(dtype)

@@ -17,7 +17,11 @@ from training.lora.adapter import DOWN, MAGNITUDE, UP, Adapter, AdapterError, Ki
 from training.optim.selection import PatternError, matching
 
 _NAME = "default"  # PEFT's, of the one adapter
-_IN_PEFT = {DOWN: f"lora_A.{_NAME}.weight", UP: f"lora_B.{_NAME}.weight", MAGNITUDE: f"lora_magnitude_vector.{_NAME}.weight"}
+_IN_PEFT = {
+    DOWN: f"lora_A.{_NAME}.weight",
+    UP: f"lora_B.{_NAME}.weight",
+    MAGNITUDE: f"lora_magnitude_vector.{_NAME}.weight",
+}
 BASE_LAYER = ".base_layer"
 
 
@@ -99,7 +103,7 @@ def _peft_config(kind: Kind, shared: Mapping[str, Any], dropout: float) -> Any:
     if kind in ("lora", "dora"):
         return LoraConfig(**shared, lora_dropout=dropout, use_dora=kind == "dora")
     if dropout:
-        raise ValueError(f'lora.dropout {dropout:g}: a {kind} has no down projection to drop from; set it to 0')
+        raise ValueError(f"lora.dropout {dropout:g}: a {kind} has no down projection to drop from; set it to 0")
     return (LoHaConfig if kind == "loha" else LoKrConfig)(**shared)
 
 
@@ -126,12 +130,7 @@ def taken_out(state: Mapping[str, Tensor], layers: Iterable[LayerChoice]) -> dic
         if MAGNITUDE in tensors:  # PEFT's is flat for a linear layer and (1, out, 1, 1) for a convolution
             ndim = tensors[DOWN].ndim
             tensors[MAGNITUDE] = tensors[MAGNITUDE].reshape(-1, *[1] * (ndim - 1))
-        adapter = adapter_of(tensors, layer.alpha, layer=layer.name)
-        if adapter.rank is None:  # two whole factors: files know no scale for them
-            scale = layer.alpha / layer.rank
-            tensors["lokr_w1"] = tensors["lokr_w1"] * scale
-            adapter = Adapter("lokr", tensors, layer.alpha)
-        adapters[layer.name] = adapter
+        adapters[layer.name] = adapter_of(tensors, layer.alpha, layer=layer.name, rank=layer.rank)
     return adapters
 
 
@@ -152,8 +151,11 @@ def put_in(module: nn.Module, layers: Iterable[LayerChoice], adapters: Mapping[s
     for name, adapter in adapters.items():
         layer, names = by_name[name], adapter_names(name, state)
         if set(names) != set(adapter.tensors):
-            raise AdapterError(f"{source}: {name} is a {adapter.kind} of {', '.join(sorted(adapter.tensors))}; this run has {', '.join(sorted(names))}")
-        factor = adapter.scale / (layer.alpha / layer.rank)
+            raise AdapterError(
+                f"{source}: {name} is a {adapter.kind} of {', '.join(sorted(adapter.tensors))}; this run has "
+                f"{', '.join(sorted(names))}"
+            )
+        factor = adapter.scale / (layer.alpha / layer.rank)  # bit for bit where they are the same
         for one, tensor in adapter.tensors.items():
             own = state[names[one]]
             value = tensor.reshape(own.shape) if tensor.numel() == own.numel() else None

@@ -27,7 +27,7 @@ def write_official(
     adapters: Mapping[str, Adapter],
     *,
     order: Sequence[str],
-    tokens: tuple[Tensor, Tensor],
+    tokens: tuple[Sequence[int], Tensor],
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> WeightsReport:
@@ -53,14 +53,14 @@ def write_official(
         tensors[f"weights.{number}.lora_up"] = F.pad(up, (0, rank - own))
         facts.append([name, own, adapter.alpha])
     ids, changes = tokens
-    tensors |= {"embeddings.embeddings": changes, "embeddings.indices": ids if len(ids) else torch.zeros(0)}
+    tensors |= {"embeddings.embeddings": changes, "embeddings.indices": torch.tensor(ids) if ids else torch.zeros(0)}
     header = {**metadata, LAYERS_METADATA_KEY: json.dumps(facts)}
     return write_cast(path, tensors, dtype=dtype, metadata=header, keep=".indices")
 
 
 def read_official(
     path: Path, *, order: Sequence[str], shapes: Mapping[str, torch.Size]
-) -> tuple[dict[str, Adapter], tuple[Tensor, Tensor]]:
+) -> tuple[dict[str, Adapter], tuple[list[int], Tensor]]:
     """Return adapters by layer, and the ids and changes of tokens.
 
     order: layers to number by where the file does not name them, as its training chose them; shapes: of their weights.
@@ -69,7 +69,9 @@ def read_official(
     tensors, metadata = read_tensors(path, anchor=None)
     num_layers = sum(key.endswith(".lora_down") for key in tensors)
     if LAYERS_METADATA_KEY in metadata:
-        facts = [(str(name), int(rank), float(alpha)) for name, rank, alpha in json.loads(metadata[LAYERS_METADATA_KEY])]
+        facts = [
+            (str(name), int(rank), float(alpha)) for name, rank, alpha in json.loads(metadata[LAYERS_METADATA_KEY])
+        ]
     else:
         facts = [(name, 0, 1.0) for name in order]
     if len(facts) != num_layers:
@@ -93,7 +95,7 @@ def read_official(
         up = up[:, :own] if factor == 1.0 else up[:, :own] / factor
         parts = {DOWN: down[:own].reshape(own, -1, *kernel), UP: up.reshape(-1, own, *kernel).contiguous()}
         adapters[name] = Adapter("lora", parts, alpha)
-    ids = tensors.get("embeddings.indices", torch.zeros(0)).long()
+    ids = tensors.get("embeddings.indices", torch.zeros(0)).long().tolist()
     return adapters, (ids, tensors.get("embeddings.embeddings", torch.zeros(0, 0)))
 
 

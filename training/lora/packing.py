@@ -13,7 +13,7 @@ from training.lora.adapter import DOWN, UP, Adapter, AdapterError
 
 
 def packed(parts: Sequence[Adapter]) -> Adapter:
-    """Return the adapter of the stacked weight of these, in their order. Raises AdapterError for other kinds than LoRA."""
+    """Return the adapter of the stacked weight of these, in order. Raises AdapterError for other kinds than LoRA."""
     _require_lora(parts)
     first = parts[0]
     downs, ups = [part.tensors[DOWN] for part in parts], [part.tensors[UP] for part in parts]

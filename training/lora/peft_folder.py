@@ -5,6 +5,7 @@ folder is for.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,16 @@ def _conv(name: str, tensor: Tensor) -> Tensor:
 def _config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
     from peft import LoHaConfig, LoKrConfig, LoraConfig
 
-    ranks = {layer: adapter.rank or int(adapter.alpha) or 1 for layer, adapter in adapters.items()}
+    ranks = {layer: adapter.rank for layer, adapter in adapters.items()}
+    if unknown := [layer for layer, rank in ranks.items() if rank is None]:
+        raise AdapterError(f"{', '.join(unknown[:3])}: a LoKr of two whole factors has no rank to tell PEFT")
     alphas = {layer: adapter.alpha for layer, adapter in adapters.items()}
     kind, first = next(iter(adapters.values())).kind, next(iter(adapters))
     shared: dict[str, Any] = {
         "r": ranks[first],
         "target_modules": sorted(adapters),
-        "rank_pattern": {f"^{layer}": rank for layer, rank in ranks.items() if rank != ranks[first]},
-        "alpha_pattern": {f"^{layer}": alpha for layer, alpha in alphas.items() if alpha != alphas[first]},
+        "rank_pattern": {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != ranks[first]},
+        "alpha_pattern": {f"^{re.escape(layer)}": alpha for layer, alpha in alphas.items() if alpha != alphas[first]},
         "inference_mode": True,
     }
     config: Any
@@ -76,10 +79,15 @@ def read_peft(folder: Path) -> dict[str, Adapter]:
         if not name:
             raise AdapterError(f"{folder}: {key!r} is no tensor of a LoRA, DoRA, LoHa or LoKr")
         found.setdefault(layer, {})[name] = _as_rows(tensor) if name == MAGNITUDE else tensor
+    alphas, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
     alpha = float(config.get("lora_alpha", config.get("alpha", 1.0)))
-    patterns = {key.removeprefix("^"): float(value) for key, value in (config.get("alpha_pattern") or {}).items()}
     return {
-        layer: adapter_of(tensors, _pattern_value(patterns, layer, alpha), layer=f"{folder}: {layer}")
+        layer: adapter_of(
+            tensors,
+            float(_pattern_value(alphas, layer, alpha)),
+            layer=f"{folder}: {layer}",
+            rank=int(_pattern_value(ranks, layer, config["r"])),
+        )
         for layer, tensors in found.items()
     }
 
@@ -89,7 +97,8 @@ def _as_rows(magnitude: Tensor) -> Tensor:
 
 
 def _pattern_value(patterns: Mapping[str, float], layer: str, default: float) -> float:
-    return next((value for key, value in patterns.items() if layer == key or layer.endswith(f".{key}")), default)
+    """Return what PEFT's pattern says for a layer: a regular expression for its name, or the end of it."""
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
 
 
 def _split(key: str) -> tuple[str, str]:

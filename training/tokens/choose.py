@@ -1,0 +1,82 @@
+"""Which tokens are trained, where they start, and the tokenizer that knows the new ones.
+
+Rules of the official StableCascade LoRA code's `train_tokens`: a bracketed word is a new token that starts as the mean
+of the embeddings that a regular expression finds in the vocabulary, or at 0; another expression names existing tokens.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from training.config.lora import TrainedTokenConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ChosenTokens:
+    """Tokens in the order of their ids. initial: (N, width) fp32, the embeddings that they start from."""
+
+    names: tuple[str, ...]
+    ids: tuple[int, ...]
+    initial: Tensor
+    num_new: int
+
+    def __str__(self) -> str:
+        listing = ", ".join(f"{name} ({number})" for name, number in zip(self.names[:8], self.ids, strict=False))
+        return f"{len(self.names):,} tokens are trained, {self.num_new:,} of them new: {listing}" + (
+            " …" if len(self.names) > 8 else ""
+        )
+
+
+def choose_tokens(
+    tokenizer: "PreTrainedTokenizerBase", table: Tensor, train: Sequence[TrainedTokenConfig]
+) -> ChosenTokens:
+    """Add new tokens to the tokenizer, and return all that are trained. table: (vocabulary, width) embeddings.
+
+    Raises ValueError for an expression that finds nothing, and for a new token that the tokenizer has or cuts up.
+    """
+    vocabulary: dict[str, int] = {name: number for name, number in tokenizer.get_vocab().items() if number < len(table)}
+    rows: dict[int, tuple[str, Tensor]] = {}
+    num_new = 0
+    for number, one in enumerate(train):
+        key = f"tokens.train.{number}"
+        if one.existing is not None:
+            for name in _found(vocabulary, one.existing, f"{key}.existing"):
+                rows[vocabulary[name]] = (name, table[vocabulary[name]].float())
+            continue
+        assert one.token is not None
+        if one.token in tokenizer.get_vocab():
+            raise ValueError(f"{key}.token: {one.token!r} is in the tokenizer; train it with existing")
+        start = torch.zeros(table.shape[1], device=table.device)
+        if one.initialise is not None:
+            found = [vocabulary[name] for name in _found(vocabulary, one.initialise, f"{key}.initialise")]
+            start = table[found].float().mean(dim=0)
+        rows[_added(tokenizer, one.token, key)] = (one.token, start)
+        num_new += 1
+    ids = tuple(sorted(rows))
+    initial = torch.stack([rows[number][1] for number in ids])
+    return ChosenTokens(tuple(rows[number][0] for number in ids), ids, initial, num_new)
+
+
+def _found(vocabulary: dict[str, int], pattern: str, key: str) -> list[str]:
+    found = sorted(name for name in vocabulary if re.search(pattern, name))
+    if not found:
+        raise ValueError(
+            f"{key}: {pattern!r} finds none of {len(vocabulary):,} tokens; words end with </w>, as in '^dog</w>'"
+        )
+    return found
+
+
+def _added(tokenizer: "PreTrainedTokenizerBase", token: str, key: str) -> int:
+    tokenizer.add_tokens([token])
+    ids = tokenizer(f"a {token}, b", add_special_tokens=False)["input_ids"]
+    number = int(tokenizer.convert_tokens_to_ids(token))
+    if number not in ids:
+        raise ValueError(f"{key}.token: the tokenizer cuts {token!r} up ({ids}); choose a plainer word in brackets")
+    return number
