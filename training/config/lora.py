@@ -42,7 +42,7 @@ class LoraConfig(Config):
     A pattern is a glob over layer names as weights files have them (`down_blocks.1.*.attention.attn.to_q`), or `re:`
     and a regular expression found anywhere in the name; one that matches nothing is an error."""
 
-    FREE: ClassVar = frozenset({"init", "formats", "title"})
+    FREE: ClassVar = frozenset({"init", "formats"})
 
     kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
     """How the change of a weight is factored."""
@@ -67,8 +67,6 @@ class LoraConfig(Config):
     formats: tuple[LoraFormat, ...] = Field(("kohya",), min_length=1)
     """What an export writes: `kohya` (ComfyUI reads it), `official` (StableCascade's code), `peft` (folders for
     diffusers and transformers), `merged` (whole weights)."""
-    title: str = ""
-    """Title in the files' metadata; default: the run's name."""
 
     def block_values(self, block: LoraBlockConfig) -> tuple[int, float]:
         """Return (rank, alpha) of a block."""
@@ -158,7 +156,13 @@ def adapter_problems(config: Any) -> list[str]:
         problems.append("lora.text_encoder and stage_c.train_text_encoder: train adapters on it, or all of it")
     if tokens is not None and tokens.only and (lora is not None or config.stage_c.train_text_encoder):
         problems.append("tokens.only: take [lora] and stage_c.train_text_encoder out, they train other things")
-    if lora is not None and "merged" in lora.formats and config.parallel.strategy in ("fsdp2", "zero3"):
+    in_parts = config.parallel.strategy in ("fsdp2", "zero3")
+    if in_parts and tokens is not None and lora is None and not tokens.only and not config.stage_c.train_text_encoder:
+        problems.append(
+            f'tokens: parallel.strategy "{config.parallel.strategy}" cannot export a frozen text encoder; set '
+            "tokens.only, train adapters, or stage_c.train_text_encoder"
+        )
+    if lora is not None and "merged" in lora.formats and in_parts:
         problems.append(
             f'lora.formats: "merged" needs whole weights, parallel.strategy "{config.parallel.strategy}" has parts; '
             "use `python -m training export --merged` when the run is over"

@@ -1,6 +1,6 @@
-"""What a file of adapters says about itself: the ss_* entries that user interfaces read.
+"""What a file of adapters says about them: the ss_* entries that user interfaces read.
 
-Only what is about the training: no folders, file names or tags of the data.
+How the run was trained is said by `training.export_facts`. Nothing here is about the data.
 """
 
 import json
@@ -9,37 +9,23 @@ from training.config import RunConfig
 from training.config.lora import LoraConfig
 
 
-def ss_metadata(config: RunConfig, lora: LoraConfig, *, base: str, num_steps: str) -> dict[str, str]:
-    """Return kohya's entries for a run. base: ss_base_model_version; num_steps: updates so far.
+def network_metadata(config: RunConfig, lora: LoraConfig, *, base: str) -> dict[str, str]:
+    """Return kohya's entries about adapters. base: ss_base_model_version.
 
     Source: kohya-ss/sd-scripts, train_network.py (names and meaning).
     """
-    text, optimizer = lora.text_encoder, config.optimizer
-    module = "networks.lora" if lora.kind == "lora" else "lycoris.kohya"
+    rate, text_rate = config.optimizer.learning_rate, config.optimizer.text_encoder_learning_rate
     arguments = {"algo": lora.kind} if lora.kind in ("loha", "lokr") else {}
     arguments |= {"dora_wd": "True"} if lora.kind == "dora" else {}
-    values = {
+    is_plain = not any(block.rank or block.alpha for block in lora.blocks)
+    return {
         "ss_base_model_version": base,
-        "ss_v2": False,
-        "ss_output_name": lora.title or config.name,
-        "ss_network_module": module,
-        "ss_network_dim": "Dynamic" if any(block.rank for block in lora.blocks) else lora.rank,
-        "ss_network_alpha": "Dynamic" if any(block.alpha or block.rank for block in lora.blocks) else f"{lora.alpha:g}",
+        "ss_v2": "False",
+        "ss_network_module": "lycoris.kohya" if arguments else "networks.lora",
+        "ss_network_dim": str(lora.rank) if is_plain else "Dynamic",
+        "ss_network_alpha": f"{lora.alpha:g}" if is_plain else "Dynamic",
         "ss_network_args": json.dumps(arguments),
-        "ss_network_dropout": lora.dropout,
-        "ss_learning_rate": optimizer.learning_rate,
-        "ss_unet_lr": optimizer.learning_rate,
-        "ss_text_encoder_lr": (optimizer.text_encoder_learning_rate or optimizer.learning_rate) if text else None,
-        "ss_optimizer": optimizer.name,
-        "ss_lr_scheduler": config.schedule.name,
-        "ss_lr_warmup_steps": config.schedule.warmup_steps,
-        "ss_max_grad_norm": optimizer.max_grad_norm,
-        "ss_mixed_precision": config.precision.autocast,
-        "ss_seed": config.seed,
-        "ss_resolution": str(config.buckets.resolution),
-        "ss_total_batch_size": config.batch.batch_size,
-        "ss_steps": num_steps,
-        "ss_gradient_checkpointing": config.stage_c.gradient_checkpointing,
-        "ss_max_token_length": config.stage_c.max_tokens,
+        "ss_network_dropout": str(lora.dropout),
+        "ss_unet_lr": str(rate),
+        "ss_text_encoder_lr": str(text_rate or rate) if lora.text_encoder is not None else "None",
     }
-    return {key: str(value) for key, value in values.items()}

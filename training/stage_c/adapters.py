@@ -171,6 +171,22 @@ class StageCAdapters:
 
     # --- taking them out ---
 
+    @property
+    def exports_networks(self) -> bool:
+        """Whether an export holds whole weights: where they are trained, or adapters are to be merged."""
+        return not self._freezes_network or (self._config.lora is not None and "merged" in self._config.lora.formats)
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether the text model is another than it was, new tokens aside."""
+        has_changed_rows = self.tokens is not None and self.tokens.num_new < len(self.tokens.ids)
+        return self._text is not None and (not self._freezes_text or TEXT in self.layers or has_changed_rows)
+
+    @property
+    def text_width(self) -> int:
+        """Channels of the text encoder's states, as the network expects them."""
+        return self._network.config.c_clip_text
+
     def adapters(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Adapter]]:
         """Return adapters by component and layer. weights: of the whole model by name; the base may be missing."""
         return {
@@ -189,22 +205,30 @@ class StageCAdapters:
         """Return the network's layers in the order of its modules."""
         return [name.replace(BASE_LAYER, "") for name, _ in self._network.named_modules()]
 
-    def merged_network(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Return the network with its adapters in it, original layout. weights: in place of the live trained ones."""
-        return layered_to_original(self._merged(NETWORK, weights))
+    def merged_network(
+        self, weights: Mapping[str, Tensor] | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """Return the network with its adapters in it, original layout.
 
-    def merged_text(self, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        weights: in place of the live trained ones; dtype: of changed weights, others keep theirs.
+        """
+        merged = self._merged(NETWORK, weights, dtype)
+        return layered_to_original(merged) if NETWORK in self.layers else merged
+
+    def merged_text(
+        self, weights: Mapping[str, Tensor] | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
         """Return the text model with adapters and trained rows of existing tokens in it."""
-        merged = self._merged(TEXT, weights)
+        merged = self._merged(TEXT, weights, dtype)
         return merged if self.tokens is None else without_overlay(merged, _EMBEDDING, self.tokens.ids)
 
-    def _merged(self, component: str, weights: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def _merged(self, component: str, weights: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor]:
         live = {name: tensor.detach() for name, tensor in [*self._model.named_parameters(), *_buffers(self._model)]}
         state = _of({**live, **(weights or {})}, PREFIXES[component])
         adapters = taken_out(state, self._of(component))
         plain = {name.replace(BASE_LAYER, ""): tensor for name, tensor in state.items() if not _is_adapter(name)}
         for name, adapter in adapters.items():
-            plain[f"{name}.weight"] = adapter.merged(plain[f"{name}.weight"])
+            plain[f"{name}.weight"] = adapter.merged(plain[f"{name}.weight"]).to(dtype)
         return plain
 
 
