@@ -97,34 +97,39 @@ def test_keys_and_shapes_are_those_of_the_published_file():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_prediction_and_input_gradients_equal_diffusers(name):
+def test_prediction_and_all_gradients_equal_diffusers(name):
     diffusers = pytest.importorskip("diffusers")
     config = CONFIGS[name]
     ours, inputs = random_network(config), random_inputs(config, height=8, width=12)
     kwargs = {key: value for key, value in config_to_diffusers(config).items() if key != "_class_name"}
     theirs = diffusers.models.StableCascadeUNet(**kwargs).eval()
     theirs.load_state_dict(from_original(ours.state_dict(), "diffusers"))
-    for value in inputs.values():
-        value.requires_grad_()
-    wanted = ("x", "clip_text", "clip_text_pooled", "clip_img")
+    mine, others = ({key: value.clone().requires_grad_() for key, value in inputs.items()} for _ in range(2))
 
-    mine = ours(**inputs)
-    my_gradients = torch.autograd.grad(mine.square().sum(), [inputs[key] for key in wanted])
+    prediction = ours(**mine)
+    prediction.square().sum().backward()
     other = theirs(
-        inputs["x"],
-        inputs["r"],
-        clip_text_pooled=inputs["clip_text_pooled"],
-        clip_text=inputs["clip_text"],
-        clip_img=inputs["clip_img"],
+        others["x"],
+        others["r"],
+        clip_text_pooled=others["clip_text_pooled"],
+        clip_text=others["clip_text"],
+        clip_img=others["clip_img"],
         return_dict=False,
     )[0]
-    other_gradients = torch.autograd.grad(other.square().sum(), [inputs[key] for key in wanted])
+    other.square().sum().backward()
 
     assert other.std() > 0.05
-    torch.testing.assert_close(mine, other, rtol=0, atol=1e-5)
-    for gradient, other_gradient in zip(my_gradients, other_gradients, strict=True):
-        assert other_gradient.abs().max() > 1e-3
-        torch.testing.assert_close(gradient, other_gradient, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(prediction, other, rtol=0, atol=1e-5)
+    # A gradient has its parameter's shape: what renames and cuts weights for diffusers does the same to gradients.
+    gradients = from_original({key: value.grad for key, value in ours.named_parameters()}, "diffusers")
+    expected = {key: value.grad for key, value in theirs.named_parameters()}
+    assert gradients.keys() == expected.keys() and all(gradient.any() for gradient in gradients.values())
+    gradients |= {key: mine[key].grad for key in ("x", "clip_text", "clip_text_pooled", "clip_img")}
+    expected |= {key: others[key].grad for key in ("x", "clip_text", "clip_text_pooled", "clip_img")}
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for key, gradient in gradients.items():  # those of a key's bias are 0 but for rounding: softmax ignores it
+        scale = torch.maximum(expected[key].abs().max(), 0.01 * largest)
+        torch.testing.assert_close(gradient / scale, expected[key] / scale, rtol=0, atol=2e-5, msg=key)
 
 
 def test_attention_equals_torch_multihead_attention_with_the_same_keys():
@@ -135,6 +140,27 @@ def test_attention_equals_torch_multihead_attention_with_the_same_keys():
     tokens, context = torch.randn(2, 5, 32), torch.randn(2, 9, 32)
 
     torch.testing.assert_close(attention(tokens, context), reference(tokens, context, context)[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["probabilities", "output", "none"])
+def test_dropout_of_attention_acts_where_it_is_named(place):
+    network = random_network(TINY)
+    network.set_dropout(0.5, attention=place)
+    attention = network.down_blocks[0][2].attention.attn
+    tokens, context = torch.randn(2, 6, 32), torch.randn(2, 9, 32)
+    plain = attention(tokens, context)
+
+    torch.manual_seed(0)
+    dropped = attention.train()(tokens, context)
+
+    if place == "none":
+        assert torch.equal(dropped, plain)
+    elif place == "output":  # zeros, and the rest twice
+        kept = dropped != 0
+        assert 0.3 < kept.float().mean() < 0.7
+        torch.testing.assert_close(dropped[kept], 2 * plain[kept])
+    else:
+        assert (dropped != 0).all() and not torch.allclose(dropped, plain)
 
 
 def test_dropout_acts_in_training_mode_only():
@@ -188,6 +214,46 @@ def test_the_embedding_of_zero_is_zeros_then_ones():
     assert torch.equal(embedding[0], torch.cat([torch.zeros(32), torch.ones(32)]))
     assert embedding[1, 0] == pytest.approx(torch.sin(torch.tensor(5000.0)).item(), abs=1e-4)
     assert embedding[1, 31] == pytest.approx(torch.sin(torch.tensor(0.5)).item(), abs=1e-5)
+
+
+def relative_error(values, exact):
+    return ((values.float() - exact).square().sum() / exact.square().sum()).sqrt().item()
+
+
+def test_under_autocast_what_runs_between_blocks_is_fp32_and_so_more_exact():
+    config = dataclasses.replace(TINY, c_hidden=(64, 64), num_heads=(4, 4), blocks_down=(3, 9), blocks_up=(9, 3))
+    network, inputs = random_network(config), random_inputs(config)
+    formats = set()
+    for block in network.iter_blocks():
+        block.register_forward_hook(lambda _module, _inputs, output: formats.add(output.dtype))
+
+    def run(residual_dtype, *, autocast=True):
+        network.residual_dtype = residual_dtype
+        network.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            prediction = network(**inputs)
+        prediction.float().square().sum().backward()
+        return prediction.detach(), torch.cat([each.grad.flatten() for each in network.parameters()])
+
+    exact, exact_gradient = run(None, autocast=False)
+    formats.clear()
+    ours, our_gradient = run(None)
+    assert formats == {torch.float32}
+    rounded, rounded_gradient = run(torch.bfloat16)
+
+    assert relative_error(ours, exact) < 0.75 * relative_error(rounded, exact)
+    assert relative_error(our_gradient, exact_gradient) < 0.75 * relative_error(rounded_gradient, exact_gradient)
+
+
+def test_without_autocast_the_format_between_blocks_is_that_of_the_weights():
+    network, inputs = random_network(TINY).to(torch.bfloat16), random_inputs(TINY)
+    formats = set()
+    for block in network.iter_blocks():
+        block.register_forward_hook(lambda _module, _inputs, output: formats.add(output.dtype))
+
+    network(**inputs)
+
+    assert formats == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
