@@ -27,6 +27,12 @@ KOHYA_PREFIXES: Mapping[str, tuple[str, ...]] = {
 _TOGETHER, _APART = ".attention.attn.in_proj", tuple(f".attention.attn.to_{letter}" for letter in "qkv")
 
 
+def clip_layers(num_layers: int) -> list[str]:
+    """Return the names of a text model's layers, for files that are read without one."""
+    parts = [f"self_attn.{letter}_proj" for letter in ("q", "k", "v", "out")] + ["mlp.fc1", "mlp.fc2"]
+    return [f"text_model.encoder.layers.{number}.{part}" for number in range(num_layers) for part in parts]
+
+
 def expanded(targets: Iterable[str], component: str) -> list[str]:
     """Return patterns, those of presets in place of their names."""
     presets = PRESETS[component]
