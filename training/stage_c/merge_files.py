@@ -23,7 +23,6 @@ from training.stage_c.given_weights import GivenWeights, load_given
 from training.stage_c.layouts import from_original
 from training.stage_c.modelspec import modelspec
 from training.stage_c.network import StageCNetwork
-from training.stage_c.text_files import ANCHOR
 
 
 def merge_files(
@@ -43,7 +42,7 @@ def merge_files(
             raise AdapterError(f"{adapters}: changes the text encoder, too: name one with --text-encoder")
         text = given.text_model.state_dict()
         merge_into(text, found.parts.get(TEXT, {}), scale=scale, source=str(adapters))
-        _add_tokens(text[ANCHOR], found, scale)
+        _add_tokens(given.text_model.get_input_embeddings().weight, found, scale)
     weights = StageCWeights(
         network=given.network,
         text_model=given.text_model,
