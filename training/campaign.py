@@ -8,7 +8,8 @@ from pathlib import Path
 from sharding.chunk import HELD_OUT_NAME, Chunk, ChunkError, list_chunks
 from sharding.config import ConfigError
 from sharding.schema import Workspace
-from training.chunk_records import ChunkRecord, chunk_records
+from training.chunk_history import ChunkRecord
+from training.chunk_records import chunk_records
 from training.ledger import Line
 from training.run_dir import RunDir
 

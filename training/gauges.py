@@ -1,6 +1,9 @@
-"""What rank 0 adds to a step's row of metrics.jsonl: progress, time left, memory, the loss's average, spikes."""
+"""What rank 0 adds to a step's row of metrics.jsonl: progress, time left, memory, the loss's average, spikes.
 
-import logging
+What a spike is, every rank knows (`training.spikes`).
+"""
+
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +12,9 @@ import psutil
 import torch
 
 from training.campaign import Campaign, is_done
-from training.config import RunConfig
 from training.loss_window import LossWindow
 from training.position import Position
 from training.step_report import StepReport
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,43 +61,32 @@ def progress_of(campaign: Campaign, chunk: str, *, num_samples: int, images_plan
 class Gauges:
     """See the module. progress: of the chunk under way; whoever starts one sets it."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self) -> None:
         self.progress: Progress | None = None
-        self._spike_factor = config.trackers.spike_factor
-        self._batch_size = config.batch.batch_size
         self.go_on_after(())
 
     def go_on_after(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Forget the losses so far and take those of `rows`: the steps of metrics.jsonl before the next one."""
-        with_loss = [row for row in rows if "train/loss" in row]
-        self._losses = LossWindow(row["train/loss"] for row in with_loss)
-        self._weighted = LossWindow(row["train/weighted_loss"] for row in with_loss)
-        self._was_spike = False
+        rows = list(rows)
+        self._losses = LossWindow(row.get("train/loss", math.nan) for row in rows)
+        self._weighted = LossWindow(row.get("train/weighted_loss", math.nan) for row in rows)
 
-    def read(self, report: StepReport, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Return what belongs into the row `metrics` of a finished step, and warn of a spike of the loss."""
+    @property
+    def weighted_losses(self) -> list[float]:
+        """Of the last 100 steps, in order: what the next step's is judged by."""
+        return self._weighted.losses
+
+    def read(self, report: StepReport, metrics: Mapping[str, Any], *, is_spike: bool = False) -> dict[str, float]:
+        """Return what belongs into the row `metrics` of a finished step."""
         found = memory_metrics()
         if self.progress is not None:
             found |= self.progress.metrics(report.after)
         if "train/loss" in metrics:
-            found["train/spike"] = int(self._is_spike(report, metrics["train/weighted_loss"]))
+            found["train/spike"] = int(is_spike)
             self._losses.add(metrics["train/loss"])
-            self._weighted.add(metrics["train/weighted_loss"])
             found["train/loss_average"] = self._losses.mean
+        self._weighted.add(metrics.get("train/weighted_loss", math.nan))
         return found
-
-    def _is_spike(self, report: StepReport, loss: float) -> bool:
-        """Judge the weighted loss, which lies closer together, of steps of at least half a batch."""
-        size = self._weighted.spike_size(loss) if 2 * len(report.results) >= self._batch_size else 0.0
-        is_spike = 0 < self._spike_factor <= size
-        if is_spike and not self._was_spike:
-            logger.warning(
-                "%s step %d: loss spike: weighted loss %.4f, the median of the last 100 steps is %.4f (%.1f robust "
-                "standard deviations); look at the learning rate, and at the step's pictures",
-                report.after.chunk, report.before.step, loss, self._weighted.median, size,
-            )  # fmt: skip
-        self._was_spike = is_spike
-        return is_spike
 
 
 def memory_metrics() -> dict[str, float]:

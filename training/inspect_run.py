@@ -8,7 +8,8 @@ from training.campaign import read_campaign
 from training.config import Prompt, RunConfig
 from training.config.stage_c import prompt_problems
 from training.loading.remote import mirror_remote
-from training.plan_checks import check_captions
+from training.packages import missing_packages
+from training.plan_checks import Finding, check_captions
 from training.plan_report import PlanReport, plan_report
 from training.plan_totals import run_totals
 from training.plans import batch_plan
@@ -35,7 +36,7 @@ def inspect_plan(
     Raises ChunkError for a chunk that is not in the run, ValueError for buckets that cannot be.
     """
     run_dir = RunDir(root) if root is not None else None
-    mirror_remote(config.data)
+    mirror_remote(config.data, held_out=config.validation.chunk)
     campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=config.data.epochs)
     name = chunk_name or campaign.next
     if name is None:
@@ -56,7 +57,8 @@ def inspect_plan(
         state=_state(config) if with_state else None,
         prompts=_prompts(config),
     )
-    return replace(report, findings=(*report.findings, *check_captions(index, config=config)))
+    missing = (Finding("refused", str(need)) for need in missing_packages(config))
+    return replace(report, findings=(*missing, *report.findings, *check_captions(index, config=config)))
 
 
 def plan_text(config: RunConfig, root: Path | None, *, chunk_name: str | None, with_state: bool = False) -> str:

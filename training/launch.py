@@ -23,6 +23,7 @@ from training.frozen_config import Change, freeze_config, write_grown
 from training.ledger import Ledger, LedgerError
 from training.loading.remote import mirror_remote
 from training.lock import LockLostError, RunLock
+from training.packages import require_packages
 from training.position import Position
 from training.run_dir import RunDir
 from training.stop import StopRequest
@@ -53,10 +54,12 @@ def launch(
     run_dir = RunDir(root)
     code, coming = DONE, list[tuple[int, Chunk]]()
     try:
-        mirror_remote(config.data)
+        mirror_remote(config.data, held_out=config.validation.chunk)
         campaign = _campaign(config, run_dir)
         names = _chunks_to_train(campaign, root, chunk_name, chunks)
         coming = [(campaign.names.index(name), campaign.chunk(name)) for name in names]
+        if coming:
+            require_packages(config)
     except Exception as error:
         code = code_of(error)
         raise

@@ -18,7 +18,8 @@ and launches, as the state holds them; so steps that were lost or rolled back ar
     chunk_done   the same; path is the final state
     skipped      chunk epoch step global_step keys reason; reason is `not_finite`, `no_image` or `passed_over`
     broken       chunk epoch step global_step keys reasons; images that failed at run time
-    rolled_back  chunk from_global_step global_step path pass_over; pass_over: global steps not to be tried again
+    rolled_back  chunk from_global_step global_step path pass_over reason; pass_over: global steps not to be tried
+                 again; reason is `not_finite` or `loss_spike`
     extended     epochs chunks global_step reason; of the run: the new number of epochs, and the chunks appended
     superseded   chunks reason; these count as never trained (see `chunks_since`)
     stopped      chunk global_step reason; a state was saved, run again
@@ -53,7 +54,7 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "chunk_done": _SAVED,
     "skipped": ("chunk", "epoch", "step", "global_step", "keys", "reason"),
     "broken": ("chunk", "epoch", "step", "global_step", "keys", "reasons"),
-    "rolled_back": ("chunk", "from_global_step", "global_step", "path", "pass_over"),
+    "rolled_back": ("chunk", "from_global_step", "global_step", "path", "pass_over", "reason"),
     "extended": ("epochs", "chunks", "global_step", "reason"),
     "superseded": ("chunks", "reason"),
     "stopped": ("chunk", "global_step", "reason"),

@@ -1,18 +1,21 @@
 """The training loop: one epoch of a chunk from where its state stands to its end.
 
-Owns the order of a step, the finite check, counters, saving and tracking. What is trained and how the loss is made is
-the recipe's; how gradients come together is the engine's; what a step holds is the batch plan's. To resume, call it
-again with the position of the loaded state: step k starts by slicing the plan.
+Owns the order of a step, the finite check, and when a state is saved. What is trained and how the loss is made is the
+recipe's; how gradients come together is the engine's; what a step holds is the batch plan's; what is written down,
+shown and drawn is the recorder's. To resume, call it again with the position of the loaded state: step k starts by
+slicing the plan.
+
+Every rank runs it, on its share of each step. What decides (numbers that are not finite, broken images, a request to
+stop) is gathered first, so that all ranks do the same.
 """
 
 import logging
 import math
 import time
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from sharding.images import is_too_broken
 from training.batch_plan import BatchPlan, rank_share
@@ -22,9 +25,10 @@ from training.errors import BrokenDataError, NonFiniteError
 from training.optimizers import set_rates
 from training.position import Position
 from training.randomness import step_seed
-from training.recipes.base import Loss, SampleResult
+from training.recipes.base import SampleResult
 from training.schedules import rate_factor
 from training.step_report import StepReport
+from training.step_results import Measured, gather_results
 from training.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -34,7 +38,7 @@ class Recorder(Protocol):
     """What the loop tells the outside, on every rank; only rank 0 writes."""
 
     def step_done(self, report: StepReport) -> None:
-        """Take a finished step."""
+        """Take a finished step. Raises LossSpikeError when the run is to go back because of its loss."""
 
     def save(self, position: Position) -> None:
         """Save a state that continues at `position`."""
@@ -42,11 +46,8 @@ class Recorder(Protocol):
     def poll(self) -> None:
         """Do what waits for background work; called once a step."""
 
-    def preview(self, position: Position) -> str:
-        """Make previews; return why the ranks agreed to stop meanwhile, or ""."""
-
-    def validate(self, position: Position) -> str:
-        """Take the loss of held-out pictures; return why the ranks agreed to stop meanwhile, or ""."""
+    def watch(self, position: Position) -> str:
+        """Make the previews and the validation that are due; return why the ranks agreed to stop meanwhile, or ""."""
 
     def stop_reason(self) -> str:
         """Return why this rank was asked to stop, or ""."""
@@ -65,9 +66,9 @@ def train_epoch(
     """Train the steps of `plan` from position.step on; return the new position and why it stopped ("" at the end).
 
     batches: this rank's micro-batches from that step on, in plan order. pass_over: global steps, counted from 1, that
-    are not tried (`chunk_run` rolled back because of them).
+    are not tried (`chunk_run` went back because of them).
 
-    Raises NonFiniteError, BrokenDataError; the last saved state stays intact.
+    Raises NonFiniteError, LossSpikeError, BrokenDataError; the last saved state stays intact.
     """
     engine, schedule, skipped_in_a_row = trained.engine, config.schedule.model_dump(), 0
     for step in plan.steps[position.step :]:
@@ -78,7 +79,7 @@ def train_epoch(
 
         # --- forward and backward, micro-batch by micro-batch ---
         share = rank_share(step, rank=engine.rank, world_size=engine.world_size)
-        own: list[_Done] = []
+        own: list[Measured] = []
         waited_seconds = 0.0
         for number, planned in enumerate(share):
             asked = time.monotonic()
@@ -97,91 +98,53 @@ def train_epoch(
                 # where, not a product: 0 × NaN of an unused slot would be NaN
                 engine.backward(torch.where(is_used, weighted, 0.0).sum() / step.num_images)
             if not batch.is_padding:
-                own.append(_Done(batch, losses, weighted))
+                own.append(Measured(batch, losses, weighted))
 
-        # --- what happened on all ranks, in plan order ---
-        own_results = _results(own)
-        own_broken = [image for done in own for image in done.batch.broken]
-        gathered = engine.gather((own_results, own_broken, waited_seconds, recorder.stop_reason()))
-        results = [r for _, part in sorted((p for g in gathered for p in g[0]), key=lambda p: p[0]) for r in part]
-        broken = sorted(image for rank in gathered for image in rank[1])
-        stop_reason = next((rank[3] for rank in gathered if rank[3]), "")
+        # --- what happened on all ranks ---
+        results = gather_results(engine, own, waited_seconds=waited_seconds, stop_reason=recorder.stop_reason())
+        num_broken = len(results.broken)
 
         # --- update, or pass over the step ---
-        if broken and results:
-            engine.scale_gradients(step.num_images / (step.num_images - len(broken)))
+        if results.broken and results.samples:
+            engine.scale_gradients(step.num_images / (step.num_images - num_broken))
         norm = engine.grad_norm() if is_tried else 0.0
-        problem = _problem(results, norm) if is_tried else "passed_over"
+        problem = _problem(results.samples, norm) if is_tried else "passed_over"
         if problem:
             engine.skip()
             skipped_in_a_row += is_tried
         else:
             if config.optimizer.max_grad_norm > 0:
                 engine.clip(norm, config.optimizer.max_grad_norm)
-            trained.update(results)
+            trained.update(results.samples)
             skipped_in_a_row = 0
         trained.step_over(position.global_step + 1)
 
         # --- tell ---
         seconds, before = time.monotonic() - started, position
-        position = position.after_step(
-            num_images=step.num_images, num_broken=len(broken), is_applied=not problem, seconds=seconds
+        position = before.after_step(
+            num_images=step.num_images, num_broken=num_broken, is_applied=not problem, seconds=seconds
         )
         report = StepReport(
-            step, before, position, results, broken, problem, rates, norm, seconds, max(rank[2] for rank in gathered)
-        )
+            step, before, position, results.samples, results.broken, problem, rates, norm, seconds,
+            results.waited_seconds,
+        )  # fmt: skip
         recorder.step_done(report)
         logger.info("%s", report.log_line(plan))
         _check_limits(position, plan, config, skipped_in_a_row)
 
-        # --- save, preview, stop ---
+        # --- save, show, stop ---
         recorder.poll()
         is_last = position.step == len(plan.steps) and plan.epoch == config.data.epochs - 1  # the final state follows
-        if stop_reason or (position.global_step % config.save.every_steps == 0 and not is_last):
+        is_due = position.global_step % config.save.every_steps == 0 and not is_last
+        if results.stop_reason or is_due:
             recorder.save(position)
-        if stop_reason:
-            return position, stop_reason
-        if not is_last and (reason := _watch(position, config, recorder)):
-            recorder.save(position)
+        if results.stop_reason:
+            return position, results.stop_reason  # what is due to be shown, the next launch makes first
+        if not is_last and (reason := recorder.watch(position)):
+            if not is_due:
+                recorder.save(position)
             return position, reason
     return position, ""
-
-
-class _Done(NamedTuple):
-    """A micro-batch whose numbers are still on the device."""
-
-    batch: Batch
-    losses: Loss
-    weighted: Tensor
-
-
-def _results(own: Sequence[_Done]) -> list[tuple[int, list[SampleResult]]]:
-    """Bring a step's numbers to the CPU in one transfer; broken slots are left out. Returns them by micro-batch."""
-    names = sorted(own[0].losses.scalars) if own else []
-    columns = [
-        column.detach().double()
-        for done in own
-        for column in (done.losses.per_sample, done.weighted, *(done.losses.scalars[name] for name in names))
-    ]
-    on_device = [column for column in columns if column.device.type != "cpu"]
-    moved = iter(torch.split(torch.cat(on_device).cpu(), list(map(len, on_device))) if on_device else ())
-    values = iter([column if column.device.type == "cpu" else next(moved) for column in columns])
-    results = []
-    for done in own:
-        batch = done.batch
-        rows = torch.stack([next(values) for _ in range(2 + len(names))], dim=1).tolist()
-        slots = zip(batch.identities, batch.datasets, batch.captions, rows, batch.is_broken.tolist(), strict=True)
-        results.append(
-            (
-                batch.number,
-                [
-                    SampleResult(identity.key, dataset, caption, row[0], row[1], dict(zip(names, row[2:], strict=True)))
-                    for identity, dataset, caption, row, is_broken in slots
-                    if not is_broken
-                ],
-            )
-        )
-    return results
 
 
 def _problem(results: Sequence[SampleResult], norm: float) -> str:
@@ -189,15 +152,6 @@ def _problem(results: Sequence[SampleResult], norm: float) -> str:
         return "no_image"
     is_finite = math.isfinite(norm) and all(math.isfinite(result.weighted_loss) for result in results)
     return "" if is_finite else "not_finite"
-
-
-def _watch(position: Position, config: RunConfig, recorder: Recorder) -> str:
-    """Make the previews and the validation that are due; return why the ranks agreed to stop meanwhile, or ""."""
-    for settings, watch in ((config.preview, recorder.preview), (config.validation, recorder.validate)):
-        every = settings.every_steps
-        if every and position.global_step % every == 0 and (reason := watch(position)):
-            return reason
-    return ""
 
 
 def _check_limits(position: Position, plan: BatchPlan, config: RunConfig, skipped_in_a_row: int) -> None:

@@ -27,6 +27,11 @@ class LossWindow:
             self._losses.append(loss)
 
     @property
+    def losses(self) -> list[float]:
+        """Those of the window, in order."""
+        return list(self._losses)
+
+    @property
     def mean(self) -> float:
         """Mean of the window; NaN before the first loss."""
         return math.fsum(self._losses) / len(self._losses) if self._losses else math.nan

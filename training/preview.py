@@ -59,6 +59,19 @@ def read_pictures(folder: Path) -> dict[int, dict[str, Path]]:
     return found
 
 
+def is_drawn(folder: Path, global_step: int) -> bool:
+    """Tell whether all previews of a step are there: the strip is written last."""
+    return (folder / f"step-{global_step:08d}-strip.png").exists()
+
+
+def remove_pictures(folder: Path, *, after_step: int) -> None:
+    """Delete previews of later steps, which are trained again and may then look otherwise."""
+    for step, named in read_pictures(folder).items():
+        if step > after_step:
+            for path in named.values():
+                path.unlink(missing_ok=True)
+
+
 def strip(pictures: Sequence[Image.Image], *, height: int) -> Image.Image:
     """Return the pictures side by side, each scaled to `height` pixels."""
     scaled = [picture.resize((max(1, round(picture.width * height / picture.height)), height)) for picture in pictures]

@@ -1,36 +1,34 @@
 """What rank 0 writes about a launch besides its states: ledger lines, metrics.jsonl, trackers, run.json.
 
-The loop and the session say what happened; the form and the order on disk are decided here. Trackers are fed only
-with steps that a durable state covers.
+The loop and the session say what happened; the form and the order on disk are decided here.
 """
 
 import logging
-import platform
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sharding.config import ConfigError
 from training.batch_plan import BatchPlan
 from training.campaign import read_campaign
 from training.chunk_records import has_state, parent_of
 from training.config import RunConfig
+from training.errors import TroubleError
 from training.gauges import Gauges, progress_of
 from training.ledger import Ledger
 from training.loss_window import WINDOW
+from training.machine import record_machine, require_same_frozen_weights
 from training.metrics_file import append_metrics, read_metrics, trim_metrics
 from training.position import Position
-from training.preview import read_pictures
+from training.preview import remove_pictures
 from training.run_dir import RunDir
+from training.spikes import Spike
 from training.started_chunk import StartedChunk
 from training.state_folder import load_state, read_manifest
 from training.status_tables import count_images
 from training.step_report import StepReport
-from training.trackers import Trackers, make_trackers
+from training.tracker_feed import TrackerFeed
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +41,11 @@ class Records:
         self._config = config
         self._run_dir = run_dir
         self._trace_path = run_dir.root / "trace.jsonl"
-        self._trackers: Trackers | None = None
-        self._gauges = Gauges(config)
-        self._unfed_rows: list[dict[str, Any]] = []
-        self._covered_step = 0
+        self._feed: TrackerFeed | None = None
+        self._gauges = Gauges()
         self._validated_step = -1
+
+    # --- a chunk begins, a launch ends ---
 
     def start_chunk(
         self,
@@ -66,10 +64,10 @@ class Records:
         its `devices` goes into the line. frozen_weights: gives digests of weights that no state holds, by config key;
         asked once a launch. Raises ConfigError when a frozen weights file is not what the run was started with.
         """
-        if self._trackers is None:
-            self._trim(position)
-            self._require_same_frozen_weights(frozen_weights())
-            wandb_id = self._describe_machine(machine)["wandb_id"]
+        if self._feed is None:
+            self._forget_after(position)
+            require_same_frozen_weights(self._run_dir, frozen_weights())
+            wandb_id = record_machine(self._run_dir, machine)["wandb_id"]
         if resumed_from is not None:
             manifest_digest = read_manifest(resumed_from).digest
             if not has_state(self.ledger.lines, manifest_digest):
@@ -90,29 +88,23 @@ class Records:
             resumed_from=self._run_dir.relative(resumed_from) if resumed_from is not None else None,
             devices=machine["devices"],
         )
-        self._covered_step = position.global_step
-        if self._trackers is None:
-            made = make_trackers(self._config, self._run_dir, wandb_id=wandb_id, step=position.global_step)
-            self._trackers = Trackers(made, self._run_dir.root / "trackers.json")
-            self._read_back()
+        if self._feed is None:
+            self._feed = TrackerFeed(self._config, self._run_dir, wandb_id=wandb_id, step=position.global_step)
+        self._feed.covered_step = position.global_step
         campaign = read_campaign(self._config.data.workspace, self._config.data.chunks, self._run_dir)
         planned = sum(plan.num_images for plan in plans)
         self._gauges.progress = progress_of(
             campaign, chunk.name, num_samples=chunk.info.num_samples, images_planned=planned
         )
-        self.feed_trackers()
+        self._feed.feed()
 
-    def _trim(self, position: Position) -> None:
+    def _forget_after(self, position: Position) -> None:
+        """Drop what was measured and drawn of steps that the state at `position` does not hold."""
         for path in (self._run_dir.metrics_path, self._trace_path):
             trim_metrics(path, after_step=position.global_step)
-
-    def _read_back(self) -> None:
-        """Take from metrics.jsonl what trackers have not got, and what the next step's row needs of those before it."""
-        assert self._trackers is not None
-        self._unfed_rows, last = [], deque[dict[str, Any]](maxlen=WINDOW)
+        remove_pictures(self._run_dir.previews_folder(position.chunk), after_step=position.global_step)
+        self._validated_step, last = -1, deque[dict[str, Any]](maxlen=WINDOW)
         for row in read_metrics(self._run_dir.metrics_path):
-            if row["global_step"] > self._trackers.fed:
-                self._unfed_rows.append(row)
             if "validation/loss" in row:
                 self._validated_step = row["global_step"]
             else:
@@ -121,25 +113,34 @@ class Records:
 
     def close(self) -> None:
         """Flush and close the trackers; what a durable state covers reaches them first."""
-        if self._trackers is not None:
-            self.feed_trackers()
-            self._trackers.close()
-            self._trackers = None
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
 
     # --- while training ---
 
-    def step_done(self, report: StepReport) -> None:
+    def step_done(self, report: StepReport, spike: Spike | None = None) -> None:
         """Append a step's row to metrics.jsonl, to trace.jsonl when traced, and what went wrong to the ledger."""
         if report.broken:
             self._broken(report)
         if report.problem:
             self._skipped(report)
+        if spike is not None and spike.is_first:
+            logger.warning("%s step %d: %s", report.before.chunk, report.before.step, spike)
         metrics = report.metrics()
-        metrics |= self._gauges.read(report, metrics)
-        append_metrics(self._run_dir.metrics_path, [metrics])
-        self._unfed_rows.append(metrics)
+        metrics |= self._gauges.read(report, metrics, is_spike=spike is not None)
+        self._append_row(metrics)
         if self._config.trackers.trace:
             append_metrics(self._trace_path, [report.trace()])
+
+    def _append_row(self, row: Mapping[str, Any]) -> None:
+        append_metrics(self._run_dir.metrics_path, [row])
+        if self._feed is not None:
+            self._feed.add(row)
+
+    def last_weighted_losses(self) -> list[float]:
+        """Return those of the last 100 steps, which the next one's is judged by."""
+        return self._gauges.weighted_losses
 
     def _skipped(self, report: StepReport) -> None:
         place, suspects = _step_fields(report.before), report.not_finite_keys
@@ -155,14 +156,20 @@ class Records:
         keys, reasons = [key for key, _ in report.broken], [reason for _, reason in report.broken]
         self.ledger.append("broken", **_step_fields(report.before), keys=keys, reasons=reasons)
 
-    def rolled_back(self, failed_at: Position, position: Position, *, folder: Path, pass_over: Sequence[int]) -> None:
-        """Record that training goes back to the state in `folder`, and forget the metrics of what is undone."""
+    def rolled_back(self, failed_at: Position, position: Position, *, folder: Path, trouble: TroubleError) -> None:
+        """Record that training goes back to the state in `folder`, and forget what is undone.
+
+        The steps of the trouble, and the update before them, are passed over from here on.
+        """
+        pass_over = range(trouble.steps.start - 1, trouble.steps.stop)
         self.ledger.append(
             "rolled_back", chunk=failed_at.chunk, from_global_step=failed_at.global_step,
             global_step=position.global_step, path=self._run_dir.relative(folder), pass_over=list(pass_over),
+            reason=trouble.reason,
         )  # fmt: skip
-        self._trim(position)
-        self._read_back()
+        self._forget_after(position)
+        if self._feed is not None:
+            self._feed.read_back()
         logger.warning(
             "%s: back from global step %s to %s; steps %s to %s are not tried again",
             failed_at.chunk, f"{failed_at.global_step:,}", folder, f"{pass_over[0]:,}", f"{pass_over[-1]:,}",
@@ -174,9 +181,7 @@ class Records:
 
     def validated(self, position: Position, values: Mapping[str, Any]) -> None:
         """Append the losses of held-out pictures to metrics.jsonl, as a row of their own."""
-        place = {"global_step": position.global_step, "chunk": position.chunk}
-        append_metrics(self._run_dir.metrics_path, [place | dict(values)])
-        self._unfed_rows.append(place | dict(values))
+        self._append_row({"global_step": position.global_step, "chunk": position.chunk, **values})
         self._validated_step = position.global_step
 
     def before_save(self) -> None:
@@ -187,11 +192,12 @@ class Records:
         """Record a durable state."""
         position = Position(**load_state(folder, is_verified=True).facts["position"])
         self.ledger.append("state_saved", **self._saved_fields(folder, manifest_digest, position))
-        self._covered_step = position.global_step
+        if self._feed is not None:
+            self._feed.covered_step = position.global_step
 
-    def stopped(self, position: Position, reason: str) -> None:
-        """Record that the launch ends on request, with its state saved."""
-        self.feed_trackers()
+    def stopped(self, position: Position, reason: str, *, is_complete: bool) -> None:
+        """Record that the launch ends on request, with its state saved. is_complete: see `TrackerFeed.feed`."""
+        self.feed_trackers(is_complete=is_complete)
         self.ledger.append("stopped", chunk=position.chunk, global_step=position.global_step, reason=reason)
         self._run_dir.clear_stop()
         logger.info(
@@ -211,42 +217,9 @@ class Records:
         logger.info("chunk %s is done: %s images trained", chunk.name, f"{position.chunk_images_trained:,}")
 
     def feed_trackers(self, *, is_complete: bool = False) -> None:
-        """Give the trackers what a durable state covers, rows and pictures; nothing when they have it all.
-
-        is_complete: nothing more will be said of the last step. Until then it is held back: its previews and validation
-        may come only in the next launch, and a tracker takes a step once.
-        """
-        if self._trackers is None or not self._unfed_rows:
-            return
-        last = self._unfed_rows[-1]["global_step"] - (not is_complete)
-        up_to_step = min(self._covered_step, last)
-        rows = [row for row in self._unfed_rows if row["global_step"] <= up_to_step]
-        if not rows:
-            return
-        pictures: dict[int, dict[str, Path]] = {}
-        for name in {row["chunk"] for row in rows}:
-            pictures |= read_pictures(self._run_dir.previews_folder(name))
-        self._trackers.feed(rows, pictures, up_to_step=up_to_step)
-        self._unfed_rows = self._unfed_rows[len(rows) :]
-
-    # --- parts of the above ---
-
-    def _require_same_frozen_weights(self, now: Mapping[str, str]) -> None:
-        """Raise ConfigError when a weights file that no state holds was changed: its path is free, its values not."""
-        before = self._run_dir.read_run_json().get("frozen_weights", {})
-        if changed := [key for key, digest in now.items() if before.get(key, digest) != digest]:
-            raise ConfigError(
-                f"{', '.join(changed)}: not what this run was started with (run.json, frozen_weights); "
-                "give the same weights, or start a new run folder"
-            )
-        self._run_dir.update_run_json(frozen_weights={**before, **now})
-
-    def _describe_machine(self, now: Mapping[str, Any]) -> dict[str, Any]:
-        """Put into run.json what bit-equality depends on, and say aloud what changed since the last launch."""
-        before = self._run_dir.read_run_json()
-        if changes := [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]]:
-            logger.warning("since the last launch: %s; the same images, but not the same bits", ", ".join(changes))
-        return self._run_dir.update_run_json(**now)
+        """Give the trackers what a durable state covers. is_complete: see `TrackerFeed.feed`."""
+        if self._feed is not None:
+            self._feed.feed(is_complete=is_complete)
 
     def _saved_fields(self, folder: Path, manifest_digest: str, position: Position) -> dict[str, Any]:
         return {
@@ -260,21 +233,6 @@ class Records:
             "applied_updates": position.chunk_applied_updates,
             "busy_seconds": position.chunk_busy_seconds,
         }
-
-
-def machine_facts(*, num_processes: int, device: torch.device, num_threads: int, exact: bool) -> dict[str, Any]:
-    """Return what a run's bits depend on besides its config."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"CPU {platform.processor() or platform.machine()}"
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "num_threads": num_threads,
-        "exact": exact,
-        "devices": f"{num_processes} x {name}",
-    }
 
 
 def _step_fields(position: Position) -> dict[str, Any]:

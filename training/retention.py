@@ -10,7 +10,7 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 
 from sharding.files import TEMPORARY_MARK
-from training.chunk_records import ChunkRecord
+from training.chunk_history import ChunkRecord
 from training.run_dir import RunDir
 from training.state_folder import delete_folder, remove_partials, retain_states
 

@@ -17,10 +17,11 @@ from training.engines.choose import make_engine
 from training.exit_codes import DONE
 from training.ledger import Ledger, LedgerError
 from training.lock import LockLostError
+from training.machine import machine_facts
 from training.position import Position
 from training.precision import choose_device, set_exact
 from training.rank import Rank
-from training.records import Records, machine_facts
+from training.records import Records
 from training.run_dir import RunDir
 from training.state import StateSaver
 from training.state_folder import StateError

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from training.chunk_records import chunk_records, histories, parent_of, steps_to_pass_over, undone_states
+from training.chunk_history import histories
+from training.chunk_records import chunk_records, parent_of, steps_to_pass_over, undone_states
 from training.ledger import Line
 from training.position import Position
 from training.rank import Rank
@@ -32,18 +33,33 @@ def state_to_start_from(rank: Rank, chunk: str) -> Path | None:
     return _newest(rank, rank.run_dir.state_folders(parent)) if parent is not None else None
 
 
-def state_before(rank: Rank, chunk: str, *, step: int) -> Path | None:
-    """Return the newest verified state that does not hold global step `step`, to roll back to.
+def states_before(rank: Rank, chunk: str, *, step: int, reason: str) -> list[Path]:
+    """Return the states that do not hold global step `step`, of which one may be gone back to; not yet verified.
 
-    None when this chunk was rolled back before, and in a run's first chunk before its first state.
+    None when this chunk went back for this reason before, and in a run's first chunk before its first state.
+    """
+    lines = rank.ledger.lines
+    if steps_to_pass_over(lines, chunk, reason=reason):
+        return []
+    own = [folder for folder in _own_states(rank, chunk) if _holds_less_than(folder, step)]
+    parent = parent_of(lines, chunk)
+    return own or (rank.run_dir.state_folders(parent) if parent is not None else [])
+
+
+def state_before(rank: Rank, chunk: str, *, step: int, reason: str) -> Path | None:
+    """Return the newest verified one of `states_before`; None when there is none.
+
     Raises StateError when states are there but none verifies.
     """
-    if steps_to_pass_over(rank.ledger.lines, chunk):
-        return None
-    own = [folder for folder in _own_states(rank, chunk) if read_manifest(folder).global_step < step]
-    parent = parent_of(rank.ledger.lines, chunk)
-    folders = own or (rank.run_dir.state_folders(parent) if parent is not None else [])
+    folders = states_before(rank, chunk, step=step, reason=reason)
     return _newest(rank, folders) if folders else None
+
+
+def _holds_less_than(folder: Path, step: int) -> bool:
+    try:
+        return read_manifest(folder).global_step < step
+    except StateError:
+        return False
 
 
 def first_position(lines: Iterable[Line], chunk: str, base: Position) -> Position:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from training.campaign import Campaign, read_campaign
-from training.chunk_records import ChunkRecord, Totals, totals
+from training.chunk_history import ChunkRecord
+from training.chunk_records import Totals, totals
 from training.config import RunConfig
 from training.ledger import Line
 from training.lock import HolderState, holder_state

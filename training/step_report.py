@@ -43,6 +43,11 @@ class StepReport:
         """The images whose own loss was not finite."""
         return [result.key for result in self.results if not math.isfinite(result.loss)]
 
+    @property
+    def weighted_loss(self) -> float | None:
+        """Its mean over the images; None when there are none."""
+        return sum(result.weighted_loss for result in self.results) / len(self.results) if self.results else None
+
     def metrics(self) -> dict[str, Any]:
         """Return the row of metrics.jsonl. `global_step` counts finished steps from 1, `step` is its plan's, from 0.
 
@@ -51,8 +56,6 @@ class StepReport:
         """
         count = max(len(self.results), 1)
         values = {
-            "train/loss": sum(result.loss for result in self.results) / count,
-            "train/weighted_loss": sum(result.weighted_loss for result in self.results) / count,
             "train/grad_norm": self.norm,
             "train/images_seen": self.after.images_seen,
             "speed/images_per_second": len(self.results) / max(self.seconds, 1e-9),
@@ -61,8 +64,9 @@ class StepReport:
             "data/wait_fraction": self.waited_seconds / max(self.seconds, 1e-9),
             **{f"lr/{part}": rate for part, rate in self.rates.items()},
         }
-        if not self.results:
-            del values["train/loss"], values["train/weighted_loss"]
+        if self.weighted_loss is not None:
+            values["train/loss"] = sum(result.loss for result in self.results) / count
+            values["train/weighted_loss"] = self.weighted_loss
         buckets = self._bucket_of_key()
         values |= _mean_by(((result.dataset, result.loss) for result in self.results), "loss_by_dataset/")
         values |= _mean_by(((buckets[result.key], result.loss) for result in self.results), "loss_by_bucket/")

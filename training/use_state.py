@@ -9,8 +9,12 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from sharding.files import require_free_bytes
 from training.config import RunConfig
 from training.engines.plain import PlainEngine
+from training.exports import export_metadata, write_export
+from training.forecast import export_bytes
+from training.position import Position
 from training.precision import DTYPES, choose_device, set_weights
 from training.preview import write_pictures
 from training.preview_prompts import preview_prompts
@@ -25,16 +29,15 @@ def export_weights(
 ) -> Iterator[str]:
     """Write the weights of the newest state, or of a chunk's final one, to `output`; yield a line per file.
 
-    Raises StateError when there is no verified state.
+    Raises StateError when there is no verified state, DiskFullError before anything is written or in the middle of it.
     """
     with _shown(config, root, chunk_name) as (state, recipe):
-        metadata = {
-            "chunkline.run": str(RunDir(root).read_run_json().get("run_id", "")),
-            "chunkline.chunk": str(state.facts["position"]["chunk"]),
-            "chunkline.global_step": str(state.facts["global_step"]),
-            "chunkline.images_seen": str(state.facts["position"]["images_seen"]),
-        }
-        for file in recipe.export(output, dtype=DTYPES[dtype_name or config.save.export_dtype], metadata=metadata):
+        metadata = export_metadata(RunDir(root), Position(**state.facts["position"]))
+        name, weights = dtype_name or config.save.export_dtype, recipe.trainable().state_dict()
+        num_parameters, dtype = sum(tensor.numel() for tensor in weights.values()), DTYPES[name]
+        num_bytes = export_bytes(num_parameters, len(weights), dtype_name=name)
+        require_free_bytes(output, num_bytes, "an export of weights")
+        for file in write_export(output, lambda folder: recipe.export(folder, dtype=dtype, metadata=metadata)):
             yield str(file)
 
 

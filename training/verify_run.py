@@ -14,7 +14,7 @@ from typing import Any
 
 from sharding.chunk import ChunkError
 from training.batch_plan import BatchPlan, Step
-from training.chunk_records import History, histories
+from training.chunk_history import History, histories
 from training.config import RunConfig
 from training.ledger import Line
 from training.metrics_file import read_metrics

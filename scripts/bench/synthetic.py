@@ -36,10 +36,7 @@ class BareRecorder:
     def poll(self) -> None:
         self._records.feed_trackers()
 
-    def preview(self, position: Position) -> str:
-        return ""
-
-    def validate(self, position: Position) -> str:
+    def watch(self, position: Position) -> str:
         return ""
 
     def stop_reason(self) -> str:

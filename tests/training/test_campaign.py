@@ -6,7 +6,7 @@ import pytest
 from sharding.chunk import ChunkError
 from sharding.config import ConfigError
 from training.campaign import Campaign, chunk_range, in_turn, next_chunk, read_campaign, require_turn_of
-from training.chunk_records import ChunkRecord
+from training.chunk_history import ChunkRecord
 from training.run_dir import RunDir
 from training.status_tables import StatusRow, campaign_counts, chunk_rows, dataset_rows, period_rows, render_rows
 

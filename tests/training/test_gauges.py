@@ -1,4 +1,3 @@
-import logging
 import math
 
 import pytest
@@ -8,6 +7,7 @@ from training.gauges import Gauges, Progress, memory_metrics
 from training.loss_window import LossWindow
 from training.position import Position
 from training.recipes.base import SampleResult
+from training.spikes import SpikeWatch
 from training.step_report import StepReport
 from training.timestep_bands import NUM_BANDS, band_name, band_of, centre, mean_by_band
 
@@ -58,30 +58,51 @@ def rows(losses):
     return [{"global_step": n, "train/loss": loss, "train/weighted_loss": loss} for n, loss in enumerate(losses)]
 
 
-def test_a_spike_is_marked_and_said_once(caplog):
-    gauges = Gauges(toy_config())
-    gauges.go_on_after(rows(noisy(40)))
-
-    with caplog.at_level(logging.WARNING):
-        found = [gauges.read(one, one.metrics()) for one in (report(1.0), report(9.0), report(9.0), report(1.0))]
-
-    assert [row["train/spike"] for row in found] == [0, 1, 1, 0]
-    assert caplog.text.count("loss spike") == 1
-    assert found[0]["train/loss_average"] == pytest.approx(sum([*noisy(40), 1.0]) / 41)
+def watch(**changes):
+    return SpikeWatch(**{"factor": 8.0, "batch_size": 6, "losses": noisy(40)} | changes)
 
 
-def test_a_short_step_and_a_factor_of_zero_give_no_spike():
-    short, off = Gauges(toy_config()), Gauges(toy_config(trackers={"spike_factor": 0}))
-    for gauges in (short, off):
-        gauges.go_on_after(rows(noisy(40)))
+def test_a_spike_is_told_from_those_that_go_on_with_it():
+    spikes = watch()
 
-    one, whole = report(9.0, num_results=2), report(9.0)
-    assert short.read(one, one.metrics())["train/spike"] == 0
-    assert off.read(whole, whole.metrics())["train/spike"] == 0
+    found = [spikes.take(report(loss)) for loss in (1.0, 9.0, 9.0, 1.0)]
+
+    assert [spike is not None for spike in found] == [False, True, True, False]
+    assert (found[1].is_first, found[2].is_first) == (True, False)
+    assert "weighted loss 9.0000, the median of the last 100 steps is 1.0" in str(found[1])
+
+
+def test_a_short_step_a_factor_of_zero_and_a_step_without_images_give_no_spike():
+    assert watch().take(report(9.0, num_results=2)) is None
+    assert watch(factor=0.0).take(report(9.0)) is None
+    assert watch().take(report(9.0, num_results=0)) is None
+
+
+def test_spikes_are_judged_over_launches_as_in_one():
+    gauges = Gauges()
+    gauges.go_on_after(rows(noisy(150)))
+    straight, resumed = watch(losses=noisy(150)), watch(losses=gauges.weighted_losses)
+
+    sizes = [spikes.take(report(9.0)).size for spikes in (straight, resumed)]
+
+    assert sizes[0] == sizes[1]
+
+
+def test_a_row_says_whether_its_step_was_a_spike():
+    one = report(9.0)
+
+    found = [Gauges().read(one, one.metrics(), is_spike=is_spike)["train/spike"] for is_spike in (False, True)]
+
+    assert found == [0, 1]
+
+
+def test_a_rollback_needs_spikes_to_be_judged():
+    with pytest.raises(ValueError, match="no loss is judged"):
+        toy_config(trackers={"spike_factor": 0, "on_spike": "rollback"})
 
 
 def test_the_average_goes_on_over_launches():
-    straight, resumed = Gauges(toy_config()), Gauges(toy_config())
+    straight, resumed = Gauges(), Gauges()
     written = []
     for loss in noisy(150):
         one = report(loss)

@@ -229,10 +229,13 @@ def test_a_rollback_names_the_steps_to_pass_over(tmp_path):
     save(ledger, "a/0000", 4, images=16)
     skip(ledger, "a/0000", 5)
     skip(ledger, "a/0000", 6)
-    ledger.append("rolled_back", chunk="a/0000", from_global_step=6, global_step=4, path="x", pass_over=[5, 6])
+    place = {"from_global_step": 6, "global_step": 4, "path": "x", "pass_over": [5, 6]}
+    ledger.append("rolled_back", chunk="a/0000", **place, reason="not_finite")
 
     assert chunk_records(ledger.lines)["a/0000"].skipped == 0
     assert steps_to_pass_over(ledger.lines, "a/0000") == {5, 6}
+    assert steps_to_pass_over(ledger.lines, "a/0000", reason="not_finite") == {5, 6}
+    assert steps_to_pass_over(ledger.lines, "a/0000", reason="loss_spike") == frozenset()
     assert steps_to_pass_over(ledger.lines, "a/0001") == frozenset()
 
 

@@ -118,13 +118,13 @@ def test_steps_that_are_passed_over_are_counted_but_not_tried():
     assert len(run.gradients) == len(plan.steps) - 1
 
 
-def test_a_stop_in_previews_is_honoured_with_a_state():
-    config = toy_config(preview={"every_steps": 1})
-
-    run = run_toy(config, stop_in_preview_at=2)
+@pytest.mark.parametrize("every_steps", [2, 1000])
+def test_a_stop_in_previews_is_honoured_with_one_state(every_steps):
+    run = run_toy(toy_config(save={"every_steps": every_steps}), stop_in_preview_at=2)
 
     assert (run.position.step, run.reason) == (2, "asked in previews")
-    assert run.recorder.events == [("preview", 1), ("preview", 2), ("save", 2)]
+    assert run.recorder.events == [("save", 2)]
+    assert run.recorder.watched == [1, 2]
 
 
 def test_too_many_broken_images_end_the_run():
@@ -132,26 +132,25 @@ def test_too_many_broken_images_end_the_run():
         run_toy(toy_config(data={"max_broken_fraction": 0.1}), broken=("0001", "0002", "0003"))
 
 
-def test_states_and_previews_come_at_global_steps_and_not_twice_at_the_end():
-    config = toy_config(save={"every_steps": 2}, preview={"every_steps": 1})
+def test_states_come_at_global_steps_and_neither_they_nor_previews_twice_at_the_end():
+    config = toy_config(save={"every_steps": 2})
     num_steps = len(toy_plan(config).steps)
 
     run = run_toy(config, position=Position(chunk="toy/0000", global_step=7))
 
     saves = [event[1] for event in run.recorder.events if event[0] == "save"]
-    previews = [event[1] for event in run.recorder.events if event[0] == "preview"]
-    assert previews == list(range(8, 7 + num_steps))
-    assert saves == [step for step in previews if step % 2 == 0]
+    assert run.recorder.watched == list(range(8, 7 + num_steps))
+    assert saves == [step for step in run.recorder.watched if step % 2 == 0]
 
 
 def test_a_state_that_falls_due_between_two_epochs_of_a_chunk_is_saved():
     num_steps = len(toy_plan(toy_config()).steps)
-    settings = {"save": {"every_steps": num_steps}, "preview": {"every_steps": num_steps}}
+    settings = {"save": {"every_steps": num_steps}}
 
     between = run_toy(toy_config(data={"epochs": 2}, **settings))
     at_the_end = run_toy(toy_config(data={"epochs": 1}, **settings))
 
-    assert between.recorder.events == [("save", num_steps), ("preview", num_steps)]
+    assert (between.recorder.events, between.recorder.watched[-1]) == ([("save", num_steps)], num_steps)
     assert at_the_end.recorder.events == []  # the chunk's final state and previews follow
 
 
@@ -160,6 +159,7 @@ def test_a_stop_is_honoured_after_the_step_with_a_state():
 
     assert (run.position.step, run.reason) == (2, "asked")
     assert run.recorder.events[-1] == ("save", 2)
+    assert run.recorder.watched == [1]
 
 
 def test_a_run_in_two_pieces_equals_one_in_one_piece_with_dropout_and_all():

@@ -137,6 +137,7 @@ class ListRecorder:
     rows: list[dict[str, Any]] = field(default_factory=list)
     traces: list[dict[str, Any]] = field(default_factory=list)
     events: list[tuple[Any, ...]] = field(default_factory=list)
+    watched: list[int] = field(default_factory=list)
 
     def step_done(self, report: StepReport) -> None:
         self.rows.append(report.metrics())
@@ -152,13 +153,9 @@ class ListRecorder:
 
     def poll(self) -> None: ...
 
-    def preview(self, position: Position) -> str:
-        self.events.append(("preview", position.global_step))
+    def watch(self, position: Position) -> str:
+        self.watched.append(position.global_step)
         return "asked in previews" if position.global_step == self.stop_in_preview_at else ""
-
-    def validate(self, position: Position) -> str:
-        self.events.append(("validate", position.global_step))
-        return ""
 
     def stop_reason(self) -> str:
         return "asked" if self.stop_at is not None and len(self.rows) + 1 >= self.stop_at else ""

@@ -69,7 +69,7 @@ class ValidationConfig(Config):
 class TrackerConfig(Config):
     """Where metrics go besides metrics.jsonl."""
 
-    FREE: ClassVar = frozenset({"tensorboard", "wandb", "wandb_project", "trace", "spike_factor"})
+    FREE: ClassVar = frozenset({"tensorboard", "wandb", "wandb_project", "trace", "spike_factor", "on_spike"})
 
     tensorboard: bool = True
     """Event files in the run folder."""
@@ -80,4 +80,12 @@ class TrackerConfig(Config):
     trace: bool = False
     """Write keys, captions, timesteps, losses and rates of every step to trace.jsonl (for proofs)."""
     spike_factor: float = Field(8.0, ge=0)
-    """Warn of a step whose loss is this many robust standard deviations above the median of the last 100; 0 is off."""
+    """A spike: a step whose loss is this many robust standard deviations above the median of the last 100; 0 is off."""
+    on_spike: Literal["warn", "rollback"] = "warn"
+    """`rollback`: go back to the state before a spike and pass over its step, once per chunk; after that only warn."""
+
+    @model_validator(mode="after")
+    def _spikes_are_judged(self) -> "TrackerConfig":
+        if self.on_spike == "rollback" and self.spike_factor == 0:
+            raise ValueError('on_spike is "rollback", but spike_factor is 0: no loss is judged to be a spike')
+        return self

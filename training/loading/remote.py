@@ -38,20 +38,26 @@ _CONNECTIONS = 4
 _HALF_FILE_SECONDS = 3600
 
 
-def mirror_remote(data: DataConfig) -> None:
-    """Bring chunk.json and index of the run's chunks from data.remote, where it is set. Raises as RemoteWorkspace."""
+def mirror_remote(data: DataConfig, *, held_out: str | None = None) -> None:
+    """Bring chunk.json and index of the run's chunks from data.remote, where it is set. Raises as RemoteWorkspace.
+
+    held_out: the chunk of the validation, which no pattern matches.
+    """
     if data.remote is not None:
-        _remote(data).mirror(data.chunks)
+        _remote(data).mirror(data.chunks, held_out=held_out)
 
 
-def fetch_chunk(data: DataConfig, chunk: Chunk) -> None:
-    """Bring the shards of a chunk, and begin to bring the next one's, where data.remote is set."""
-    if data.remote is not None:
-        remote = _remote(data)
-        following = remote.after(chunk.name, data.chunks)
-        remote.fetch(chunk)
-        if following is not None and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            threading.Thread(target=remote.fetch_ahead, args=(following, chunk), daemon=True).start()
+def fetch_chunk(data: DataConfig, chunk: Chunk, *, held_out: str | None = None) -> None:
+    """Bring the shards of a chunk and of the held-out one, and begin to bring the next one's, where data.remote is."""
+    if data.remote is None:
+        return
+    remote = _remote(data)
+    following = remote.after(chunk.name, data.chunks)
+    kept = [] if held_out is None else [load_chunk(Workspace(data.workspace).chunks / held_out)]
+    for one in (chunk, *kept):
+        remote.fetch(one, beside=[chunk, *kept])
+    if following is not None and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+        threading.Thread(target=remote.fetch_ahead, args=(following, [chunk, *kept]), daemon=True).start()
 
 
 def _remote(data: DataConfig) -> "RemoteWorkspace":
@@ -71,15 +77,18 @@ class RemoteWorkspace:
     folder: Path
     max_bytes: int
 
-    def mirror(self, patterns: Iterable[str]) -> None:
-        """Bring chunk.json (last: it makes a chunk) and index of all chunks that match, where they are new."""
+    def mirror(self, patterns: Iterable[str], *, held_out: str | None = None) -> None:
+        """Bring chunk.json (last: it makes a chunk) and index of all chunks that match, where they are new.
+
+        held_out: one more chunk, by its name.
+        """
         with locked(self.folder), _naming(self.url):
             self._claim()
             files, root = self._files()
             found = {
                 name: path
                 for path in files.glob(f"{root}/chunks/*/*/{CHUNK_JSON}")
-                if _matches(name := "/".join(path.split("/")[-3:-1]), patterns)
+                if _matches(name := "/".join(path.split("/")[-3:-1]), patterns) or name == held_out
             }
             contents = files.cat(list(found.values())) if found else {}
             for name, path in found.items():
@@ -93,14 +102,14 @@ class RemoteWorkspace:
         following = order[order.index(name) + 1 :] if name in order else []
         return load_chunk(chunks / following[0]) if following else None
 
-    def fetch(self, chunk: Chunk, *, beside: Chunk | None = None) -> None:
-        """Bring the shards of a chunk that are not here. beside: another chunk whose shards have to stay."""
+    def fetch(self, chunk: Chunk, *, beside: Sequence[Chunk] = ()) -> None:
+        """Bring the shards of a chunk that are not here. beside: chunks whose shards have to stay."""
         self._make_room(chunk, beside)
         with ThreadPoolExecutor(_CONNECTIONS) as pool:
             list(pool.map(lambda shard: self._bring(chunk, shard), chunk.info.shards))
 
-    def fetch_ahead(self, chunk: Chunk, current: Chunk) -> None:
-        """Bring a chunk's shards while `current` is trained; what fails is told, and tried again when it is needed."""
+    def fetch_ahead(self, chunk: Chunk, current: Sequence[Chunk]) -> None:
+        """Bring a chunk's shards while others are used; what fails is told, and tried again when it is needed."""
         try:
             self.fetch(chunk, beside=current)
         except (ConfigError, ChunkError, RemoteError, OSError) as error:
@@ -166,15 +175,14 @@ class RemoteWorkspace:
                     "`python -m sharding verify --repair` where it was packed, and copy it again"
                 )
 
-    def _make_room(self, chunk: Chunk, beside: Chunk | None) -> None:
-        """Delete the oldest shards that neither chunk needs until the chunk's have room. Raises ConfigError."""
-        wanted = {chunk.shard_path(shard.path): shard.num_bytes for shard in chunk.info.shards}
-        kept = wanted | ({beside.shard_path(s.path): s.num_bytes for s in beside.info.shards} if beside else {})
+    def _make_room(self, chunk: Chunk, beside: Sequence[Chunk]) -> None:
+        """Delete the oldest shards that none of the chunks needs until there is room. Raises ConfigError."""
+        kept = {one.shard_path(shard.path): shard.num_bytes for one in (chunk, *beside) for shard in one.info.shards}
         if sum(kept.values()) > self.max_bytes:
+            names = " and ".join(dict.fromkeys(one.name for one in beside if one.name != chunk.name))
             raise ConfigError(
                 f"data.cache_gb: {self.max_bytes / 1e9:g} GB is too little for {chunk.name}"
-                f"{f' beside {beside.name}' if beside else ''}: {sum(kept.values()) / 1e9:.3g} GB; "
-                "raise it"
+                f"{f' beside {names}' if names else ''}: {sum(kept.values()) / 1e9:.3g} GB; raise it"
             )
         with locked(self.folder):
             _remove_half_files(Workspace(self.folder).chunks)

@@ -97,8 +97,8 @@ def test_shards_of_done_chunks_make_room(packed, tmp_path):
     remote = RemoteWorkspace(remote.url, remote.folder, sizes[1] + sizes[2])
     remote.fetch(chunks[0])
     os.utime(chunks[0].shard_path(chunks[0].info.shards[0].path), (1, 1))
-    remote.fetch(chunks[1], beside=chunks[0])
-    remote.fetch(chunks[2], beside=chunks[1])
+    remote.fetch(chunks[1], beside=[chunks[0]])
+    remote.fetch(chunks[2], beside=[chunks[1]])
 
     assert {name.rpartition("/")[0] for name in shards_here(remote.folder)} == {"newest/0001", "newest/0002"}
     with pytest.raises(ConfigError, match=r"data.cache_gb: .* too little for newest/0002"):

@@ -1,0 +1,55 @@
+"""Exported weights appear under their names when all files of an export are written, never one by one.
+
+A disk that fills, or a kill, leaves a `.partial-` folder at most, and the weights of before. What is in the files is
+the recipe's; which exports are kept is `training.retention`'s.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sharding.files import TEMPORARY_MARK, fsync_folder, naming_full_disk
+from training.position import Position
+from training.recipes.base import ExportFile
+from training.run_dir import RunDir
+
+
+def write_export(folder: Path, export: Callable[[Path], Iterable[ExportFile]]) -> list[ExportFile]:
+    """Let `export` write its files into a folder that it is given, then move them into `folder`; return them there.
+
+    Files of the same names are replaced, others in `folder` stay. Raises DiskFullError, and what `export` raises; then
+    `folder` is as it was.
+    """
+    partial = folder.with_name(f"{folder.name}{TEMPORARY_MARK}{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with naming_full_disk(folder):
+            partial.mkdir(parents=True)
+            written = list(export(partial))
+            folder.mkdir(exist_ok=True)
+        for path in sorted(partial.iterdir()):
+            _move(path, folder / path.name)
+        fsync_folder(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return [replace(file, path=folder / file.path.relative_to(partial)) for file in written]
+
+
+def _move(source: Path, target: Path) -> None:
+    if target.is_dir():
+        os.replace(target, source.with_name(f"{source.name}-before"))  # goes with the partial folder
+    os.replace(source, target)
+
+
+def export_metadata(run_dir: RunDir, position: Position) -> dict[str, str]:
+    """Return what the header of an exported file says of where it comes from."""
+    facts: dict[str, Any] = {
+        "run": run_dir.read_run_json().get("run_id", ""),
+        "chunk": position.chunk,
+        "global_step": position.global_step,
+        "images_seen": position.images_seen,
+    }
+    return {f"chunkline.{name}": str(value) for name, value in facts.items()}
