@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from training.chunk_data import Batch
 from training.config.stage_c import StageCConfig
 from training.randomness import uniform
-from training.stage_c.weight_files import WeightsError, load_into, locate_component, read_tensors
+from training.stage_c.hub import load_component
+from training.stage_c.weight_files import WeightsError, load_into, read_tensors
 from training.tensor_file import digest_of_tensors
 
 if TYPE_CHECKING:
@@ -93,8 +94,9 @@ def clip_pixels(rgb: Tensor, size: int) -> Tensor:
 def load_image_model(path_or_id: str | Path) -> "CLIPVisionModelWithProjection":
     """Load CLIPVisionModelWithProjection in fp32 from a folder, a hub id or a bare weights file, in evaluation mode.
 
-    A hub id or folder of a whole pipeline is read from its `image_encoder/`; a folder of a whole CLIP gives its image
-    half. The shape of a bare file comes from its tensors: heads of 64 and quick GELU, right for OpenAI's CLIP.
+    A hub id or folder of a whole pipeline is read from its `image_encoder/`; a whole CLIP
+    (`openai/clip-vit-large-patch14`) gives its image half. The shape of a bare file comes from its tensors: heads of 64
+    and quick GELU, right for OpenAI's CLIP.
 
     Raises FileNotFoundError if nothing is there, WeightsError if keys do not fit.
     """
@@ -103,11 +105,13 @@ def load_image_model(path_or_id: str | Path) -> "CLIPVisionModelWithProjection":
     path = Path(path_or_id)
     if path.is_file():
         return _load_bare_file(path)
-    source, subfolder = locate_component(path_or_id, "image_encoder", file_name="config.json")
     try:
-        model, info = CLIPVisionModelWithProjection.from_pretrained(
-            source, subfolder=subfolder, dtype=torch.float32, output_loading_info=True
-        )
+        model, info = load_component(
+            CLIPVisionModelWithProjection.from_pretrained, path_or_id, "image_encoder", file_name="config.json",
+            dtype=torch.float32, output_loading_info=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise FileNotFoundError(f"image model {str(path_or_id)!r}: could not be loaded ({error})") from error
     problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info[key]}

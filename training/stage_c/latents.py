@@ -56,16 +56,15 @@ class LatentEncoder:
         """Return the latents of images (B, 3, H, W) uint8.
 
         On a CPU each is encoded alone: there the bits depend on a picture's neighbours, and latents made ahead have
-        others.
-        Those that bf16 makes not finite are made again in fp32. What is not finite in fp32 either becomes zeros, so
-        that the forward pass stays finite, and broken: other trainers go on with the zeros.
+        others. Those that bf16 makes not finite are made again in fp32. What is not finite in fp32 either becomes
+        zeros, so that the forward pass stays finite, and broken: other trainers go on with the zeros.
         """
         rgb = images.to(self._device, non_blocking=True).float() / 255
         together = 1 if self._device.type == "cpu" else len(rgb)
         values = torch.cat([self.effnet.encode(some, compute=self._compute) for some in rgb.split(together)])
         slots = _not_finite(values)
         if slots and self._compute != torch.float32:
-            values[slots] = self.effnet.encode(rgb[slots])
+            values[slots] = torch.cat([self.effnet.encode(rgb[slot][None]) for slot in slots])
             slots = _not_finite(values)
         values[slots] = 0
         return Latents(values, dict.fromkeys(slots, NOT_FINITE))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training.stage_c.clip_vocabulary import write_tokenizer_files
-from training.stage_c.weight_files import locate_component
+from training.stage_c.hub import load_component
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase
@@ -37,7 +37,8 @@ class TokenWindows(NamedTuple):
 def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
     """Return a CLIP tokenizer from a folder, a hub id, or "builtin" (the vocabulary shipped with this package).
 
-    The folder or hub id may be a whole pipeline's, with a `tokenizer/`; `owner/name/sub` names another subfolder.
+    The folder or hub id may be a whole pipeline's, with a `tokenizer/`, or a tokenizer's own; `owner/name/sub` names
+    another subfolder.
     Raises ValueError if its begin and end tokens are not CLIP's 49406 and 49407; FileNotFoundError if nothing is there.
     """
     from transformers import AutoTokenizer
@@ -47,9 +48,12 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
             write_tokenizer_files(Path(folder))
             tokenizer = AutoTokenizer.from_pretrained(folder)
     else:
-        source, subfolder = locate_component(path_or_id, "tokenizer", file_name="tokenizer_config.json")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, subfolder=subfolder)
+            tokenizer = load_component(
+                AutoTokenizer.from_pretrained, path_or_id, "tokenizer", file_name="tokenizer_config.json"
+            )
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise FileNotFoundError(
                 f"tokenizer {str(path_or_id)!r}: could not be loaded ({error}); "
