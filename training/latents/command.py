@@ -77,7 +77,8 @@ def _foreseen(works: Iterator[ChunkWork], root: Path) -> Iterator[str]:
         missing = work.missing()
         num_missing += len(missing)
         num_bytes += work.num_bytes(missing)
-        yield f"{work.name}: {work.num_things:,} in {len(work.owned)} parts, {len(missing)} to be made in {work.folder}"
+        parts = f"{len(work.owned)} parts, {len(missing)} to be made in {work.folder}"
+        yield f"{work.name}: {work.num_rows:,} rows in {parts}"
     yield (
         f"{num_missing:,} parts to be made, {num_bytes / 1e9:.3f} GB of latents; {free_bytes(root) / 1e9:,.2f} GB are "
         f"free in {root}"

@@ -154,10 +154,10 @@ def _unstorable(values: list[Tensor], stored: list[Tensor]) -> str:
 
 def _check_broken(work: ChunkWork, reasons: Counter[str], config: RunConfig) -> None:
     allowed = config.data.max_broken_fraction
-    if is_too_broken(reasons.total(), work.num_things, max_broken_fraction=allowed):
+    if is_too_broken(reasons.total(), work.num_rows, max_broken_fraction=allowed):
         listing = ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common(3))
         raise BrokenDataError(
-            f"{work.name}: {reasons.total():,} of {work.num_things:,} cannot be used ({listing}; max_broken_fraction "
+            f"{work.name}: {reasons.total():,} of {work.num_rows:,} cannot be used ({listing}; max_broken_fraction "
             f"{allowed}); run `python -m sharding verify`, or look at the encoder's weights"
         )
 

@@ -46,9 +46,9 @@ class Wanted:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the whole list."""
+        """SHA-256 (hex) of the whole list and how it is cut."""
         names = [[one.latent_id(is_flipped=False), one.content] for one in self.pictures]
-        return digest_of([self.with_flips, names])
+        return digest_of([PART_SIZE, self.with_flips, names])
 
     @property
     def num_parts(self) -> int:
@@ -66,8 +66,8 @@ class WantedCaptions:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) of the whole list."""
-        return digest_of(list(self.captions))
+        """SHA-256 (hex) of the whole list and how it is cut."""
+        return digest_of([PART_SIZE, *self.captions])
 
     @property
     def num_parts(self) -> int:

@@ -41,9 +41,10 @@ class ChunkWork:
         return f"{self.chunk.name} {self.store.kind}"
 
     @property
-    def num_things(self) -> int:
-        """Pictures or captions in the task's parts."""
-        return sum(len(self.wanted.part(number)) for number in self.owned)
+    def num_rows(self) -> int:
+        """Latents or captions in the task's parts."""
+        each = 2 if isinstance(self.wanted, Wanted) and self.wanted.with_flips else 1
+        return each * sum(len(self.wanted.part(number)) for number in self.owned)
 
     def missing(self) -> list[int]:
         """Return the task's parts that have to be made: not there, of another size, or with another index."""
