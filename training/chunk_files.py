@@ -11,7 +11,8 @@ from sharding.files import free_bytes
 from training.chunk_plans import ChunkPlans
 from training.chunk_records import chunk_records
 from training.config import Prompt
-from training.exports import export_metadata, write_export
+from training.export_facts import export_facts
+from training.exports import write_export
 from training.forecast import DiskForecast, folder_bytes
 from training.position import Position
 from training.precision import DTYPES
@@ -84,7 +85,11 @@ class ChunkFiles:
             in_parts = rank.engine.weights_in_parts()
             weights = brought_together(in_parts, is_kept=rank.is_main) if in_parts is not None else None
             if rank.is_main:
-                dtype, metadata = DTYPES[self._save.export_dtype], export_metadata(self._run_dir, position)
+                dtype = DTYPES[self._save.export_dtype]
+                metadata = export_facts(
+                    rank.config, self._run_dir, chunk=position.chunk, global_step=position.global_step,
+                    images_seen=position.images_seen,
+                )  # fmt: skip
                 files = write_export(
                     folder,
                     lambda partial: trained.recipe.export(partial, dtype=dtype, metadata=metadata, weights=weights),

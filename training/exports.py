@@ -9,12 +9,9 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from sharding.files import TEMPORARY_MARK, fsync_folder, naming_full_disk
-from training.position import Position
 from training.recipes.base import ExportFile
-from training.run_dir import RunDir
 
 
 def write_export(folder: Path, export: Callable[[Path], Iterable[ExportFile]]) -> list[ExportFile]:
@@ -42,14 +39,3 @@ def _move(source: Path, target: Path) -> None:
     if target.is_dir():
         os.replace(target, source.with_name(f"{source.name}-before"))  # goes with the partial folder
     os.replace(source, target)
-
-
-def export_metadata(run_dir: RunDir, position: Position) -> dict[str, str]:
-    """Return what the header of an exported file says of where it comes from."""
-    facts: dict[str, Any] = {
-        "run": run_dir.read_run_json().get("run_id", ""),
-        "chunk": position.chunk,
-        "global_step": position.global_step,
-        "images_seen": position.images_seen,
-    }
-    return {f"chunkline.{name}": str(value) for name, value in facts.items()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from training.config import Prompt, RunConfig
+from training.config.saving import SaveConfig
 
 _BYTES_PER_TENSOR, _BYTES_PER_STATE = 400, 65_536
 """Headers and manifests beside the numbers themselves."""
@@ -88,15 +89,16 @@ def disk_forecast(
         num_states=save.keep_states + 1 + min(save.keep_chunks + 1, num_chunks) + milestones,
         state_bytes=state_bytes + num_tensors * _BYTES_PER_TENSOR + _BYTES_PER_STATE,
         num_exports=min(exports, save.keep_exports + 1) if save.keep_exports else exports,
-        export_bytes=export_bytes(num_parameters, num_tensors, dtype_name=save.export_dtype),
+        export_bytes=export_bytes(num_parameters, num_tensors, save=save),
         preview_bytes=previews * sum(3 * prompt.width * prompt.height + 10_000 for prompt in prompts),
         record_bytes=num_chunks * records,
     )
 
 
-def export_bytes(num_parameters: int, num_tensors: int, *, dtype_name: str) -> int:
-    """Return how much an export of so many weights takes. dtype_name: as in save.export_dtype."""
-    return num_parameters * _EXPORT_BYTES[dtype_name] + num_tensors * _BYTES_PER_TENSOR
+def export_bytes(num_parameters: int, num_tensors: int, *, save: SaveConfig) -> int:
+    """Return how much an export of so many weights takes, in all its formats; frozen models in them are not counted."""
+    one = num_parameters * _EXPORT_BYTES[save.export_dtype] + num_tensors * _BYTES_PER_TENSOR
+    return one * len(save.export_formats)
 
 
 def folder_bytes(root: Path) -> int:

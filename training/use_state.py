@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from sharding.files import require_free_bytes
 from training.config import RunConfig
 from training.engines.plain import PlainEngine
-from training.exports import export_metadata, write_export
+from training.export_facts import export_facts
+from training.exports import write_export
 from training.forecast import export_bytes
 from training.position import Position
 from training.precision import DTYPES, choose_device, set_weights
@@ -24,19 +25,22 @@ from training.state_folder import LoadedState, load_state, newest_verified
 from training.trained import load_trained
 
 
-def export_weights(
-    config: RunConfig, root: Path, output: Path, *, chunk_name: str | None = None, dtype_name: str | None = None
-) -> Iterator[str]:
+def export_weights(config: RunConfig, root: Path, output: Path, *, chunk_name: str | None = None) -> Iterator[str]:
     """Write the weights of the newest state, or of a chunk's final one, to `output`; yield a line per file.
+
+    Formats and number format are those of `config.save`.
 
     Raises StateError when there is no verified state, DiskFullError before anything is written or in the middle of it.
     """
     with _shown(config, root, chunk_name) as (state, recipe):
-        metadata = export_metadata(RunDir(root), Position(**state.facts["position"]))
-        name, weights = dtype_name or config.save.export_dtype, recipe.trainable().state_dict()
-        num_parameters, dtype = sum(tensor.numel() for tensor in weights.values()), DTYPES[name]
-        num_bytes = export_bytes(num_parameters, len(weights), dtype_name=name)
-        require_free_bytes(output, num_bytes, "an export of weights")
+        position, dtype = Position(**state.facts["position"]), DTYPES[config.save.export_dtype]
+        metadata = export_facts(
+            config, RunDir(root), chunk=position.chunk, global_step=position.global_step,
+            images_seen=position.images_seen,
+        )  # fmt: skip
+        weights = recipe.trainable().state_dict()
+        num_parameters = sum(tensor.numel() for tensor in weights.values())
+        require_free_bytes(output, export_bytes(num_parameters, len(weights), save=config.save), "an export of weights")
         for file in write_export(output, lambda folder: recipe.export(folder, dtype=dtype, metadata=metadata)):
             yield str(file)
 

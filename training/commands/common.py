@@ -23,3 +23,8 @@ def run_config(options: argparse.Namespace) -> RunConfig:
     """Read the given settings, or the run's own frozen ones. Raises ConfigError, FileNotFoundError."""
     path = options.config if options.config is not None else options.run_dir / "run.toml"
     return load_config(path, RunConfig, options.overrides)
+
+
+def run_config_if_any(options: argparse.Namespace) -> RunConfig | None:
+    """Read the given settings, or the run's own; None when neither a file nor a run is named."""
+    return None if options.config is None and options.run_dir is None else run_config(options)

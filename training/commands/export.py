@@ -1,28 +1,87 @@
-"""`training export`: weights from a state, as other programs load them."""
+"""`training export`: weights from a state, or given ones, as other programs load them."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from training.commands.common import add_run_arguments, run_config
+from training.commands.common import add_run_arguments, run_config_if_any
 from training.exit_codes import DONE
 
-SUMMARY = "write weights from the newest state"
+if TYPE_CHECKING:
+    from training.config.saving import SaveConfig
+
+SUMMARY = "write weights from the newest state, or convert others, for ComfyUI, kohya and diffusers"
+FORMATS = ("original", "diffusers", "combined")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See `training.commands`."""
-    add_run_arguments(parser, needs_config=False)
+    add_run_arguments(parser, needs_config=False, needs_run_dir=False)
     parser.add_argument("--chunk", help="a finished chunk whose state is kept; default: the newest state")
+    parser.add_argument(
+        "--from", dest="source", metavar="WEIGHTS", help="no state, but these: a file or folder in any layout, a hub id"
+    )
+    parser.add_argument("--text-encoder", metavar="FOLDER", help="with --from, when no text model comes with them")
     parser.add_argument("--output", type=Path, help="folder; default: RUN/export")
+    parser.add_argument(
+        "--format",
+        action="append",
+        choices=FORMATS,
+        dest="formats",
+        help="may be repeated; default: save.export_formats",
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: save.export_dtype")
+    parser.add_argument(
+        "--decoder-from", metavar="FOLDER", help="with diffusers: copy this decoder pipeline (or hub id) and link both"
+    )
+    parser.add_argument(
+        "--old-diffusers", action="store_true", help="the copied decoder is for diffusers 0.35 to 0.37, not later ones"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """See `training.commands`."""
+    from training.config.saving import SaveConfig
+
+    config = run_config_if_any(options)
+    if options.source is None and (config is None or options.run_dir is None):
+        raise ValueError("what to export? Give --run-dir, or weights with --from")
+    save = _save_config(options, config.save if config is not None else SaveConfig())
+    output = options.output or (options.run_dir / "export" if options.run_dir is not None else Path("export"))
+    if options.dry_run:
+        print(f"would write {', '.join(save.export_formats)} in {save.export_dtype} to {output}")
+        return DONE
+    if options.decoder_from is not None:
+        from training.stage_c.export import copy_decoder_beside
+
+        title = config.name if config is not None else Path(options.source).stem
+        decoder = copy_decoder_beside(output, options.decoder_from, save, title=title, old=options.old_diffusers)
+        print(decoder)
+        save = save.model_copy(update={"hub_decoder": save.hub_decoder or str(decoder.resolve())})
+    if options.source is not None:
+        from training.use_given import export_given
+
+        for file in export_given(options.source, output, config=config, save=save, text_encoder=options.text_encoder):
+            print(file)
+        return DONE
     from training.use_state import export_weights
 
-    config = run_config(options)
-    output = options.output or options.run_dir / "export"
-    for line in export_weights(config, options.run_dir, output, chunk_name=options.chunk, dtype_name=options.dtype):
+    assert config is not None
+    config = config.model_copy(update={"save": save})
+    for line in export_weights(config, options.run_dir, output, chunk_name=options.chunk):
         print(line)
     return DONE
+
+
+def _save_config(options: argparse.Namespace, save: "SaveConfig") -> "SaveConfig":
+    changes = {}
+    if options.formats:
+        changes["export_formats"] = tuple(dict.fromkeys(options.formats))
+    if options.dtype:
+        changes["export_dtype"] = options.dtype
+    save = save.model_copy(update=changes)
+    if options.decoder_from is not None and "diffusers" not in save.export_formats:
+        raise ValueError("--decoder-from goes with --format diffusers: a decoder alone has no prior")
+    if options.old_diffusers and options.decoder_from is None:
+        raise ValueError("--old-diffusers is about the decoder that --decoder-from copies")
+    return save

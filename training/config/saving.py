@@ -1,10 +1,12 @@
 """Settings of a run: states, to go on, and weights, to use."""
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from sharding.config import Config
+from training.stage_c.modelspec import check_entries
 
 
 class SaveConfig(Config):
@@ -13,7 +15,8 @@ class SaveConfig(Config):
     FREE: ClassVar = frozenset(
         {
             "every_steps", "keep_states", "keep_chunks", "keep_every_chunks", "asynchronous", "export_every_chunks",
-            "keep_exports", "export_dtype",
+            "keep_exports", "export_dtype", "export_formats", "hub_prior", "hub_decoder", "modelspec", "model_card",
+            "training_facts", "licence_files",
         }
     )  # fmt: skip
 
@@ -33,3 +36,23 @@ class SaveConfig(Config):
     """Keep the weights of this many of the newest exported chunks; 0 keeps all."""
     export_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format of exported weights; values that overflow or vanish are counted."""
+    export_formats: tuple[Literal["original", "diffusers", "combined"], ...] = Field(("original",), min_length=1)
+    """Stability's, ComfyUI's and kohya's files; a diffusers prior folder; one file of all for ComfyUI."""
+    hub_prior: str | None = None
+    """Hub id under which the prior folder will be published, for the decoder's README; without it, its path here."""
+    hub_decoder: str | None = None
+    """The same of the decoder folder, for the prior's README; without one it names the published decoder."""
+    model_card: dict[str, str | tuple[str, ...]] = Field(default_factory=dict)
+    """More front matter for README.md of diffusers folders: license, license_name, license_link, tags, …"""
+    modelspec: dict[str, str] = Field(default_factory=dict)
+    """ModelSpec entries in the header of weights files: author, description, license, tags, merged_from, title, …"""
+    training_facts: bool = True
+    """Also write how it was trained into the header, as kohya's `ss_*` entries."""
+    licence_files: tuple[Path, ...] = ()
+    """Files copied into every export."""
+
+    @field_validator("modelspec")
+    @classmethod
+    def _are_known(cls, entries: dict[str, str]) -> dict[str, str]:
+        check_entries(entries)
+        return entries

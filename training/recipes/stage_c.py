@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from training.chunk_data import Batch
 from training.config import Prompt, RunConfig
 from training.latents.store import encoder_digests
+from training.precision import DTYPES
 from training.recipes.base import ExportFile, Loss, SampleResult
+from training.stage_c.adapter_export import export_adapters
+from training.stage_c.adapters import StageCAdapters
 from training.stage_c.conditioning import Conditioning
-from training.stage_c.formats import load_stage_c, save_stage_c
+from training.stage_c.export import StageCWeights, export_stage_c
+from training.stage_c.formats import load_stage_c
 from training.stage_c.image import ImageConditioning
 from training.stage_c.latents import LatentEncoder
 from training.stage_c.model import StageCModel
@@ -25,7 +29,6 @@ from training.stage_c.modelspec import modelspec
 from training.stage_c.objective import Objective
 from training.stage_c.previewer import Previewer, load_previewer
 from training.stage_c.sampling import draw_latents, picture
-from training.stage_c.text_files import save_text_model
 
 
 class StageC:
@@ -44,11 +47,14 @@ class StageC:
         self._device = device
         # fp16 is cast later, where values that do not fit are found; bf16 holds all of them, in half the memory.
         dtype = torch.bfloat16 if self._config.precision.weights == "bf16" else torch.float32
-        network = load_stage_c(settings.network, dtype=dtype)
+        lora = self._config.lora
+        base_dtype = dtype if lora is None else DTYPES[lora.base_weights]
+        network = load_stage_c(settings.network, dtype=base_dtype)
         network.set_dropout(settings.dropout, attention=settings.attention_dropout)
         if settings.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-        self._conditioning = Conditioning(settings, device=device, dtype=dtype)
+        has_gradients = self._config.trains_in_text_encoder
+        self._conditioning = Conditioning(settings, device=device, dtype=dtype, has_gradients=has_gradients)
         if self._needs_text_model and self._conditioning.text_width != network.config.c_clip_text:
             raise ValueError(
                 f"stage_c.text_encoder gives states of width {self._conditioning.text_width}, stage_c.network expects "
@@ -68,8 +74,11 @@ class StageC:
         self._previewer: Previewer | None = None
         if settings.previewer is not None:
             self._previewer = load_previewer(Path(settings.previewer), device=device).requires_grad_(False)
-        text = self._conditioning.text if settings.train_text_encoder else None
+        text = self._conditioning.text if has_gradients else None
         self._model = StageCModel(network.to(device), text).train()
+        self._adapters: StageCAdapters | None = None
+        if lora is not None or self._config.tokens is not None:
+            self._adapters = StageCAdapters(self._config, self._model, self._conditioning.tokenizer)
 
     @property
     def _needs_text_model(self) -> bool:
@@ -81,6 +90,8 @@ class StageC:
         return self._model
 
     def parts(self) -> dict[str, Iterable[nn.Parameter]]:
+        if self._adapters is not None:
+            return {**self._adapters.parts()}
         parts: dict[str, Iterable[nn.Parameter]] = {"network": self._model.network.parameters()}
         if self._model.text is not None:
             parts["text_encoder"] = self._model.text.parameters()
@@ -89,13 +100,15 @@ class StageC:
     def learning_rates(self) -> dict[str, float]:
         optimizer = self._config.optimizer
         text_rate = optimizer.text_encoder_learning_rate or optimizer.learning_rate
-        return {"network": optimizer.learning_rate, "text_encoder": text_rate}
+        rates = {"network": optimizer.learning_rate, "text_encoder": text_rate}
+        return rates if self._adapters is None else {**rates, **self._adapters.learning_rates()}
 
     def frozen_digests(self) -> dict[str, str]:
         ahead = self._config.latents
         latents = encoder_digests(self._config, "latents") if ahead.use else self._latents.digests()
         text = encoder_digests(self._config, "text") if ahead.text else self._conditioning.digests()
-        return {**latents, **text, **self._images.digests()}
+        base = {} if self._adapters is None else self._adapters.digests
+        return {**latents, **text, **self._images.digests(), **base}
 
     # --- the loss ---
 
@@ -149,7 +162,7 @@ class StageC:
             return [picture(latents, self._previewer) for latents in drawn]
         finally:
             self._model.train(was_training)
-            self._conditioning.text.train(self._settings.train_text_encoder)
+            self._conditioning.text.train(self._conditioning.has_gradients)
 
     def export(
         self,
@@ -159,17 +172,40 @@ class StageC:
         metadata: Mapping[str, str],
         weights: Mapping[str, Tensor] | None = None,
     ) -> list[ExportFile]:
-        """Write stage_c.safetensors in the original layout, and text_model.safetensors when it was trained."""
-        width, height = self._config.buckets.resolution
-        header = modelspec(title=self._config.name, width=width, height=height, extra=metadata)
-        path, network = folder / "stage_c.safetensors", self._model.network
-        own = _of(weights, "network.")
-        reports = [save_stage_c(network, path, dtype=dtype, metadata=header, state_dict=own)]
-        if self._model.text is not None:
-            path = folder / "text_model.safetensors"
-            own = _of(weights, "text.text_model.")
-            reports.append(save_text_model(self._model.text.text_model, path, dtype=dtype, state_dict=own))
-        return [ExportFile(report.path, report.num_overflowed, report.num_vanished) for report in reports]
+        """Write the formats of `save.export_formats`, see `training.stage_c.export`; adapters and tokens in theirs."""
+        save, adapters = self._config.save, self._adapters
+        width, height = (round(side / self._settings.encode_scale) for side in self._config.buckets.resolution)
+        header = {
+            **modelspec(title=self._config.name, width=width, height=height, extra=save.modelspec),
+            **metadata,
+        }
+        network_tensors, text_tensors = _of(weights, "network."), _of(weights, "text.text_model.")
+        text_is_trained = self._model.text is not None
+        files: list[ExportFile] = []
+        if adapters is not None:
+            files = export_adapters(
+                adapters, folder, config=self._config, tokenizer=self._conditioning.tokenizer, dtype=dtype,
+                header=header, weights=self._model.state_dict() if weights is None else weights,
+            )  # fmt: skip
+            if not adapters.exports_networks:
+                return files
+            in_16_bits = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32  # fp16 is counted when written
+            network_tensors = adapters.merged_network(weights, dtype=in_16_bits)
+            if self._model.text is not None:
+                text_tensors = adapters.merged_text(weights, dtype=in_16_bits)
+            text_is_trained = adapters.changes_text
+        needs_text = text_is_trained or set(save.export_formats) != {"original"}
+        content = StageCWeights(
+            network=self._model.network,
+            text_model=self._conditioning.text.text_model if needs_text else None,
+            tokenizer=self._conditioning.tokenizer,
+            text_is_trained=text_is_trained,
+            network_tensors=network_tensors,
+            text_tensors=text_tensors if self._model.text is not None else None,
+            effnet=self._latents.effnet if "combined" in save.export_formats else None,
+            previewer=self._previewer,
+        )
+        return files + export_stage_c(content, folder, save=save, dtype=dtype, title=self._config.name, header=header)
 
 
 def _of(weights: Mapping[str, Tensor] | None, prefix: str) -> dict[str, Tensor] | None:

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 
+OPTIONAL = ("author", "description", "license", "tags", "date", "merged_from", "timestep_range", "encoder_layer")
+"""Entries that may be added to those that are always there."""
+
 
 def modelspec(*, title: str, width: int, height: int, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return ModelSpec 1.0.0 header entries for stage C; extra adds or replaces entries (without `modelspec.`).
+    """Return ModelSpec header entries for stage C; extra adds some of OPTIONAL, or another title.
 
     width, height: pixels of the pictures trained on. The date is left to the caller, so that equal weights give equal
-    files. Source: Stability-AI/ModelSpec.
+    files. Raises ValueError for an entry that ModelSpec does not have. Source: Stability-AI/ModelSpec.
     """
+    check_entries(extra or {})
     values = {
         "sai_model_spec": "1.0.0",
         "architecture": "stable-cascade",
@@ -19,3 +23,9 @@ def modelspec(*, title: str, width: int, height: int, extra: Mapping[str, str] |
         **(extra or {}),
     }
     return {f"modelspec.{key}": value for key, value in values.items()}
+
+
+def check_entries(entries: Mapping[str, str]) -> None:
+    """Raise ValueError for entries that a run cannot state about its weights."""
+    if unknown := sorted(entries.keys() - {*OPTIONAL, "title"}):
+        raise ValueError(f"modelspec: {', '.join(unknown)} cannot be given; known are title, {', '.join(OPTIONAL)}")

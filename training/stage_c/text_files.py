@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CONFIG_METADATA_KEY = "chunkline.text_config"
 ANCHOR = "embeddings.token_embedding.weight"
 """A key of every CLIP text model, behind `text_model.` or, from transformers 5.6 on, without."""
+EXPORT_FILE = "text_model.safetensors"
 STATE_FILE = "model_1.safetensors"
 """The text model in a `-state` folder of kohya's trainer."""
 _INNER = ("embeddings.", "encoder.", "final_layer_norm.")
@@ -147,13 +148,21 @@ def save_text_model(
     state_dict replaces the module's own weights where those are sharded or an average is to be saved.
     """
     tensors = dict(state_dict if state_dict is not None else text_model.state_dict())
-    values = text_model.config.to_dict()
-    dropped = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
-    values = {key: value for key, value in sorted(values.items()) if key not in dropped and value is not None}
     if path.suffix == ".safetensors":
-        extra = {**(metadata or {}), CONFIG_METADATA_KEY: json.dumps(values, sort_keys=True)}
+        extra = {**(metadata or {}), **config_to_metadata(text_model)}
         return write_tensors(path, tensors, dtype=dtype, metadata=extra)
     report = write_tensors(path / "model.safetensors", tensors, dtype=dtype, metadata=metadata)
-    values["architectures"] = ["CLIPTextModelWithProjection"]
+    values = {**_config_values(text_model), "architectures": ["CLIPTextModelWithProjection"]}
     (path / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return report
+
+
+def config_to_metadata(text_model: "CLIPTextModelWithProjection") -> dict[str, str]:
+    """Return the header entry that makes a bare file load again at any width."""
+    return {CONFIG_METADATA_KEY: json.dumps(_config_values(text_model), sort_keys=True)}
+
+
+def _config_values(text_model: "CLIPTextModelWithProjection") -> dict[str, Any]:
+    dropped = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+    values = text_model.config.to_dict()
+    return {key: value for key, value in sorted(values.items()) if key not in dropped and value is not None}

@@ -174,21 +174,27 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     *,
     dtype: torch.dtype | None = None,
+    keep_dtype: str = "",
     metadata: Mapping[str, str] | None = None,
 ) -> WeightsReport:
     """Write a safetensors file in one go and return what the conversion to dtype did to the values.
 
-    Tensors are converted and written one at a time. Same tensors and metadata, same bytes. The metadata always
-    contains format = pt, which transformers asks for. The file appears whole or not at all.
+    Tensors are converted and written one at a time; those whose name begins with keep_dtype stay as they are. Same
+    tensors and metadata, same bytes. The metadata always contains format = pt, which transformers asks for. What was
+    written is read again and compared; the file appears whole and right, or not at all.
 
     Raises ValueError for a dtype that safetensors files do not hold or a metadata value that is not a string,
-    DiskFullError.
+    DiskFullError, WeightsError if the disk gives back something else.
     """
     for key, text in (metadata or {}).items():
         if not isinstance(text, str):
             raise ValueError(f"{path}: metadata {key!r} must be a string, got {text!r}")
+
+    def is_kept(key: str) -> bool:
+        return bool(keep_dtype) and key.startswith(keep_dtype)
+
     targets = {
-        key: dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        key: dtype if dtype is not None and tensor.is_floating_point() and not is_kept(key) else tensor.dtype
         for key, tensor in tensors.items()
     }
     layout = {key: (targets[key], tensor.shape) for key, tensor in tensors.items()}
@@ -208,6 +214,7 @@ def write_tensors(
 
     with replacing(path) as temporary:
         written = write_file(temporary, parts())
+        _compare(temporary, {name: (tensors[name].detach(), targets[name]) for name in names}, shown_as=path)
     return WeightsReport(
         path=path,
         num_tensors=len(names),
@@ -217,3 +224,24 @@ def write_tensors(
         num_vanished=sum(vanished.values()),
         overflowed_keys=tuple(name for name, count in overflowed.items() if count),
     )
+
+
+def _compare(written: Path, tensors: Mapping[str, tuple[Tensor, torch.dtype]], *, shown_as: Path) -> None:
+    """Raise WeightsError unless a file holds these tensors, in these formats, bit for bit. Read by another reader."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(written, framework="pt") as file:
+            wrong = sorted(set(file.keys()) ^ tensors.keys())
+            for name, (source, dtype) in tensors.items() if not wrong else ():
+                if bytes_of(file.get_tensor(name)) != bytes_of(source.to(dtype).cpu().contiguous()):
+                    wrong.append(name)
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{shown_as}: what was written cannot be read again ({error}); is the disk healthy?"
+        ) from error
+    if wrong:
+        raise WeightsError(
+            f"{shown_as}: {len(wrong)} tensors read back differ from what was written, first {wrong[0]}; "
+            "is the disk healthy?"
+        )
