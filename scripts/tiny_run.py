@@ -111,7 +111,7 @@ class TinyRun:
     def train(self, *extra: str, prepare: Callable[[], None] | None = None) -> int:
         return self.launch(*extra, prepare=prepare).wait()
 
-    def launch_on(self, num_processes: int, *extra: str) -> list[Launch]:
+    def launch_on(self, num_processes: int, *extra: str, prepare: Callable[[], None] | None = None) -> list[Launch]:
         """Start several processes as a launcher would."""
         self.root.parent.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
@@ -125,6 +125,7 @@ class TinyRun:
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
                 },
+                prepare=prepare,
             )
             for rank in range(num_processes)
         ]  # fmt: skip

@@ -1,8 +1,9 @@
 """Metrics of a run: metrics.jsonl is the truth, TensorBoard and W&B are fed from it.
 
 A tracker gets a step only once a durable state covers it (`feed`), so that its series never goes back after a kill.
-How far each tracker was fed stands in trackers.json, before and after each feed. After a kill in between, the next
-launch asks the tracker what it has; from one that cannot say, the steps under way are missing. None is there twice.
+How far each tracker was fed stands in trackers.json, before and after each feed. After a kill in between, and always
+where a tracker keeps things in memory, the next launch asks it what it has; from one that cannot say, the steps under
+way are missing. None is there twice.
 """
 
 import json
@@ -18,6 +19,7 @@ from sharding.files import write_json
 from training.config import RunConfig
 from training.frozen_config import to_toml
 from training.run_dir import RunDir
+from training.wandb_file import last_step
 
 STEP_KEY = "global_step"
 IMAGES_SEEN_KEY = "train/images_seen"
@@ -27,6 +29,8 @@ class Tracker(Protocol):
     """A metrics sink with one strictly increasing series of steps over all launches of a run."""
 
     name: str
+    is_kept: bool
+    """Whether what was flushed outlives a kill."""
 
     def point(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
         """Record values and pictures at a step, all or none of them."""
@@ -35,7 +39,7 @@ class Tracker(Protocol):
         """Return the last step that earlier launches recorded, -1 for none; None when the tracker cannot say."""
 
     def flush(self) -> None:
-        """Hand everything to the operating system: a kill after this loses nothing."""
+        """Hand everything to the operating system, where the tracker can."""
 
     def close(self) -> None:
         """Flush everything."""
@@ -48,6 +52,7 @@ class TensorBoard:
     """
 
     name = "tensorboard"
+    is_kept = True
 
     def __init__(self, folder: Path, *, config: RunConfig, step: int) -> None:
         from torch.utils.tensorboard import FileWriter, summary
@@ -89,6 +94,7 @@ class WandB:
     """One W&B run over all launches, by its id. Offline mode writes files to sync later."""
 
     name = "wandb"
+    is_kept = False
 
     def __init__(
         self, folder: Path, *, project: str, run_name: str, run_id: str, mode: Literal["online", "offline"], config: Any
@@ -96,6 +102,8 @@ class WandB:
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
+        self._earlier = sorted(folder.rglob(f"run-{run_id}.wandb"), key=lambda path: path.stat().st_mtime)
+        self._is_offline = mode == "offline"
         self._wandb = wandb
         self._run = wandb.init(
             project=project, name=run_name, id=run_id, dir=str(folder), mode=mode, resume="allow", config=config,
@@ -110,11 +118,11 @@ class WandB:
         self._run.log({**values, **drawn, STEP_KEY: step}, step=step)
 
     def last_step(self) -> int | None:
-        """Return None: offline, W&B does not know what was written before."""
-        return None
+        """Return the last step in the files of earlier offline launches; None online, and when they are gone."""
+        return last_step(self._earlier) if self._is_offline else None
 
     def flush(self) -> None:
-        """Do nothing: W&B's own process writes as it goes."""
+        """Do nothing: W&B's own process writes when it has enough."""
 
     def close(self) -> None:
         self._run.finish()
@@ -130,9 +138,9 @@ class Trackers:
         self._positions = json.loads(position_path.read_text()) if position_path.exists() else {}
         for tracker in self._trackers:
             fed, asked = (self._positions.get(tracker.name, {}).get(key, -1) for key in ("fed", "asked"))
-            if asked > fed:  # killed meanwhile
+            if asked > fed or not tracker.is_kept:  # killed meanwhile, or perhaps
                 last = tracker.last_step()
-                fed = asked if last is None else min(max(last, fed), asked)
+                fed = asked if last is None else min(max(last, fed) if tracker.is_kept else last, asked)
             self._fed[tracker.name] = fed
         self._asked = dict(self._fed)
 

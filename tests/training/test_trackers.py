@@ -1,8 +1,5 @@
-import json
 import math
-import struct
 import time
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -10,6 +7,7 @@ from PIL import Image
 from tests.training.toy import toy_config
 from training.run_dir import RunDir
 from training.trackers import Trackers, WandB, chart_values, make_trackers
+from training.wandb_file import read_history
 
 
 class FakeTracker:
@@ -17,8 +15,9 @@ class FakeTracker:
 
     name = "fake"
 
-    def __init__(self, *, breaks_at=None):
+    def __init__(self, *, breaks_at=None, is_kept=True, last_step=None):
         self.points, self.pictures, self.breaks_at = [], [], breaks_at
+        self.is_kept, self._last_step = is_kept, last_step
 
     def point(self, step, values, pictures):
         if step == self.breaks_at:
@@ -28,7 +27,7 @@ class FakeTracker:
             self.pictures.append((step, sorted(pictures)))
 
     def last_step(self):
-        return None
+        return self._last_step
 
     def flush(self):
         pass
@@ -75,6 +74,16 @@ def test_a_kill_while_feeding_a_tracker_that_cannot_say_how_far_it_came_doubles_
 
     steps = [step for step, _ in killed.points + again.points]
     assert steps == [1, 4]
+
+
+@pytest.mark.parametrize("last_step, steps", [(3, [4, 5]), (None, [5]), (9, [5])])
+def test_what_a_tracker_lost_from_memory_in_a_kill_is_fed_again(tmp_path, last_step, steps):
+    path, again = tmp_path / "trackers.json", FakeTracker(is_kept=False, last_step=last_step)
+    Trackers([FakeTracker(is_kept=False)], path).feed(rows(1, 2, 3, 4), {}, up_to_step=4)
+
+    Trackers([again], path).feed(rows(1, 2, 3, 4, 5), {}, up_to_step=5)
+
+    assert [step for step, _ in again.points] == steps
 
 
 def test_a_tracker_that_joins_later_gets_everything(tmp_path):
@@ -165,28 +174,6 @@ def test_charts_get_finite_numbers_only():
     assert chart_values(row) == {"train/loss": 0.5, "x/int": 3.0}
 
 
-def read_wandb(path: Path) -> list[dict]:
-    """The history records of a .wandb file: a 7-byte header, then LevelDB log blocks of 32 KiB with protobufs."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, record, history = path.read_bytes(), 7, b"", []
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # a block's end, too short for a header
-            position += 32768 - position % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # the record, or its last piece
-            message = wandb_internal_pb2.Record()
-            message.ParseFromString(record)
-            record = b""
-            if message.WhichOneof("record_type") == "history":
-                items = message.history.item
-                history.append({".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
-    return history
-
-
 @pytest.mark.slow
 def test_two_launches_are_one_rising_series_in_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -201,7 +188,7 @@ def test_two_launches_are_one_rising_series_in_wandb(tmp_path, monkeypatch):
     files = list((tmp_path / "wandb").rglob("run-r-1.wandb"))
     for _ in range(100):  # W&B's own process may write the end of a file after `finish` has returned
         series = sorted(
-            (row for path in files for row in read_wandb(path) if "train/loss" in row), key=lambda row: row["_step"]
+            (row for path in files for row in read_history(path) if "train/loss" in row), key=lambda row: row["_step"]
         )
         if len(series) == 5:
             break
