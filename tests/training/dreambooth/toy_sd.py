@@ -6,16 +6,16 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 ATTENDED = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 UNETS = {
-    "sd1": {"cross_attention_dim": 32, "attention_head_dim": 4},
-    "sd2": {"cross_attention_dim": 32, "attention_head_dim": [2, 4], "use_linear_projection": True},
+    "sd1": {"cross_attention_dim": 64, "attention_head_dim": 8},
+    "sd2": {"cross_attention_dim": 64, "attention_head_dim": [1, 2], "use_linear_projection": True},
     "sdxl": {
-        "cross_attention_dim": 64,
-        "attention_head_dim": [2, 4],
+        "cross_attention_dim": 128,
+        "attention_head_dim": [1, 2],
         "use_linear_projection": True,
         "transformer_layers_per_block": [1, 2],
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+        "projection_class_embeddings_input_dim": 64 + 6 * 8,
     },
 }
 
@@ -26,7 +26,7 @@ def toy_unet(family, **changes):
     attended = [family != "sdxl", family == "sdxl"]
     settings = {
         "sample_size": 8,
-        "block_out_channels": (32, 64),
+        "block_out_channels": (64, 128),
         "layers_per_block": 2,
         "down_block_types": tuple(ATTENDED[0] if one else "DownBlock2D" for one in attended),
         "up_block_types": tuple(ATTENDED[1] if one else "UpBlock2D" for one in reversed(attended)),
@@ -49,7 +49,7 @@ def toy_vae():
 def toy_text(*, projection=False, act="quick_gelu"):
     torch.manual_seed(2)
     config = CLIPTextConfig(
-        vocab_size=49408, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=77, projection_dim=32, hidden_act=act, bos_token_id=49406, eos_token_id=49407,
+        vocab_size=49408, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=1,
+        max_position_embeddings=77, projection_dim=64, hidden_act=act, bos_token_id=49406, eos_token_id=49407,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()

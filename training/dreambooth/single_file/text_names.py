@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)")
+_RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+)")
 _IN_LAYER = {
     "self_attn.out_proj": "attn.out_proj",
     "layer_norm1": "ln_1",
@@ -67,3 +68,24 @@ def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for layer in sorted(layers)
         for parameter in ("weight", "bias")
     }
+
+
+def from_openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return OpenCLIP's tensors in Hugging Face's names: the inverse of `openclip_text`, without what is not used."""
+    inside = {theirs: ours for ours, theirs in _IN_LAYER.items()}
+    outside = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if key in outside:
+            found[outside[key]] = tensor
+        elif key == "text_projection":
+            found["text_projection.weight"] = tensor.T.contiguous()
+        elif layer := _RESBLOCK.fullmatch(key):
+            place = f"text_model.encoder.layers.{layer[1]}."
+            if packed := re.fullmatch(r"attn\.in_proj_(weight|bias)", layer[2]):
+                thirds = zip(PROJECTIONS, tensor.chunk(3), strict=True)
+                found |= {f"{place}self_attn.{one}.{packed[1]}": third.clone() for one, third in thirds}
+            else:
+                module, _, parameter = layer[2].rpartition(".")
+                found[f"{place}{inside[module]}.{parameter}"] = tensor
+    return found

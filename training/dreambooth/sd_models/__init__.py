@@ -1,0 +1,1 @@
+"""Stable Diffusion 1, 2 and XL as modules: from a single file, a diffusers folder or a hub id, without a network."""
