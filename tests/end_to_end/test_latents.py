@@ -1,10 +1,14 @@
 """Encoding ahead and training from it, in real launches that are killed: the same bits as from pixels."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from scripts.tiny_run import Launch
+from scripts.tiny_run import ROOT, Launch
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +117,22 @@ def test_text_outputs_made_ahead_train_the_same_bits_without_the_text_encoder(ah
 
     assert losses(run) == losses(plain)
     assert run.final_files(FIRST) == plain.final_files(FIRST)
+
+
+def test_the_array_job_makes_the_share_of_its_task(ahead):
+    run, folder = ahead("run")
+    words = [word for override in run.overrides for word in ("--set", override)]
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "1", "SLURM_CPUS_PER_TASK": "0"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    done = subprocess.run(
+        ["bash", "slurm/encode_array.sbatch", run.arguments("run")[1], "--num-parts", "2", *words],
+        cwd=ROOT, env=os.environ | job | {"PATH": path}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("1 parts made\n")  # of two chunks of one part each
+    assert [one.parents[1].name for one in folder.rglob("part-*.json")] == ["0001"]
 
 
 def test_missing_latents_end_the_launch_with_code_3_and_the_command(ahead):
