@@ -7,7 +7,7 @@ chunk `training.chunk_history`'s.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from training.chunk_history import ChunkRecord, histories
+from training.chunk_history import ChunkRecord, LastState, histories
 from training.ledger import Line
 
 
@@ -43,6 +43,15 @@ def parent_of(lines: Iterable[Line], chunk: str) -> str | None:
         return records[chunk].parent
     done = [record for record in records.values() if record.status == "done" and record.last_state is not None]
     return max(done, key=_reached).chunk if done else None
+
+
+def imported_state(lines: Iterable[Line]) -> LastState | None:
+    """Return the state of another trainer that the run's first chunk starts from; None: it has none."""
+    found = None
+    for line in lines:
+        if line.event == "imported":
+            found = LastState(line.fields["path"], line.fields["global_step"])
+    return found
 
 
 def _reached(record: ChunkRecord) -> int:
@@ -91,7 +100,7 @@ def has_state(lines: Iterable[Line], manifest_digest: str) -> bool:
 
     append its `state_saved` line from the state's facts before the `started` line of the launch that resumes from it.
     """
-    saved = ("state_saved", "chunk_done")
+    saved = ("state_saved", "chunk_done", "imported")
     return any(line.event in saved and line.fields["manifest_digest"] == manifest_digest for line in lines)
 
 

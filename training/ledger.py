@@ -25,6 +25,8 @@ and launches, as the state holds them; so steps that were lost or rolled back ar
     stopped      chunk global_step reason; a state was saved, run again
     failed       chunk global_step reason
     recovered    num_bytes text; an unterminated last line that was cut
+    imported     path manifest_digest global_step source; of the run, before its first chunk: the state that it starts
+                 from was made by another trainer (`training.kohya.import_state`)
 """
 
 import errno
@@ -60,10 +62,11 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "stopped": ("chunk", "global_step", "reason"),
     "failed": ("chunk", "global_step", "reason"),
     "recovered": ("num_bytes", "text"),
+    "imported": ("path", "manifest_digest", "global_step", "source"),
 }  # fmt: skip
 """Every event and the fields that its lines must have."""
 
-MAY_COME_BEFORE_STARTED = ("started", "extended", "superseded", "failed", "stopped", "recovered")
+MAY_COME_BEFORE_STARTED = ("started", "extended", "superseded", "failed", "stopped", "recovered", "imported")
 """Lines that may be about a chunk that has no `started` line, or about none."""
 
 

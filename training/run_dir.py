@@ -42,6 +42,7 @@ class RunDir:
         self.lock_path = root / "lock"
         self.stop_path = root / "stop"
         self.chunks_folder = root / "chunks"
+        self.imported_folder = root / "imported"
         self.tensorboard_folder = root / "tensorboard"
         self.wandb_folder = root / "wandb"
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from training.chunk_history import histories
-from training.chunk_records import chunk_records, parent_of, steps_to_pass_over, undone_states
+from training.chunk_records import chunk_records, imported_state, parent_of, steps_to_pass_over, undone_states
 from training.ledger import Line
 from training.position import Position
 from training.rank import Rank
@@ -13,7 +13,8 @@ from training.state_folder import StateError, newest_verified, read_manifest
 
 
 def state_to_start_from(rank: Rank, chunk: str) -> Path | None:
-    """Return this chunk's newest verified state, else its parent's final one; None at the start of a run.
+    """Return this chunk's newest verified state, else its parent's final one, else an imported one; None at the start
+    of a run.
 
     Raises StateError when the ledger names a state but there is none, or none verifies.
     """
@@ -29,8 +30,8 @@ def state_to_start_from(rank: Rank, chunk: str) -> Path | None:
         raise StateError(
             f"chunk {chunk}: the ledger names {record.last_state.path}, but no state is there; restore it from a copy"
         )
-    parent = parent_of(lines, chunk)
-    return _newest(rank, rank.run_dir.state_folders(parent)) if parent is not None else None
+    folders = _parents_states(rank, chunk)
+    return _newest(rank, folders) if folders is not None else None
 
 
 def states_before(rank: Rank, chunk: str, *, step: int, reason: str) -> list[Path]:
@@ -38,12 +39,10 @@ def states_before(rank: Rank, chunk: str, *, step: int, reason: str) -> list[Pat
 
     None when this chunk went back for this reason before, and in a run's first chunk before its first state.
     """
-    lines = rank.ledger.lines
-    if steps_to_pass_over(lines, chunk, reason=reason):
+    if steps_to_pass_over(rank.ledger.lines, chunk, reason=reason):
         return []
     own = [folder for folder in _own_states(rank, chunk) if _holds_less_than(folder, step)]
-    parent = parent_of(lines, chunk)
-    return own or (rank.run_dir.state_folders(parent) if parent is not None else [])
+    return own or _parents_states(rank, chunk) or []
 
 
 def state_before(rank: Rank, chunk: str, *, step: int, reason: str) -> Path | None:
@@ -53,6 +52,15 @@ def state_before(rank: Rank, chunk: str, *, step: int, reason: str) -> Path | No
     """
     folders = states_before(rank, chunk, step=step, reason=reason)
     return _newest(rank, folders) if folders else None
+
+
+def _parents_states(rank: Rank, chunk: str) -> list[Path] | None:
+    """Return the states of the chunk before, for a run's first chunk the imported one; None when there is none."""
+    parent = parent_of(rank.ledger.lines, chunk)
+    if parent is not None:
+        return rank.run_dir.state_folders(parent)
+    imported = imported_state(rank.ledger.lines)
+    return [rank.run_dir.root / imported.path] if imported is not None else None
 
 
 def _holds_less_than(folder: Path, step: int) -> bool:

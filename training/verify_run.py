@@ -15,6 +15,7 @@ from typing import Any
 from sharding.chunk import ChunkError
 from training.batch_plan import BatchPlan, Step
 from training.chunk_history import History, histories
+from training.chunk_records import imported_state
 from training.config import RunConfig
 from training.ledger import Line
 from training.metrics_file import read_metrics
@@ -58,12 +59,14 @@ def verify_run(config: RunConfig, root: Path) -> Proof:
     saved = [line for history in live.values() for line in history.saved]
     newest = max(saved, key=lambda line: line["global_step"], default=None)
     reached = newest["global_step"] if newest is not None else 0
-    for step in range(1, reached + 1):
+    imported = imported_state(lines)
+    base = imported.global_step if imported is not None else 0
+    for step in range(base + 1, reached + 1):
         if step not in places:
             proof.problems.append(f"global step {step:,}: in a saved state, but no chunk's plan has it")
             break
     proof.left += sum(place.step.num_images for step, place in places.items() if step > reached)
-    _check_metrics(run_dir.metrics_path, places, reached, proof)
+    _check_metrics(run_dir.metrics_path, places, base, reached, proof)
     _check_trace(run_dir.root / "trace.jsonl", places, reached, proof)
     _check_states(run_dir, lines, newest, proof)
     return proof
@@ -175,9 +178,12 @@ def _count(history: History, places: Mapping[int, _Place], proof: Proof) -> None
 # --- the run ---
 
 
-def _check_metrics(path: Path, places: Mapping[int, _Place], reached: int, proof: Proof) -> None:
-    """Require one row for each step that a state holds, in order, with what plan and ledger say of that step."""
-    images_seen, expected = 0, 1
+def _check_metrics(path: Path, places: Mapping[int, _Place], base: int, reached: int, proof: Proof) -> None:
+    """Require one row for each step that a state holds, in order, with what plan and ledger say of that step.
+
+    base: the global step that the run began at.
+    """
+    images_seen, expected = 0, base + 1
     for row in read_metrics(path):
         step, place = row["global_step"], places.get(row["global_step"])
         if step > reached:

@@ -1,4 +1,4 @@
-"""From kohya's flags to [data], [batch], [buckets] and [caption]: which pictures are shown, how large, with which words."""
+"""From kohya's flags to [data], [batch], [buckets], [caption]: which pictures, how large, with which words."""
 
 from training.kohya.given import Given
 from training.kohya.setting import Translation

@@ -10,13 +10,26 @@ from typing import Any
 from training.kohya.flag_table import Script, launcher_flags, trainer_flags
 from training.kohya.given import Given, Unknown, read_arguments, read_launcher
 
-_OWN = ["model_list", "additional_parameters", "extra_accelerate_launch_args", "save_as_bool", "create_caption", "create_buckets", "full_path", "use_latent_files", "batch_size", "caption_metadata_filename", "latent_metadata_filename", "LoRA_type", "LyCORIS_preset", "sdxl", "stop_text_encoder_training_pct", "folders", "training_preset", "noise_offset_type"]
-"""Keys that are no flags: the GUI's own, and what it is told about them below."""
+# fmt: off
+_OWN = frozenset({
+    "model_list", "additional_parameters", "extra_accelerate_launch_args", "save_as_bool", "create_caption",
+    "create_buckets", "full_path", "use_latent_files", "batch_size", "caption_metadata_filename",
+    "latent_metadata_filename", "LoRA_type", "LyCORIS_preset", "sdxl", "training_preset", "noise_offset_type",
+})
+"""The GUI's own keys, which are no flags."""
 _ANOTHER_NAME = {
     "image_folder": "train_data_dir", "sdxl_cache_text_encoder_outputs": "cache_text_encoder_outputs",
-    "LoRA_rank": "network_dim",
-}  # fmt: skip
-_ZERO_IS_NONE = ["max_train_steps", "max_train_epochs", "epoch", "seed", "save_every_n_steps", "save_every_n_epochs", "save_last_n_steps", "save_last_n_steps_state", "save_last_n_epochs", "save_last_n_epochs_state", "sample_every_n_steps", "sample_every_n_epochs", "min_snr_gamma", "noise_offset", "adaptive_noise_scale", "ip_noise_gamma", "multires_noise_iterations", "multires_noise_discount", "min_timestep", "max_timestep", "vae_batch_size", "v_pred_like_loss", "stop_text_encoder_training", "clip_skip", "main_process_port", "scale_weight_norms", "fused_optimizer_groups", "blocks_to_swap", "network_dropout", "max_token_length", "lr_warmup"]
+}
+_ZERO_IS_NONE = frozenset({
+    "max_train_steps", "max_train_epochs", "epoch", "seed", "save_every_n_steps", "save_every_n_epochs",
+    "save_last_n_steps", "save_last_n_steps_state", "save_last_n_epochs", "save_last_n_epochs_state",
+    "sample_every_n_steps", "sample_every_n_epochs", "min_snr_gamma", "noise_offset", "adaptive_noise_scale",
+    "ip_noise_gamma", "multires_noise_iterations", "multires_noise_discount", "min_timestep", "max_timestep",
+    "vae_batch_size", "v_pred_like_loss", "stop_text_encoder_training", "clip_skip", "main_process_port",
+    "scale_weight_norms", "fused_optimizer_groups", "blocks_to_swap", "network_dropout", "lr_warmup",
+    "lr_warmup_steps",
+})
+# fmt: on
 
 
 def is_gui_config(values: Mapping[str, Any]) -> bool:

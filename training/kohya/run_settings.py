@@ -5,6 +5,7 @@ from pathlib import Path
 from sharding.config import check_name
 from training.kohya.data_settings import batch_settings, bucket_settings, caption_settings, data_settings
 from training.kohya.given import Given
+from training.kohya.lora_settings import lora_settings
 from training.kohya.optimizer_settings import (
     optimizer_settings,
     parallel_settings,
@@ -55,6 +56,8 @@ def stage_c_settings(given: Given, *, workspace: str, chunks: str) -> Translatio
     """Return all settings for a command of the stable-cascade branch."""
     found = shared_settings(given, workspace=workspace, chunks=chunks)
     _networks(given, found)
+    if given.script == "stage_c_network":
+        lora_settings(given, found)
     found.put("stage_c.train_text_encoder", given.has("train_text_encoder"), "train_text_encoder")
     found.put("stage_c.max_tokens", given.value("max_token_length") or 75, "max_token_length")
     found.put("stage_c.attention_mask", False, why="kohya encodes padding without a mask")
