@@ -12,7 +12,18 @@ from training.exit_codes import BAD_USAGE, code_of, is_foreseen
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = ("plan", "encode-latents", "run", "status", "export", "preview", "import-concepts", "explain-kohya")
+COMMANDS = (
+    "plan",
+    "encode-latents",
+    "run",
+    "status",
+    "export",
+    "merge",
+    "preview",
+    "import-concepts",
+    "explain-kohya",
+    "import-state",
+)
 
 
 def main(argv: list[str] | None = None) -> int:
