@@ -14,6 +14,7 @@ import pyarrow as pa
 from training.batch_plan import BatchPlan
 from training.buckets import Placement
 from training.config import Prompt, RunConfig
+from training.config.latents import latent_problems
 from training.latent_sizes import check_previews, density_text, latent_size, picture_size, previews_text
 from training.plan_checks import Finding, check_plan
 from training.plan_totals import ChunkTotals, RunTotals, chunk_totals
@@ -83,7 +84,7 @@ class PlanReport:
     totals: ChunkTotals
     run: RunTotals
     latents_note: str
-    """Why latents could not be cached as the settings are; empty when they could."""
+    """Format of latents encoded ahead, and why these settings can have none."""
     state: tuple[int, str] | None
     """Bytes of a state and what is in it; None when they were not asked for."""
     findings: tuple[Finding, ...]
@@ -110,8 +111,8 @@ class PlanReport:
             f"to read: {chunk.read_bytes / _GB:.2f} GB an epoch of the chunk, {run.read_bytes / _GB:.2f} GB in the run"
         )
         lines.append(
-            f"latents, if they were cached in fp16: {chunk.latent_bytes / _GB:.3f} GB for the chunk,"
-            f" {run.latent_bytes / _GB:.2f} GB for the run{f' ({self.latents_note})' * bool(self.latents_note)}"
+            f"latents, encoded ahead in {self.latents_note}: {chunk.latent_bytes / _GB:.3f} GB for the chunk,"
+            f" {run.latent_bytes / _GB:.2f} GB for the run"
         )
         if self.state is not None:
             lines.append(f"a state: {self.state[0] / _GB:.2f} GB ({self.state[1]})")
@@ -149,10 +150,8 @@ def plan_report(
         for reason in sorted({drop.reason for drop in plan.drops})
         for drops in [[drop for drop in plan.drops if drop.reason == reason]]
     }
-    notes = {
-        "data.crop random: not with a random crop": config.data.crop == "random",
-        "twice that with the mirrored ones": config.data.horizontal_flip,
-    }
+    notes = [config.latents.dtype, *["mirrored ones, too"] * config.data.horizontal_flip]
+    notes += [f"not possible now: {problem}" for problem in latent_problems(config)]
     return PlanReport(
         chunk=plan.chunk,
         epoch=plan.epoch,
@@ -170,7 +169,7 @@ def plan_report(
         dropped=dropped,
         totals=chunk_totals(index, plan.chunk, config=config),
         run=run,
-        latents_note="; ".join(note for note, applies in notes.items() if applies),
+        latents_note="; ".join(notes),
         state=state,
         findings=(
             *check_plan(plan, run, config=config, num_processes=num_processes),

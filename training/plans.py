@@ -91,4 +91,9 @@ def still_pixel_settings(config: RunConfig) -> "PixelSettings":
 def latent_bytes(bucket: Bucket, dtype: str) -> int:
     """Return the size of the latent of an image in this bucket. dtype: fp16, bf16 or fp32."""
     cells = (bucket.width // SIDE_MULTIPLE) * (bucket.height // SIDE_MULTIPLE)
-    return LATENT_CHANNELS * cells * (4 if dtype == "fp32" else 2)
+    return LATENT_CHANNELS * cells * bytes_per_value(dtype)
+
+
+def bytes_per_value(dtype: str) -> int:
+    """Return the size of a number in fp16, bf16 or fp32."""
+    return 4 if dtype == "fp32" else 2

@@ -42,14 +42,14 @@ def encode_latents(
         config = config.model_copy(update={"latents": config.latents.model_copy(update={"folder": output})})
     with_text = with_text or config.latents.text
     require_possible(config, with_text=with_text)
-    mirror_remote(config.data)
+    mirror_remote(config.data, held_out=config.validation.chunk)
     run_dir = RunDir(root) if root is not None else None
     asked_for = chunks_to_encode(config, run_dir, chunk_name=chunk_name, chunks=chunks)
     works = work_of(asked_for, config=config, with_text=with_text, part_index=part_index, num_parts_of_all=num_parts)
     if verify:
         yield from _verified(works)
     elif dry_run:
-        yield from _foreseen(works, root_of(config))
+        yield from _foreseen(works, config)
     else:
         yield from _made(works, config)
 
@@ -61,7 +61,7 @@ def _made(works: Iterator[ChunkWork], config: RunConfig) -> Iterator[str]:
     num_made, broken = 0, Counter[str]()
     for work in works:
         if missing := work.missing():
-            require_free_bytes(work.store.root, work.num_bytes(missing), f"encoding {work.name}")
+            require_free_bytes(work.store.root, work.num_bytes(missing, config), f"encoding {work.name}")
             if work.store.kind == "latents":
                 fetch_chunk(config.data, work.chunk)
             broken += encode_chunk(work, config=config, encoders=encoders)
@@ -71,16 +71,16 @@ def _made(works: Iterator[ChunkWork], config: RunConfig) -> Iterator[str]:
     yield f"{num_made:,} parts made" + f"; left out: {reasons}" * bool(reasons)
 
 
-def _foreseen(works: Iterator[ChunkWork], root: Path) -> Iterator[str]:
-    num_missing = num_bytes = 0
+def _foreseen(works: Iterator[ChunkWork], config: RunConfig) -> Iterator[str]:
+    num_missing, num_bytes, root = 0, 0, root_of(config)
     for work in works:
         missing = work.missing()
         num_missing += len(missing)
-        num_bytes += work.num_bytes(missing)
+        num_bytes += work.num_bytes(missing, config)
         parts = f"{len(work.owned)} parts, {len(missing)} to be made in {work.folder}"
         yield f"{work.name}: {work.num_rows:,} rows in {parts}"
     yield (
-        f"{num_missing:,} parts to be made, {num_bytes / 1e9:.3f} GB of latents; {free_bytes(root) / 1e9:,.2f} GB are "
+        f"{num_missing:,} parts to be made, {num_bytes / 1e9:.3f} GB; {free_bytes(root) / 1e9:,.2f} GB are "
         f"free in {root}"
     )
 

@@ -17,7 +17,7 @@ from training.config.latents import latent_problems, text_problems
 from training.latents.parts import problems_of
 from training.latents.store import Store, latent_store, text_store
 from training.latents.wanted import Wanted, WantedCaptions, num_parts, wanted_captions, wanted_pictures
-from training.plans import batch_plan, caption_settings, latent_bytes
+from training.plans import batch_plan, bytes_per_value, caption_settings, latent_bytes
 from training.run_dir import RunDir
 
 
@@ -50,14 +50,16 @@ class ChunkWork:
         """Return the task's parts that have to be made: not there, of another size, or with another index."""
         return [number for number in self.owned if problems_of(self.folder, number, with_data=False)]
 
-    def num_bytes(self, numbers: Sequence[int]) -> int:
-        """Return how much the latents of some parts take; 0 for text, whose encoder alone knows."""
+    def num_bytes(self, numbers: Sequence[int], config: RunConfig) -> int:
+        """Return how much the values of some parts take."""
         if not isinstance(self.wanted, Wanted):
-            return 0
+            from training.recipes.encoders import values_per_caption  # imports torch
+
+            num_captions = sum(len(self.wanted.part(number)) for number in numbers)
+            return num_captions * values_per_caption(config) * bytes_per_value(self.store.dtype)
         pictures = (one for number in numbers for one in self.wanted.part(number))
-        return sum(
-            latent_bytes(one.placement.bucket, self.store.dtype) * (1 + self.wanted.with_flips) for one in pictures
-        )
+        num_bytes = sum(latent_bytes(one.placement.bucket, self.store.dtype) for one in pictures)
+        return num_bytes * (2 if self.wanted.with_flips else 1)
 
 
 def chunks_to_encode(

@@ -67,3 +67,11 @@ def caption_rule(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide what a caption's output is, for JSON."""
     settings = config.stage_c
     return {"max_tokens": settings.max_tokens, "attention_mask": settings.attention_mask}
+
+
+def values_per_caption(config: RunConfig) -> int:
+    """Return how many numbers a caption's output has, from the shapes of the encoder alone."""
+    from training.memory.architecture import architecture_of
+
+    text, settings = architecture_of(config).text, config.stage_c
+    return int((settings.max_tokens + 2) * text.hidden_size + text.projection_dim)
