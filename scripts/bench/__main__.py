@@ -26,6 +26,7 @@ BENCHES = {
     "loop": "a step of the training loop against forward, backward and optimizer by hand",
     "save": "a state: how long training stands still and all takes, against a copy in memory and cp with SHA-256",
     "loader": "decode, resize, crop and caption of a chunk, against the bare decode, webdataset and files",
+    "latents": "what is loaded per second of CPU, from latents encoded ahead against from pixels",
     "start": "from the start of a run to its first batch, at three positions of a chunk",
     "compose": "captions of many rows after a threshold change: time and memory",
 }

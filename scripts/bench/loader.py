@@ -45,7 +45,7 @@ def run(*, full: bool, data: Path | None) -> Result:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         pictures = make_pictures(folder, data or _DEMO, num_pictures=_FULL_PICTURES if full else _NUM_PICTURES)
-        chunk, plan, files = _make_chunk(folder, pictures["baseline"])
+        chunk, plan, files = make_bench_chunk(folder, pictures["baseline"])
         seconds = _measure(chunk, plan, files, rounds=_FULL_ROUNDS if full else _ROUNDS)
         levels = [_levels_from_full_decode(path.read_bytes()) for path in pictures["baseline"]]
         figures = {
@@ -79,7 +79,7 @@ def run(*, full: bool, data: Path | None) -> Result:
     )
 
 
-def _make_chunk(folder: Path, pictures: list[Path]) -> tuple[Chunk, BatchPlan, list[tuple[Path, int, int]]]:
+def make_bench_chunk(folder: Path, pictures: list[Path]) -> tuple[Chunk, BatchPlan, list[tuple[Path, int, int]]]:
     """Return a chunk of the pictures, each several times, its plan, and the same samples as files with their sizes."""
     samples, files = [], []
     (folder / "files").mkdir()
