@@ -6,7 +6,7 @@ variables set on lines before. It runs nothing. No torch.
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
 
@@ -17,7 +17,7 @@ _CONTINUED = re.compile(r"[ \t]*[\\^`][ \t]*\r?\n")
 _DRIVE = re.compile(r"(?:^|[\s\"'=])[A-Za-z]:\\")
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
-_ENDS = (";", "&", "|", "\n", "(", ")")
+_ENDS = ";&|\n"
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,37 @@ def _statements(text: str) -> list[list[str]]:
     """Split a script into statements of words; comments and operators are left out."""
     joined = _CONTINUED.sub(" ", text.strip() + "\n")
     lines = [line for line in joined.splitlines() if not line.lstrip().startswith(("#", "::", "REM "))]
-    lexer = shlex.shlex("\n".join(lines), posix=True, punctuation_chars="".join(_ENDS))
-    if _DRIVE.search(joined):
-        lexer.escape = ""  # backslashes of Windows paths
-    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
-    statements: list[list[str]] = [[]]
+    has_escapes = _DRIVE.search(joined) is None  # else they are backslashes of Windows paths
+    return [words for part in _parts("\n".join(lines), has_escapes) if (words := _words(part, has_escapes))]
+
+
+def _parts(text: str, has_escapes: bool) -> Iterator[str]:
+    """Yield what stands between operators and line ends that are not in quotes."""
+    quote, start, place = "", 0, 0
+    while place < len(text):
+        letter = text[place]
+        if letter == "\\" and has_escapes and quote != "'":
+            place += 1
+        elif quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        elif letter in _ENDS:
+            yield text[start:place]
+            start = place + 1
+        place += 1
+    yield text[start:]
+
+
+def _words(part: str, has_escapes: bool) -> list[str]:
+    lexer = shlex.shlex(part, posix=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    if not has_escapes:
+        lexer.escape = ""
     try:
-        for word in lexer:
-            if word and all(letter in _ENDS for letter in word):
-                statements.append([])
-            else:
-                statements[-1].append(word)
+        return list(lexer)
     except ValueError as error:
         raise ConfigError(f"the command cannot be read: {str(error).lower()}; a quote is open") from None
-    return [words for words in statements if words]
 
 
 def _variables(statements: list[list[str]]) -> dict[str, str]:

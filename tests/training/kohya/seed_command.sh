@@ -1,0 +1,50 @@
+LD_PRELOAD=/usr/lib/libtcmalloc.so.4 accelerate launch --mixed_precision fp16 --num_cpu_threads_per_process 1 stable_cascade_train_stage_c.py \
+--mixed_precision fp16 \
+--save_precision fp16 \
+--full_fp16 \
+--sdpa \
+--gradient_checkpointing \
+--train_text_encoder \
+--resolution "1024,1024" \
+--train_batch_size 2 \
+--gradient_accumulation_steps 8 \
+--learning_rate 1e-5 \
+--learning_rate_te1 1e-5 \
+--lr_scheduler constant_with_warmup \
+--lr_warmup_steps 100 \
+--optimizer_type adafactor \
+--optimizer_args "scale_parameter=False" "relative_step=False" "warmup_init=False" \
+--max_grad_norm 0 \
+--token_warmup_min 1 \
+--token_warmup_step 0 \
+--shuffle_caption \
+--caption_separator ", " \
+--caption_dropout_rate 0 \
+--caption_tag_dropout_rate 0 \
+--caption_dropout_every_n_epochs 0 \
+--dataset_repeats 1 \
+--save_state \
+--save_every_n_steps 256 \
+--sample_every_n_steps 64 \
+--max_token_length 225 \
+--max_train_epochs 1 \
+--caption_extension ".txt" \
+--max_data_loader_n_workers 2 \
+--persistent_data_loader_workers \
+--enable_bucket \
+--min_bucket_reso 256 \
+--max_bucket_reso 4096 \
+--bucket_reso_steps 64 \
+--bucket_no_upscale \
+--log_with tensorboard \
+--output_name sotediffusion-wr3_3b \
+--train_data_dir /mnt/DataSSD/AI/anime_image_dataset/combined/combined-0004/0005 \
+--in_json /mnt/DataSSD/AI/anime_image_dataset/combined/combined-0004/0005.json \
+--output_dir /mnt/DataSSD/AI/SoteDiffusion/Wuerstchen3/sotediffusion-wr3_3b-4/0005 \
+--logging_dir /mnt/DataSSD/AI/SoteDiffusion/Wuerstchen3/sotediffusion-wr3_3b-4/0005/logs \
+--resume /mnt/DataSSD/AI/SoteDiffusion/Wuerstchen3/sotediffusion-wr3_3b-4/0004/sotediffusion-wr3_3b-state \
+--stage_c_checkpoint_path /mnt/DataSSD/AI/SoteDiffusion/Wuerstchen3/sotediffusion-wr3_3b-4/0004/sotediffusion-wr3_3b.safetensors \
+--text_model_checkpoint_path /mnt/DataSSD/AI/SoteDiffusion/Wuerstchen3/sotediffusion-wr3_3b-4/0004/sotediffusion-wr3_3b_text_model.safetensors \
+--effnet_checkpoint_path /mnt/DataSSD/AI/models/wuerstchen3/effnet_encoder.safetensors \
+--previewer_checkpoint_path /mnt/DataSSD/AI/models/wuerstchen3/previewer.safetensors \
+--sample_prompts /mnt/DataSSD/AI/SoteDiffusion/Wuerstchen3/config/sotediffusion-prompt.txt
