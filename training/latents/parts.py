@@ -66,8 +66,8 @@ def read_info(folder: Path, number: int) -> PartInfo | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise LatentsError(f"{path}: format {values['format']}, this program reads {FORMAT}; encode again")
-        files = {name: PartFile(**values.pop(name)) for name in ("data", "index")}
-        return PartInfo(**values, **files)
+        data, index = (PartFile(**values.pop(name)) for name in ("data", "index"))
+        return PartInfo(**values, data=data, index=index)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

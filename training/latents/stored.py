@@ -67,7 +67,7 @@ class StoredTensors:
             )
         values = torch.frombuffer(data, dtype=self._dtype)
         lengths = [torch.Size(shape).numel() for shape in place.shapes]
-        return [one.reshape(shape) for one, shape in zip(values.split(lengths), place.shapes, strict=True)]
+        return [one.reshape(shape) for one, shape in zip(torch.split(values, lengths), place.shapes, strict=True)]
 
     def close(self) -> None:
         """Close the files this process has open; the next read opens them again."""
@@ -95,8 +95,10 @@ class StoredTensors:
             info, rows = read_rows(self._folder, number)
             self._dtype = DTYPES[info.dtype]
             for row in rows:
-                facts = (row[name] for name in ("offset", "num_bytes", "shapes", "crc32", "reason"))
-                self._places[row["id"]] = Place(number, *facts, row.get("left", 0), row.get("top", 0))
+                self._places[row["id"]] = Place(
+                    number, row["offset"], row["num_bytes"], row["shapes"], row["crc32"], row["reason"],
+                    left=row.get("left", 0), top=row.get("top", 0),
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ def chunks_to_encode(
     elif chunks is not None:
         names = chunk_range(campaign.names, chunks)
     else:
-        names = [name for name in campaign.names if not campaign.is_done(name)] + [held_out] * bool(held_out)
+        names = [name for name in campaign.names if not campaign.is_done(name)]
+        names += [held_out] if held_out is not None else []
 
     def chunk_of(name: str) -> Chunk:
         if name == held_out:

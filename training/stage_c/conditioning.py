@@ -86,5 +86,5 @@ class Conditioning:
         """
         mask = self._settings.attention_mask if attention_mask is None else attention_mask
         together = 1 if self._device.type == "cpu" else len(windows)
-        encoded = [self.text(some, mask) for some in windows.split(together)]
+        encoded = [self.text(some, mask) for some in torch.split(windows, together)]
         return torch.cat([text for text, _ in encoded]), torch.cat([pooled for _, pooled in encoded])

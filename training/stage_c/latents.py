@@ -61,7 +61,7 @@ class LatentEncoder:
         """
         rgb = images.to(self._device, non_blocking=True).float() / 255
         together = 1 if self._device.type == "cpu" else len(rgb)
-        values = torch.cat([self.effnet.encode(some, compute=self._compute) for some in rgb.split(together)])
+        values = torch.cat([self.effnet.encode(some, compute=self._compute) for some in torch.split(rgb, together)])
         slots = _not_finite(values)
         if slots and self._compute != torch.float32:
             values[slots] = torch.cat([self.effnet.encode(rgb[slot][None]) for slot in slots])
