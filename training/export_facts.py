@@ -14,7 +14,8 @@ def export_facts(
 
     The date is the state's, from the ledger, so that the same state gives the same bytes at any time.
     """
-    saved = [line.time for line in run_dir.read_ledger() if line.fields.get("global_step") == global_step]
+    lines = [line for line in run_dir.read_ledger() if line.event == "state_saved"]
+    saved = [line.time for line in lines if line.fields["global_step"] == global_step]
     return {
         "chunkline.run": str(run_dir.read_run_json().get("run_id", "")),
         "chunkline.chunk": chunk,

@@ -34,7 +34,7 @@ image = pipe(
 
 def read_front_matter(path: Path) -> dict[str, Any]:
     """Return a README's front matter; empty when there is no README, or none in it."""
-    from huggingface_hub.repocard import metadata_load
+    from huggingface_hub import metadata_load
 
     return dict(metadata_load(path) or {}) if path.is_file() else {}
 
@@ -43,9 +43,9 @@ def write_model_card(
     path: Path, *, title: str, front: Mapping[str, str | Sequence[str]], facts: Sequence[str], decoder: str
 ) -> None:
     """Write README.md. front: front matter; facts: lines that say what this is; decoder: to load the whole cascade."""
-    from huggingface_hub.utils import yaml_dump
+    from huggingface_hub import CardData
 
     values = {key: value if isinstance(value, str) else list(value) for key, value in front.items()}
     lines = "".join(f"- {fact}\n" for fact in facts)
-    text = f"---\n{yaml_dump(values, sort_keys=False)}---\n# {title}\n\n{lines}{_SNIPPET.format(decoder=decoder)}"
+    text = f"---\n{CardData(**values).to_yaml()}\n---\n# {title}\n\n{lines}{_SNIPPET.format(decoder=decoder)}"
     write_bytes(path, text.encode())

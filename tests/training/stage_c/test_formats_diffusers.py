@@ -14,16 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from scripts.demo_models.stage_c import make_stage_c_models
-from tests.training.stage_c.diffusers_peer import (
-    GUIDANCE,
-    NEGATIVE,
-    PROMPT,
-    SIZE,
-    STEPS,
-    fixed_inputs,
-    make_decoder,
-    outputs,
-)
+from tests.training.stage_c.diffusers_peer import NEGATIVE, PROMPT, SIZE, STEPS, make_decoder, outputs
+from tests.training.stage_c.own_cascade import assert_same, our_outputs
 from training.config import Prompt
 from training.config.saving import SaveConfig
 from training.stage_c.cascade import draw_pictures, with_inference_settings
@@ -32,8 +24,6 @@ from training.stage_c.export import StageCWeights, copy_decoder_beside, export_s
 from training.stage_c.given_weights import load_given
 from training.stage_c.model_card import read_front_matter
 from training.stage_c.modelspec import modelspec
-from training.stage_c.network_config import config_to_diffusers
-from training.stage_c.text import TextConditioner, load_tokenizer, tokenize
 
 pytest.importorskip("diffusers")
 OTHER_PYTHON = os.environ.get("CHUNKLINE_DIFFUSERS_PYTHON")
@@ -76,47 +66,6 @@ def export(given, base, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def theirs(export) -> dict[str, torch.Tensor]:
     return outputs(export)
-
-
-@torch.no_grad()
-def our_outputs(given) -> dict[str, torch.Tensor]:
-    """The network, and the prior as a plain loop: DDPM steps of the cosine schedule with guidance, noise from torch."""
-    network, text_model = given.network.eval(), given.text_model.eval()
-    inputs = fixed_inputs(config_to_diffusers(network.config))
-    result = {"from_pretrained": network(inputs["sample"], inputs["timestep_ratio"], *states_of(inputs))}
-    result["from_single_file"] = result["from_pretrained"]
-    windows = tokenize(load_tokenizer("builtin"), [PROMPT, NEGATIVE], max_tokens=75).windows
-    text, pooled = TextConditioner(text_model)(windows, True)
-    result["text"], result["pooled"] = text[:1], pooled[:1]
-
-    def signal(t: float) -> float:
-        angle = torch.tensor((t + 0.008) / 1.008, dtype=torch.float64) * torch.pi / 2
-        start = torch.cos(torch.tensor(0.008 / 1.008, dtype=torch.float64) * torch.pi / 2)
-        return float(((torch.cos(angle) / start) ** 2).clamp(0.0001, 0.9999))
-
-    generator = torch.Generator().manual_seed(6)
-    side = -(-SIZE * 100 // 4267)  # a latent for every 42.67 pixels, rounded up
-    x = torch.randn((1, 16, side, side), generator=generator)
-    for step in range(STEPS):
-        t, next_t = 1 - step / STEPS, 1 - (step + 1) / STEPS
-        both = network(x.repeat(2, 1, 1, 1), torch.full((2,), t), text, pooled)
-        epsilon = torch.lerp(both[1:], both[:1], GUIDANCE)
-        here, there = signal(t), signal(next_t)
-        alpha = here / there
-        x = (x - (1 - alpha) * epsilon / (1 - here) ** 0.5) / alpha**0.5
-        noise = torch.randn(x.shape, generator=generator)
-        if step + 1 < STEPS:
-            x = x + ((1 - alpha) * (1 - there) / (1 - here)) ** 0.5 * noise
-    return {**result, "prior": x}
-
-
-def states_of(inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return inputs["clip_text"], inputs["clip_text_pooled"], inputs["clip_img"]
-
-
-def assert_same(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> None:
-    for name, value in ours.items():
-        assert torch.allclose(theirs[name], value, rtol=1e-3, atol=1e-4), (name, theirs[name].sub(value).abs().max())
 
 
 def test_network_prior_and_the_published_example_run_in_the_installed_diffusers(theirs, given):
