@@ -14,13 +14,14 @@ from transformers import CLIPTextConfig
 from tests.training.toy import toy_config
 from training.buckets import Bucket
 from training.memory.activations import Pass, measured_peak, pass_bytes
-from training.memory.architecture import CLIP_BIGG, Architecture, architecture_of, shapes_of
+from training.memory.architecture import CLIP_BIGG, CLIP_L_PARAMETERS, Architecture, architecture_of, shapes_of
 from training.memory.live_bytes import LiveBytes
 from training.memory.report import CARDS_GIB, Planner, memory_report, state_bytes, strategy_of
 from training.memory.strategies import Strategy, catalogue, fixed_bytes, optimizer_state_bytes
 from training.stage_c.effnet import EffNetConfig
 from training.stage_c.formats import save_stage_c
 from training.stage_c.network import StageCConfig, StageCNetwork
+from training.stage_c.weight_files import write_tensors
 
 ROOT = Path(__file__).parents[2]
 TINY_TEXT = CLIP_BIGG | {
@@ -193,6 +194,7 @@ BIGGER = replace(TINY, network=replace(TINY.network, c_hidden=(512, 512), num_he
 MEASURE = """
 import json, resource, sys, torch
 from training.stage_c.network import StageCConfig, StageCNetwork
+from training.stage_c.weight_files import write_tensors
 
 def peak(num_images):
     # A forward and backward pass on the CPU, fp32, on latents of 16 x 16, gradients kept.
@@ -247,6 +249,27 @@ def test_a_runs_strategy_is_what_its_settings_say():
 
     assert (strategy.weights, strategy.kahan, strategy.ema, strategy.optimizer) == ("bf16", True, "host", "lion")
     assert (strategy.sharding, strategy.num_ranks, strategy.checkpointing) == ("ddp", 2, True)
+
+
+def test_the_image_model_is_counted_and_its_mapper_trained_where_pictures_are_shown(tmp_path):
+    shapes = {
+        "vision_model.embeddings.patch_embedding.weight": (8, 3, 2, 2),
+        "visual_projection.weight": (4, 8),
+        "x": (9,),
+    }
+    write_tensors(tmp_path / "clip.safetensors", {name: torch.zeros(shape) for name, shape in shapes.items()})
+    shown = {"image_encoder": str(tmp_path / "clip.safetensors"), "image_embedding_fraction": 0.1}
+
+    given, published = (
+        architecture_of(toy_config(stage_c={**shown, **more})) for more in ({}, {"image_encoder": "owner/clip"})
+    )
+
+    assert (given.image_parameters, published.image_parameters) == (8 * 12 + 4 * 8, CLIP_L_PARAMETERS)
+    (plain, beside, frozen), (trained, beside_trained, more_frozen) = (
+        shapes_of(replace(TINY, image_parameters=number)) for number in (0, 128)
+    )
+    assert set(trained) - set(plain) == set(beside) == {"network.clip_img_mapper.weight"} and not beside_trained
+    assert more_frozen - frozen == 128
 
 
 @pytest.mark.slow

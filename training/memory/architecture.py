@@ -35,6 +35,8 @@ CLIP_BIGG: dict[str, Any] = {
     "bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID,
 }  # fmt: skip
 """The text model of Stable Cascade, 694,659,840 parameters."""
+CLIP_L_PARAMETERS = 303_966_208
+"""Of CLIP ViT-L/14's image half with its projection."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Architecture:
     text: "CLIPTextConfig"
     effnet: EffNetConfig
     train_text_encoder: bool
+    image_parameters: int = 0
+    """Of the frozen CLIP image model; 0 where no picture is shown to the network."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that are not trained."""
     assumed: tuple[str, ...] = ()
@@ -71,7 +75,12 @@ def architecture_of(config: RunConfig) -> Architecture:
         effnet = effnet_config_from(read_shapes(Path(settings.effnet), anchor=EFFNET_ANCHOR)[0])
     else:
         assumed.append(f"stage_c.effnet {settings.effnet} (taken for EfficientNetV2-S)")
-    return Architecture(network, text, effnet, settings.train_text_encoder, config.optimizer.freeze, tuple(assumed))
+    num_image = 0
+    if settings.image_encoder is not None:
+        num_image = _image_parameters(settings.image_encoder) or CLIP_L_PARAMETERS
+    return Architecture(
+        network, text, effnet, settings.train_text_encoder, num_image, config.optimizer.freeze, tuple(assumed)
+    )
 
 
 def read_shapes(path: Path, *, anchor: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -118,11 +127,24 @@ def _text_config(path_or_id: str) -> "CLIPTextConfig | None":
     return CLIPTextConfig(**(json.loads(text) if text is not None else CLIP_BIGG))
 
 
+def _image_parameters(path_or_id: str) -> int | None:
+    from training.stage_c.image import ANCHOR as IMAGE_ANCHOR
+    from training.stage_c.image import is_of_image_model
+
+    path = Path(path_or_id)
+    if path.is_dir():
+        path = Path(locate_component(path, "image_encoder", file_name="config.json")[0]) / "model.safetensors"
+    if not path.is_file():
+        return None
+    shapes = read_shapes(path, anchor=IMAGE_ANCHOR)[0]
+    return sum(value.numel() for key, value in shapes.items() if is_of_image_model(key))
+
+
 def make_modules(architecture: Architecture) -> "tuple[StageCModel, nn.Module, nn.Module | None]":
     """Return (what is trained, the image encoder, the frozen text encoder) without weights.
 
     Call it under a meta device or a fake tensor mode, or it takes the memory. In the state that the recipe trains
-    them in: frozen parts need no gradient, `clip_img_mapper.weight` neither.
+    them in: frozen parts need no gradient, `clip_img_mapper.weight` neither where no picture is shown.
     """
     from transformers import CLIPTextModelWithProjection
 
@@ -136,7 +158,7 @@ def make_modules(architecture: Architecture) -> "tuple[StageCModel, nn.Module, n
     is_trained = architecture.train_text_encoder
     text.train(is_trained).requires_grad_(is_trained)
     network = StageCNetwork(architecture.network)
-    network.clip_img_mapper.weight.requires_grad_(False)
+    network.clip_img_mapper.weight.requires_grad_(architecture.image_parameters > 0)
     model = StageCModel(network, text if is_trained else None).train()
     if architecture.freeze:
         freeze(model, architecture.freeze)
@@ -153,4 +175,5 @@ def shapes_of(architecture: Architecture) -> tuple[Mapping[str, torch.Size], Map
         model, *others = make_modules(architecture)
     trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     beside = {name: p.shape for name, p in model.named_parameters() if not p.requires_grad}
-    return trained, beside, sum(p.numel() for module in others if module is not None for p in module.parameters())
+    frozen = sum(p.numel() for module in others if module is not None for p in module.parameters())
+    return trained, beside, frozen + architecture.image_parameters

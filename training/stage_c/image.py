@@ -124,11 +124,7 @@ def _load_bare_file(path: Path) -> "CLIPVisionModelWithProjection":
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     everything, _ = read_tensors(path, anchor=ANCHOR, dtype=torch.float32)
-    state_dict = {
-        key: value
-        for key, value in everything.items()
-        if key.startswith(("vision_model.", "visual_projection.")) and not key.endswith("position_ids")
-    }
+    state_dict = {key: value for key, value in everything.items() if is_of_image_model(key)}
     with torch.device("meta"):
         model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config_from_shapes(state_dict, path)))
     load_into(model, state_dict, source=path)
@@ -136,6 +132,11 @@ def _load_bare_file(path: Path) -> "CLIPVisionModelWithProjection":
     embeddings = model.vision_model.embeddings
     embeddings.position_ids = torch.arange(embeddings.num_positions)[None]
     return model.eval()
+
+
+def is_of_image_model(key: str) -> bool:
+    """Tell whether a key of a file that may hold all of CLIP is a weight of the image half."""
+    return key.startswith(("vision_model.", "visual_projection.")) and not key.endswith("position_ids")
 
 
 def config_from_shapes(state_dict: Mapping[str, Tensor], path: Path) -> dict[str, Any]:

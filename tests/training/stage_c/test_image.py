@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.training.small_stage_c import small_batch
 from tests.training.toy import toy_config
+from training.memory.architecture import CLIP_L_PARAMETERS
 from training.randomness import SampleIdentity, uniform
 from training.stage_c.image import ImageConditioning, clip_pixels, config_from_shapes, embed, load_image_model
 from training.stage_c.weight_files import WeightsError, write_tensors
@@ -126,6 +127,7 @@ def test_the_published_model_is_known_by_its_shapes():
         model = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**published))
 
     assert config_from_shapes(model.state_dict(), "clip.safetensors") == published
+    assert sum(parameter.numel() for parameter in model.parameters()) == CLIP_L_PARAMETERS
 
 
 def test_what_is_no_image_model_is_refused(folder, model, tmp_path):
