@@ -9,7 +9,8 @@ from training.plans import batch_plan, caption_settings, pixel_settings
 from training.position import Position
 from training.rank import Rank
 from training.started_chunk import StartedChunk
-from training.state_folder import LoadedState, StateError
+from training.state_folder import LoadedState
+from training.state_manifest import StateError
 
 
 class ChunkPlans:

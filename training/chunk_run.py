@@ -15,6 +15,7 @@ from training.chunk_plans import ChunkPlans
 from training.chunk_records import steps_to_pass_over
 from training.errors import LossSpikeError, TroubleError
 from training.exit_codes import DONE, STOPPED
+from training.kept_states import remove_states
 from training.loading.remote import fetch_chunk
 from training.loop import train_epoch
 from training.position import Position
@@ -22,7 +23,8 @@ from training.rank import Rank
 from training.spikes import Spike, SpikeWatch
 from training.start_state import first_position, state_before, state_to_start_from, states_before
 from training.started_chunk import StartedChunk
-from training.state_folder import LoadedState, load_state, read_manifest, remove_states
+from training.state_folder import LoadedState, load_state
+from training.state_manifest import read_manifest
 from training.step_report import StepReport
 from training.trained import Trained
 from training.watching import Watching

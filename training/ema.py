@@ -15,7 +15,8 @@ from torch.nn import Parameter
 
 from training.config.optimizer import EmaConfig
 from training.optim.averaged import kept_aside, local, schedule_free_average
-from training.tensor_parts import InParts
+from training.tensor_file import NamedTensors, shapes_of
+from training.tensor_parts import InParts, part_of
 
 
 def ema_decay(
@@ -84,18 +85,20 @@ class Ema:
         """Return averages by parameter name, fp32, not copies; in parts where parameters are."""
         return {name: _saved(self._averages[name], parameter) for name, parameter in self._parameters.items()}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, tensors: NamedTensors) -> None:
         """Take over what `tensors` gave. Raises ValueError, and changes nothing, when it is for other parameters."""
         shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        saved = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        saved = shapes_of(tensors)
         if saved != shapes:
             wrong = sorted(name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name))
             raise ValueError(
                 f"the state's average does not fit the trained parameters: {', '.join(wrong[:5])} "
                 f"({len(wrong):,}); freeze lists and parts must be those of its run"
             )
-        for name, parameter in self._parameters.items():
-            self._averages[name].copy_(_shard(tensors[name], parameter))
+        for name, tensor in tensors.items():
+            parameter = self._parameters[name]
+            part = part_of(tensor, parameter) if hasattr(parameter, "device_mesh") else tensor
+            self._averages[name].copy_(local(part))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -147,13 +150,3 @@ def _whole(average: Tensor, parameter: Any) -> Tensor:
     )
     whole: Tensor = sharded.full_tensor()
     return whole
-
-
-def _shard(whole: Tensor, parameter: Any) -> Tensor:
-    if not hasattr(parameter, "device_mesh"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    on_device = whole.to(local(parameter).device)
-    shard: Tensor = distribute_tensor(on_device, parameter.device_mesh, parameter.placements).to_local()
-    return shard

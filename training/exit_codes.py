@@ -27,7 +27,7 @@ def code_of(error: BaseException) -> int:
         return FAILED
     # These modules import torch: a refused launch should not wait for that.
     from training.stage_c.weight_files import WeightsError
-    from training.state_folder import StateError
+    from training.state_manifest import StateError
 
     return BAD_DATA if isinstance(error, WeightsError | StateError) else BAD_USAGE
 

@@ -3,11 +3,12 @@
 `torch.optim.Optimizer.load_state_dict` casts every floating slot to its parameter's dtype: second moments of 1e-12
 become 0 in float16. Here nothing is cast, and nothing depends on the order of parameters. A slot is whatever the
 optimizer keeps for a parameter: `exp_avg`, Adafactor's rows and columns, bitsandbytes' uint8 `state1` and `qmap1`.
-A sharded engine hands in the parts of what it loads; parts that are saved are brought together for the snapshot.
+What is loaded is taken one tensor at a time, and an engine whose parameters lie in parts says how each is cut; parts
+that are saved are brought together for the snapshot.
 """
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from training.optim.one_by_one import unwrapped
+from training.tensor_file import NamedTensors, shapes_of
 
 OWNED_BY_THE_LAUNCH = frozenset({"lr", "peak_rate", "part", "foreach", "fused", "capturable", "differentiable"})
 """Group options that a launch sets itself: rates come from config and step, the others from the machine."""
@@ -23,8 +25,19 @@ OWNED_BY_THE_LAUNCH = frozenset({"lr", "peak_rate", "part", "foreach", "fused", 
 _SCALARS = (bool, int, float, str, type(None))
 
 
+Place = Callable[[Tensor, str, Parameter, Mapping[str, Any]], Tensor]
+"""Gives what an optimizer keeps of a loaded tensor, from its slot, its parameter and the parameter's group."""
+
+
 class OptimizerStateError(ValueError):
     """A saved optimizer state does not fit the optimizer."""
+
+
+def placed(tensor: Tensor, slot: str, parameter: Parameter, group: Mapping[str, Any]) -> Tensor:
+    """Return a copy where torch has it: beside the parameter, but `step` on the CPU, unless fused or capturable."""
+    stays = slot == "step" and not (group.get("capturable") or group.get("fused"))
+    device = torch.device("cpu") if stays else parameter.device
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
 
 
 def optimizer_tensors(optimizer: Optimizer, names: Mapping[Parameter, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -59,18 +72,18 @@ def optimizer_tensors(optimizer: Optimizer, names: Mapping[Parameter, str]) -> t
 
 def load_optimizer_tensors(
     optimizer: Optimizer,
-    tensors: Mapping[str, Tensor],
+    tensors: NamedTensors,
     facts: Mapping[str, Any],
     names: Mapping[Parameter, str],
     *,
     keep: Container[str] = OWNED_BY_THE_LAUNCH,
+    place: Place = placed,
 ) -> None:
-    """Replace the optimizer's state by a saved one: same dtypes, same bits, on each parameter's device.
+    """Replace the optimizer's state by a saved one: same dtypes, same bits. Tensors are gone through once.
 
     keep: group options that stay as this launch made them; all others are restored, as some optimizers keep state
-    there (Prodigy's `d`). `step` tensors stay on the CPU unless the group is fused or capturable, as torch has them.
-    Nothing is changed when OptimizerStateError is raised: another optimizer, other parameters, shapes or groups, a
-    missing slot or one too many.
+    there (Prodigy's `d`). Nothing is changed when OptimizerStateError is raised: another optimizer, other parameters,
+    shapes or groups, a missing slot or one too many. Where reading fails half-way, the old state is gone.
     """
     optimizer = unwrapped(optimizer)
     if facts["optimizer"] != type(optimizer).__name__:
@@ -83,9 +96,9 @@ def load_optimizer_tensors(
         raise OptimizerStateError(f"the state is for other parameters ({difference})")
     slots = facts["slots"]
     expected = {f"{slot}/{name}" for name, entry in slots.items() for slot in entry["tensors"]}
-    if expected != set(tensors):
+    if expected != (found := set(shapes_of(tensors))):
         raise OptimizerStateError(
-            f"optimizer slots missing: {_some(expected - set(tensors))}; too many: {_some(set(tensors) - expected)}"
+            f"optimizer slots missing: {_some(expected - found)}; too many: {_some(found - expected)}"
         )
     for parameter, name, _ in _parameters(optimizer, names):
         entry = slots[name]
@@ -96,25 +109,22 @@ def load_optimizer_tensors(
         if own and saved and own != saved:
             raise OptimizerStateError(f"{name}: slots {_some(own)}, the state has {_some(saved)}")
 
-    for parameter, name, group in _parameters(optimizer, names):
-        entry = slots[name]
+    restored: dict[str, dict[str, Any]] = {}
+    owners = {name: (parameter, group) for parameter, name, group in _parameters(optimizer, names)}
+    for name, (parameter, _) in owners.items():
         optimizer.state.pop(parameter, None)
-        restored = {slot: _placed(tensors[f"{slot}/{name}"], slot, parameter, group) for slot in entry["tensors"]}
-        restored.update(entry["values"])
-        if restored:
-            optimizer.state[parameter] = restored
+        # In the saved order; values of tensors follow below.
+        restored[name] = {**dict.fromkeys(slots[name]["tensors"]), **slots[name]["values"]}
+        if restored[name]:
+            optimizer.state[parameter] = restored[name]
+    for key, tensor in tensors.items():
+        slot, _, name = key.partition("/")
+        restored[name][slot] = place(tensor, slot, *owners[name])
+        del tensor  # before the next one is read
     for group, saved_group in zip(optimizer.param_groups, facts["groups"], strict=True):
         for option, value in saved_group["options"].items():
             if option not in keep:
                 group[option] = _restored(value)
-
-
-def _placed(tensor: Tensor, slot: str, parameter: Parameter, group: Mapping[str, Any]) -> Tensor:
-    if hasattr(tensor, "full_tensor"):
-        return tensor  # this process's part, cut out by its engine
-    stays = slot == "step" and not (group.get("capturable") or group.get("fused"))
-    device = torch.device("cpu") if stays else parameter.device
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor)
 
 
 def _parameters(

@@ -25,7 +25,8 @@ from training.preview import remove_pictures
 from training.run_dir import RunDir
 from training.spikes import Spike
 from training.started_chunk import StartedChunk
-from training.state_folder import load_state, read_manifest
+from training.state_folder import load_state
+from training.state_manifest import read_manifest
 from training.status_tables import count_images
 from training.step_report import StepReport
 from training.tracker_feed import TrackerFeed

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from sharding.files import TEMPORARY_MARK
 from training.chunk_history import ChunkRecord
+from training.kept_states import delete_folder, remove_partials, retain_states
 from training.run_dir import RunDir
-from training.state_folder import delete_folder, remove_partials, retain_states
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from training.rank import Rank
 from training.records import Records
 from training.run_dir import RunDir
 from training.state import StateSaver
-from training.state_folder import StateError
+from training.state_manifest import StateError
 from training.stop import StopRequest
 from training.trained import Trained, load_trained
 

@@ -9,7 +9,8 @@ from training.chunk_records import chunk_records, imported_state, parent_of, ste
 from training.ledger import Line
 from training.position import Position
 from training.rank import Rank
-from training.state_folder import StateError, newest_verified, read_manifest
+from training.state_folder import newest_verified
+from training.state_manifest import StateError, read_manifest
 
 
 def state_to_start_from(rank: Rank, chunk: str) -> Path | None:

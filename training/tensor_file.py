@@ -12,9 +12,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -115,53 +116,96 @@ def write_file(path: Path, parts: Iterable[memoryview]) -> WrittenFile:
     return WrittenFile(num_bytes, digest.hexdigest())
 
 
-def read_tensors(path: Path, *, expected_sha256: str | None = None) -> dict[str, Tensor]:
-    """Read all tensors of a file into memory of their own, by name; hash the bytes on the way when a hash is given.
+class NamedTensors(Protocol):
+    """Tensors by name, to go through once: a dict, or a TensorFile, which reads them one after the other."""
 
-    Raises TensorFileError when the file is damaged.
-    """
-    digest = hashlib.sha256()
-    tensors: dict[str, Tensor] = {}
-    with path.open("rb", buffering=0) as stream:
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        """Return names and tensors."""
 
-        def fill(target: memoryview) -> None:
-            while target:
-                block = target[:_BLOCK_BYTES]
-                count = stream.readinto(block)
-                if not count:
-                    raise TensorFileError(f"{path}: ends too early; damaged")
-                digest.update(block[:count])
-                target = target[count:]
 
+class TensorFile:
+    """A tensor file that is read one tensor at a time; here, its header. Raises TensorFileError when it is damaged."""
+
+    def __init__(self, path: Path, *, expected_sha256: str | None = None) -> None:
+        self._path, self._expected_sha256 = path, expected_sha256
         length = bytearray(8)
-        fill(memoryview(length))
-        num_header_bytes = int.from_bytes(length, "little")
-        if num_header_bytes > _HEADER_LIMIT_BYTES:
-            raise TensorFileError(f"{path}: not a safetensors file, or damaged: header of {num_header_bytes:,} bytes")
-        text = bytearray(num_header_bytes)
-        fill(memoryview(text))
-        try:
-            header = json.loads(text)
-            header.pop("__metadata__", None)
-            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-            position = 0
-            for name, entry in entries:
-                tensor = torch.empty(entry["shape"], dtype=_DTYPE_OF_NAME[entry["dtype"]])
-                view = bytes_of(tensor)
-                if entry["data_offsets"] != [position, position + len(view)]:
-                    raise TensorFileError(f"{path}: {name}: its bytes are not where its size says; damaged")
-                fill(view)
-                tensors[name] = tensor
-                position += len(view)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            if isinstance(error, TensorFileError):
-                raise
-            raise TensorFileError(f"{path}: header cannot be understood ({error}); damaged") from error
-        if stream.read(1):
-            raise TensorFileError(f"{path}: longer than its header says; damaged")
-    if expected_sha256 is not None and digest.hexdigest() != expected_sha256:
-        raise TensorFileError(f"{path}: SHA-256 {digest.hexdigest()[:12]}…, {expected_sha256[:12]}… is right; damaged")
-    return tensors
+        with path.open("rb", buffering=0) as stream:
+            self._fill(memoryview(length), stream)
+            num_header_bytes = int.from_bytes(length, "little")
+            if num_header_bytes > _HEADER_LIMIT_BYTES:
+                raise TensorFileError(
+                    f"{path}: not a safetensors file, or damaged: header of {num_header_bytes:,} bytes"
+                )
+            text = bytearray(num_header_bytes)
+            self._fill(memoryview(text), stream)
+        self._header = bytes(length + text)
+        self._layout = _layout_of(path, text)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name, in the file's order."""
+        return {name: tuple(shape) for name, (_, shape) in self._layout.items()}
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield names and tensors in the file's order, each in memory of its own; hash the bytes on the way.
+
+        Raises TensorFileError when the file is damaged; a hash that is another one is known behind the last tensor.
+        """
+        digest = hashlib.sha256(self._header)
+        with self._path.open("rb", buffering=0) as stream:
+            stream.seek(len(self._header))
+            for name, (dtype, shape) in self._layout.items():
+                tensor = torch.empty(shape, dtype=dtype)
+                self._fill(bytes_of(tensor), stream, digest)
+                yield name, tensor
+                del tensor  # before the next one is made
+            if stream.read(1):
+                raise TensorFileError(f"{self._path}: longer than its header says; damaged")
+        found, wanted = digest.hexdigest(), self._expected_sha256
+        if wanted is not None and found != wanted:
+            raise TensorFileError(f"{self._path}: SHA-256 {found[:12]}…, {wanted[:12]}… is right; damaged")
+
+    def _fill(self, target: memoryview, stream: FileIO, digest: Any = None) -> None:
+        while target:
+            block = target[:_BLOCK_BYTES]
+            count = stream.readinto(block)
+            if not count:
+                raise TensorFileError(f"{self._path}: ends too early; damaged")
+            if digest is not None:
+                digest.update(block[:count])
+            target = target[count:]
+
+
+def _layout_of(path: Path, header: bytearray) -> dict[str, tuple[torch.dtype, list[int]]]:
+    """Return dtypes and shapes by name, in the file's order."""
+    layout: dict[str, tuple[torch.dtype, list[int]]] = {}
+    position = 0
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = _DTYPE_OF_NAME[entry["dtype"]], [int(size) for size in entry["shape"]]
+            end = position + math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [position, end] or min(shape, default=0) < 0:
+                raise TensorFileError(f"{path}: {name}: its bytes are not where its size says; damaged")
+            layout[name], position = (dtype, shape), end
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, TensorFileError):
+            raise
+        raise TensorFileError(f"{path}: header cannot be understood ({error}); damaged") from error
+    return layout
+
+
+def read_tensors(path: Path, *, expected_sha256: str | None = None) -> dict[str, Tensor]:
+    """Read all tensors of a file, by name. Raises TensorFileError when the file is damaged."""
+    return dict(TensorFile(path, expected_sha256=expected_sha256).items())
+
+
+def shapes_of(tensors: NamedTensors) -> dict[str, tuple[int, ...]]:
+    """Return shapes by name; of a file without reading a tensor."""
+    if isinstance(tensors, TensorFile):
+        return tensors.shapes
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -64,12 +64,12 @@ class Trained:
 
     def load(self, state: LoadedState) -> None:
         """Take over a state. Raises ValueError or StateError when it does not fit these networks."""
-        self.engine.load_model_state(state.component("model"))
-        self.engine.load_optimizer_state(state.component("optimizer"), state.facts["optimizer"], self.names)
+        self.engine.load_model_state(state.tensors("model"))
+        self.engine.load_optimizer_state(state.tensors("optimizer"), state.facts["optimizer"], self.names)
         if "recipe" in state.components:
             self.recipe.load_state_tensors(state.component("recipe"))
         if self.ema is not None:
-            self.ema.load(state.component("ema"))
+            self.ema.load(state.tensors("ema"))
         if isinstance(self.engine, ScaledEngine):
             self.engine.loss_scale.load(state.facts["loss_scale"])
 

@@ -231,7 +231,8 @@ def _check_trace(path: Path, places: Mapping[int, _Place], reached: int, proof: 
 
 def _check_states(run_dir: RunDir, lines: Sequence[Line], newest: Mapping[str, Any] | None, proof: Proof) -> None:
     """Compare the newest state with its line, and look for states that the ledger does not know."""
-    from training.state_folder import StateError, load_state, read_manifest  # torch
+    from training.state_folder import load_state
+    from training.state_manifest import StateError, read_manifest  # torch
 
     known = {line.fields["manifest_digest"] for line in lines if line.event in ("state_saved", "chunk_done")}
     reached, unknown, has_newest = newest["global_step"] if newest is not None else 0, [], newest is None

@@ -23,7 +23,8 @@ import numpy as np
 from scripts.bench.result import Bar, Result
 from scripts.bench.trained_list import is_same_list, loss_differences
 from scripts.tiny_run import Launch, TinyRun, make_workspace, tiny_overrides
-from training.state_folder import newest_verified, read_manifest
+from training.state_folder import newest_verified
+from training.state_manifest import read_manifest
 
 _KILLS, _FULL_KILLS = 8, 200
 _NUM_CHUNKS = 3

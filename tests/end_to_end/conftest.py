@@ -1,12 +1,15 @@
 """A tiny run on real pictures, see `scripts.tiny_run`, and one that nobody disturbed."""
 
+import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from scripts.tiny_run import TinyRun, make_workspace, tiny_overrides
+from sharding.schema import Workspace
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +46,15 @@ def uninterrupted(make_run, tmp_path_factory) -> TinyRun:
     run = make_run(tmp_path_factory.mktemp("uninterrupted") / "run")
     run.train_all()
     return run
+
+
+@pytest.fixture(scope="module")
+def with_held_out(real_workspace) -> Iterator[None]:
+    """Set a copy of the first chunk aside for validation."""
+    chunks = Workspace(real_workspace).chunks / "real"
+    folder = chunks / "held-out"
+    shutil.copytree(chunks / "0000", folder, ignore=shutil.ignore_patterns("trained-by-*"))
+    path = folder / "chunk.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"name": "real/held-out", "is_held_out": True}))
+    yield
+    shutil.rmtree(folder)

@@ -1,13 +1,9 @@
 """What is watched changes nothing of what is trained, and a kill -9 loses nothing of what was seen."""
 
-import json
 import re
-import shutil
 
 import pytest
 from PIL import Image
-
-from sharding.schema import Workspace
 
 pytestmark = pytest.mark.slow
 
@@ -17,18 +13,6 @@ WATCHED = (
     "preview.every_steps=5", "validation.chunk='real/held-out'", "validation.every_steps=4", "validation.max_images=4",
     "trackers.tensorboard=true",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def with_held_out(real_workspace):
-    """Set a copy of the first chunk aside for validation."""
-    chunks = Workspace(real_workspace).chunks / "real"
-    folder = chunks / "held-out"
-    shutil.copytree(chunks / "0000", folder, ignore=shutil.ignore_patterns("trained-by-*"))
-    path = folder / "chunk.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"name": "real/held-out", "is_held_out": True}))
-    yield
-    shutil.rmtree(folder)
 
 
 def series(run, name):

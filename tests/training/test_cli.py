@@ -15,7 +15,7 @@ from training.exit_codes import code_of, is_foreseen
 from training.lock import LockHeldError, LockLostError, RunLock
 from training.run_dir import RunDir
 from training.stage_c.weight_files import WeightsError
-from training.state_folder import StateError
+from training.state_manifest import StateError
 
 
 def refusal(capsys, *arguments) -> tuple[int, str]:

@@ -21,7 +21,8 @@ from training.loop import train_epoch
 from training.optimizers import make_optimizer
 from training.position import Position
 from training.state import help_snapshot, take_snapshot
-from training.state_folder import LoadedState, Manifest
+from training.state_folder import LoadedState
+from training.state_manifest import Manifest
 from training.trained import Trained
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -43,11 +44,11 @@ class PartsRecipe(ToyRecipe):
         return {}
 
 
-def train(parallel, *, optimizer=None, ema=False, broken=(), nan_keys=(), state=None):
+def train(parallel, *, optimizer=None, ema=False, broken=(), nan_keys=(), state=None, exact=True, compiled=False):
     """Train the toy plan as one rank; return weights, optimizer tensors and facts (rank 0's) and what was told."""
     torch.set_num_threads(1)
     config = toy_config(parallel=parallel, optimizer=optimizer or {"max_grad_norm": 0.05}, precision={"autocast": "no"})
-    engine = make_engine(config, device=torch.device("cpu"), exact=True)
+    engine = make_engine(config, device=torch.device("cpu"), exact=exact)
     recipe, recorder = PartsRecipe(nan_keys), ListRecorder()
     parameters = [one for one in recipe.module.parameters() if one.requires_grad]
     rate = config.optimizer.learning_rate
@@ -57,6 +58,8 @@ def train(parallel, *, optimizer=None, ema=False, broken=(), nan_keys=(), state=
         made = make_optimizer(
             config.optimizer.name, {"network": parameters}, learning_rates={"network": rate}, eps=config.optimizer.eps
         )
+    if compiled:
+        recipe.module.compile(backend="aot_eager")
     model = engine.prepare(recipe.module, made)
     by_name = dict(recipe.module.named_parameters())
     names = {parameter: name for name, parameter in by_name.items()}
@@ -99,8 +102,10 @@ class SavedState(LoadedState):
     def components(self):
         return tuple(self.saved)
 
-    def component(self, name, *, rank=None):
-        return self.saved[name]
+    def tensors(self, component):
+        return self.saved[component]
+
+    component = tensors
 
 
 def _rank(rank, world_size, port, machines, options, path) -> None:
@@ -188,6 +193,16 @@ def test_optimizers_and_ways_of_sharing_give_the_weights_of_one_process(
     alone = train({}, optimizer=optimizer, **trouble)
 
     ours = train_on(world_size, tmp_path / "run", machines=machines, parallel=parallel, optimizer=optimizer, **trouble)
+
+    assert_same(ours[0], alone)
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_compiled_network(tmp_path):
+    trouble = one_of_everything()
+    alone = train({}, optimizer=ADAM, **trouble)
+
+    ours = train_on(2, tmp_path / "run", parallel={}, optimizer=ADAM, exact=False, compiled=True, **trouble)
 
     assert_same(ours[0], alone)
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from sharding.files import TEMPORARY_MARK
+from training.kept_states import remove_partials, retain
 from training.run_dir import RunDir
 from training.state import StateSaver, take_snapshot
-from training.state_folder import newest_verified, read_manifest, remove_partials, retain
+from training.state_folder import newest_verified
+from training.state_manifest import read_manifest
 
 
 def save(folder: Path, step: int, **options) -> Path:

@@ -7,15 +7,19 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from sharding.files import DiskFullError
-from training import state_folder
+from training import kept_states
+from training.kept_states import remove_partials, retain
 from training.state import StateSaver, check_room, state_bytes, take_snapshot
-from training.state_folder import StateError, load_state, newest_verified, remove_partials, retain, verify_state
+from training.state_folder import load_state, newest_verified
+from training.state_manifest import StateError, verify_state
+from training.tensor_file import shapes_of
 
 
 def allow():
@@ -81,7 +85,6 @@ def test_a_state_loads_as_it_was_saved(tmp_path, asynchronous):
     returned = saver.drain()
 
     assert returned == (folder if asynchronous else None)
-    assert saver.last_saved == folder
     assert saved == [(threading.main_thread(), folder, verify_state(folder).digest)]
     state = load_state(folder)
     assert state.facts == facts
@@ -97,13 +100,12 @@ def test_a_state_loads_as_it_was_saved(tmp_path, asynchronous):
 
 def test_an_asynchronous_save_returns_before_it_is_written_and_reports_on_the_main_thread(tmp_path, monkeypatch):
     go, saved = threading.Event(), []
-    publish = state_folder.publish
+    publish = kept_states.publish
     monkeypatch.setattr("training.state.publish", lambda *paths: (go.wait(10), publish(*paths)))
     saver = StateSaver(asynchronous=True, check=allow, on_saved=lambda folder, digest: saved.append(folder))
 
     saver.save(tmp_path / "state-00000001", snapshot_of(1))
     assert saver.poll() is None
-    assert saver.is_saving
     assert not (tmp_path / "state-00000001").exists()
     go.set()
     while saver.poll() is None:
@@ -212,12 +214,36 @@ def test_a_damaged_state_is_never_loaded(tmp_path, name, harm):
         load_state(path.parent)
 
 
-def test_damage_after_verifying_is_found_while_reading(tmp_path):
+@pytest.mark.parametrize("at", [3, 20, -3])
+def test_damage_after_verifying_is_found_while_reading(tmp_path, at):
     state = load_state(save(tmp_path / "state-00000001", 1))
-    flip_byte(state.folder / "model.safetensors")
+    flip_byte(state.folder / "model.safetensors", at=at)
 
-    with pytest.raises(StateError, match="damaged"):
-        state.component("model")
+    with pytest.raises(StateError, match=r"damaged.*resume from another"):
+        for _ in state.tensors("model").items():
+            pass
+
+
+def test_tensors_of_a_component_are_read_one_at_a_time(tmp_path):
+    saver = StateSaver(asynchronous=False, check=allow)
+    tensors = {f"{number:02d}": torch.full((1000,), float(number)) for number in range(20)}
+    saver.save(tmp_path / "state-00000001", take_snapshot({"model": tensors}, {"global_step": 1}))
+
+    component, read = load_state(tmp_path / "state-00000001").tensors("model"), []
+    for name, tensor in component.items():
+        read.append(weakref.ref(tensor))
+        assert torch.equal(tensor, tensors[name])
+        assert sum(one() is not None for one in read) <= 2
+
+    assert len(read) == 20
+    assert shapes_of(component) == dict.fromkeys(tensors, (1000,))
+
+
+def test_a_component_that_is_not_there_is_named(tmp_path):
+    state = load_state(save(tmp_path / "state-00000001", 1))
+
+    with pytest.raises(StateError, match=r"has no ema\.safetensors; it has .*model\.safetensors"):
+        state.component("ema")
 
 
 def test_the_newest_verified_state_is_chosen_by_its_manifest_not_its_name(tmp_path, caplog):
@@ -309,65 +335,6 @@ def test_a_kill_between_the_two_renames_of_a_replacement_leaves_a_state(tmp_path
     save(folder, 4)
     retain(tmp_path, keep_last=1)
     assert list(tmp_path.iterdir()) == [folder]
-
-
-# --- several ranks ---
-
-
-def run_ranks(folder, snapshots, **options):
-    outcomes = {}
-
-    def run(rank):
-        saver = StateSaver(asynchronous=True, check=allow, rank=rank, num_ranks=len(snapshots), **options)
-        try:
-            saver.save(folder, snapshots[rank], token="12-1")
-            outcomes[rank] = saver.drain()
-        except Exception as error:
-            outcomes[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(snapshots))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
-
-
-def rank_snapshot(rank):
-    tensors = {"model": {"part": torch.full((2,), float(rank))}}
-    if rank == 0:
-        tensors["tables"] = {"t": torch.ones(1)}
-    return take_snapshot(tensors, {"global_step": 1}, sharded=["model"])
-
-
-def test_ranks_meet_through_done_files_and_rank_0_publishes(tmp_path):
-    folder = tmp_path / "state-00000001"
-
-    outcomes = run_ranks(folder, [rank_snapshot(rank) for rank in range(3)])
-
-    assert outcomes == {0: folder, 1: folder, 2: folder}
-    state = load_state(folder)
-    assert state.num_ranks("model") == 3
-    assert state.num_ranks("tables") == 0
-    assert [state.component("model", rank=rank)["part"][0].item() for rank in range(3)] == [0.0, 1.0, 2.0]
-    assert not list(folder.glob("done*"))
-
-
-def test_when_one_rank_fails_nothing_is_published_and_all_ranks_know(tmp_path):
-    snapshots = [rank_snapshot(0), take_snapshot({"tables": {"t": torch.ones(1)}}, {"global_step": 1})]
-
-    outcomes = run_ranks(tmp_path / "state-00000001", snapshots)
-
-    assert all(isinstance(outcome, StateError) for outcome in outcomes.values())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_rank_that_never_comes_ends_in_an_error(tmp_path):
-    saver = StateSaver(asynchronous=True, check=allow, num_ranks=2, wait_seconds=0.1)
-    saver.save(tmp_path / "state-00000001", rank_snapshot(0), token="12-1")
-
-    with pytest.raises(StateError, match="rank 1 did not finish"):
-        saver.drain()
 
 
 # --- kill -9 ---

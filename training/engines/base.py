@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from training.tensor_file import NamedTensors
 from training.tensor_parts import InParts
 
 
@@ -63,13 +64,13 @@ class Engine(Protocol):
     def weights_in_parts(self) -> dict[str, Tensor | InParts] | None:
         """Return the module's weights as they are now, to export; None where the module itself holds whole ones."""
 
-    def load_model_state(self, tensors: dict[str, Tensor]) -> None:
-        """Copy whole tensors into the module. Raises ValueError naming missing or unexpected keys."""
+    def load_model_state(self, tensors: NamedTensors) -> None:
+        """Copy whole tensors into the module, one at a time. Raises ValueError naming missing or unexpected keys."""
 
     def optimizer_state(self, names: Mapping[nn.Parameter, str]) -> tuple[dict[str, Tensor | InParts], dict[str, Any]]:
         """Return what `training.optimizer_state.optimizer_tensors` does; tensors may lie in parts. names: prepared."""
 
     def load_optimizer_state(
-        self, tensors: dict[str, Tensor], facts: Mapping[str, Any], names: Mapping[nn.Parameter, str]
+        self, tensors: NamedTensors, facts: Mapping[str, Any], names: Mapping[nn.Parameter, str]
     ) -> None:
-        """Take over whole tensors, from any engine. Raises OptimizerStateError."""
+        """Take over whole tensors, from any engine, one at a time. Raises OptimizerStateError."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from training.engines.plain import PlainEngine
 from training.optimizer_state import OWNED_BY_THE_LAUNCH, load_optimizer_tensors, optimizer_tensors
 from training.optimizers import MissingPackageError
+from training.tensor_file import NamedTensors, shapes_of
 from training.tensor_parts import InParts
 
 
@@ -47,8 +48,9 @@ class ZeroEngine(PlainEngine):
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Move the module to the device, and hand both to DeepSpeed."""
         self._module, self._optimizer = module.to(self.device), optimizer
-        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._shapes = {name: p.shape for name, p in module.named_parameters()}
+        self._by_name = dict(module.named_parameters())
+        self._trained = {name: p for name, p in self._by_name.items() if p.requires_grad}
+        self._shapes = {name: p.shape for name, p in self._by_name.items()}
         names = {parameter: name for name, parameter in self._trained.items()}
         self._members = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
         self._deepspeed, self._zero, *_ = self._library.initialize(
@@ -139,25 +141,19 @@ class ZeroEngine(PlainEngine):
         """Return the module's weights as they are now where it does not hold whole ones."""
         return self.model_state() if self.stage == 3 else None
 
-    def load_model_state(self, tensors: dict[str, Tensor]) -> None:
-        """Copy whole tensors into weights and their parts. Raises ValueError naming missing or unexpected keys."""
-        assert self._module is not None
-        own: dict[str, Any] = {**self._module.state_dict(), **self._shapes}
-        shapes = {name: tuple(getattr(one, "shape", one)) for name, one in own.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if wrong := sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name)):
-            raise ValueError(f"the state does not fit the network of this run: {', '.join(wrong[:5])} ({len(wrong):,})")
-        with torch.no_grad():
-            for name, buffer in self._module.named_buffers():
-                buffer.copy_(tensors[name])
-            for name, parameter in self._module.named_parameters():
-                if self.stage == 3:
-                    with self._library.zero.GatheredParameters([parameter], modifier_rank=0):
-                        parameter.copy_(tensors[name])
-                else:
-                    parameter.copy_(tensors[name])
-                if name in self._trained:
-                    self._set(parameter, tensors[name], slot=None)
+    def _put(self, name: str, target: Any, tensor: Tensor) -> None:
+        """Copy a whole tensor into a weight and its parts."""
+        parameter = self._by_name.get(name)
+        if parameter is None:  # a buffer
+            target.copy_(tensor)
+            return
+        if self.stage == 3:
+            with self._library.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(tensor)
+        else:
+            parameter.copy_(tensor)
+        if name in self._trained:
+            self._set(parameter, tensor, slot=None)
 
     def _set(self, parameter: Any, value: Tensor, *, slot: str | None) -> None:
         """Put this process's part of a whole tensor where DeepSpeed keeps it; slot: of the optimizer, None: weights."""
@@ -166,11 +162,12 @@ class ZeroEngine(PlainEngine):
             put = utils.safe_set_full_fp32_param if slot is None else utils.safe_set_full_optimizer_state
             put(parameter, value, *extra)
             return
-        num = parameter.ds_tensor.numel()  # the last rank's part is filled up
-        flat = torch.zeros(num * self.world_size, dtype=value.dtype)
-        flat[: value.numel()] = value.reshape(-1)
+        num = parameter.ds_tensor.numel()
+        own = value.reshape(-1)[num * self.rank : num * (self.rank + 1)]
+        part = torch.zeros(num, dtype=value.dtype)  # the last rank's is filled up
+        part[: own.numel()] = own
         put = utils.safe_set_local_fp32_param if slot is None else utils.safe_set_local_optimizer_state
-        put(parameter, flat[num * self.rank : num * (self.rank + 1)], *extra)
+        put(parameter, part, *extra)
 
     # --- the optimizer's state ---
 
@@ -203,30 +200,33 @@ class ZeroEngine(PlainEngine):
         return state, facts
 
     def load_optimizer_state(
-        self, tensors: dict[str, Tensor], facts: Mapping[str, Any], names: Mapping[nn.Parameter, str]
+        self, tensors: NamedTensors, facts: Mapping[str, Any], names: Mapping[nn.Parameter, str]
     ) -> None:
         """Take over a whole state, from any engine. names: not read. Raises OptimizerStateError."""
         assert self._optimizer is not None
         stand_in, own_names = self._stand_in()
-        load_optimizer_tensors(stand_in, tensors, facts, own_names)
+        without_memory = {key: torch.empty(shape, device="meta") for key, shape in shapes_of(tensors).items()}
+        load_optimizer_tensors(stand_in, without_memory, facts, own_names, place=lambda tensor, *_: tensor)
         for group, loaded in zip(self._optimizer.param_groups, stand_in.param_groups, strict=True):
             group.update({key: loaded[key] for key in loaded if key not in {*OWNED_BY_THE_LAUNCH, "params"}})
         self._make_state(next(iter(stand_in.state.values()), {}))
         for key, tensor in tensors.items():
             slot, _, name = key.partition("/")
-            if tensor.shape == self._shapes[name] and tensor.ndim:
+            if tensor.ndim == 0:  # such as the number of steps, the same for all parameters
+                for state in self._optimizer.state.values():
+                    state[slot] = tensor.clone()
+            elif tensor.shape == self._shapes[name]:
                 self._set(self._trained[name], tensor, slot=slot)
 
     def _make_state(self, example: Mapping[str, Any]) -> None:
-        """Give every flat part a state like that of `example`, all zeros but for what is one number."""
+        """Give every flat part a state like that of `example`: zeros for tensors, and what is one number as it is."""
         assert self._optimizer is not None
         zero, state = self._zero, self._optimizer.state
         flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         state.clear()
         for flat in flats if example else ():
             state[flat] = {
-                slot: torch.zeros_like(flat) if isinstance(value, Tensor) and value.is_meta else copy.copy(value)
-                for slot, value in example.items()
+                slot: torch.zeros_like(flat) if _is_flat(value) else copy.copy(value) for slot, value in example.items()
             }
         if self.stage < 3:
             zero._hp_optimizer_states_linked = False

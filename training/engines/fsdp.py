@@ -94,31 +94,14 @@ class FsdpEngine(PlainEngine):
         """Return the module's weights as they are now."""
         return self.model_state()
 
-    def load_model_state(self, tensors: dict[str, Tensor]) -> None:
-        """Copy whole tensors into the parts. Raises ValueError naming missing or unexpected keys."""
-        own: dict[str, Any] = {**self.model_state()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if wrong := sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name)):
-            raise ValueError(
-                f"the state does not fit the network of this run: {', '.join(wrong[:5])} ({len(wrong):,} in all) are "
-                "missing, unexpected or of another shape"
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                part = part_of(tensors[name], tensor) if hasattr(tensor, "device_mesh") else tensors[name]
-                local(tensor).copy_(local(part))
+    def _put(self, name: str, target: Any, tensor: Tensor) -> None:
+        """Cut this process's part out of a whole tensor of the module."""
+        part = part_of(tensor, target) if hasattr(target, "device_mesh") else tensor
+        local(target).copy_(local(part))
 
-    def load_optimizer_state(
-        self, tensors: dict[str, Tensor], facts: Mapping[str, Any], names: Mapping[nn.Parameter, str]
-    ) -> None:
-        """Cut up a whole state and take over the parts. Raises OptimizerStateError."""
-        by_name = {name: parameter for parameter, name in names.items()}
-        parts = {}
-        for key, tensor in tensors.items():
-            slot, _, name = key.partition("/")
-            parts[key] = part_of(tensor, by_name[name], slot=slot) if name in by_name else tensor
-        super().load_optimizer_state(parts, facts, names)
+    def _placed(self, tensor: Tensor, slot: str, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
+        """Cut this process's part out of a whole tensor of the optimizer's state."""
+        return part_of(tensor, parameter, slot=slot) if tensor.ndim else super()._placed(tensor, slot, parameter, group)
 
 
 def _start_adafactor(optimizer: torch.optim.Optimizer) -> None:

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from training.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from training.optimizer_state import load_optimizer_tensors, optimizer_tensors, placed
 from training.precision import total_norm
+from training.tensor_file import NamedTensors, shapes_of
 from training.tensor_parts import InParts
 
 _REDUCE_ELEMENTS = 32 << 20  # gradients are copied together in groups of at most this many elements (128 MB in fp32)
@@ -120,13 +121,23 @@ class PlainEngine:
         """Return None: the module holds its weights."""
         return None
 
-    def load_model_state(self, tensors: dict[str, Tensor]) -> None:
-        """Copy tensors into the module. Raises ValueError naming missing or unexpected keys."""
-        assert self._module is not None
-        try:
-            self._module.load_state_dict(tensors, strict=True)
-        except RuntimeError as error:
-            raise ValueError(f"the state does not fit the network of this run: {error}") from error
+    def load_model_state(self, tensors: NamedTensors) -> None:
+        """Copy whole tensors into the module, one at a time. Raises ValueError naming missing or unexpected keys."""
+        own = self.model_state()
+        shapes, found = {name: tuple(tensor.shape) for name, tensor in own.items()}, shapes_of(tensors)
+        if wrong := sorted(name for name in {*shapes, *found} if shapes.get(name) != found.get(name)):
+            raise ValueError(
+                f"the state does not fit the network of this run: {', '.join(wrong[:5])} ({len(wrong):,} in all) are "
+                "missing, unexpected or of another shape"
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                self._put(name, own[name], tensor)
+                del tensor  # before the next one is read
+
+    def _put(self, name: str, target: Any, tensor: Tensor) -> None:
+        """Copy one whole tensor of the module to where it lies."""
+        target.copy_(tensor)
 
     def optimizer_state(self, names: Mapping[nn.Parameter, str]) -> tuple[dict[str, Tensor | InParts], dict[str, Any]]:
         """Return the optimizer's tensors by slot and parameter, not copies, and its other facts."""
@@ -135,11 +146,15 @@ class PlainEngine:
         return {**tensors}, facts
 
     def load_optimizer_state(
-        self, tensors: dict[str, Tensor], facts: Mapping[str, Any], names: Mapping[nn.Parameter, str]
+        self, tensors: NamedTensors, facts: Mapping[str, Any], names: Mapping[nn.Parameter, str]
     ) -> None:
         """Take over a state. Raises OptimizerStateError."""
         assert self._optimizer is not None
-        load_optimizer_tensors(self._optimizer, tensors, facts, names)
+        load_optimizer_tensors(self._optimizer, tensors, facts, names, place=self._placed)
+
+    def _placed(self, tensor: Tensor, slot: str, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
+        """Return what the optimizer keeps of a whole tensor of its state."""
+        return placed(tensor, slot, parameter, group)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         assert self._module is not None

@@ -97,7 +97,7 @@ def _take_weights(trained: Trained, files: KohyaFiles, report: Imported) -> None
             report.left.append(f"{what} in {path.name}: the run does not train it; stage_c.text_encoder may name it")
         elif expected:
             report.left.append(f"{what}: not there; it is as the run's settings name it")
-    trained.engine.load_model_state({**own, **taken})  # type: ignore[arg-type]
+    trained.engine.load_model_state({**own, **taken})  # type: ignore[dict-item]
     if trained.ema is not None:
         weights = trained.engine.model_state()
         trained.ema.load({name: weights[name] for name in trained.ema.tensors()})  # type: ignore[misc]
