@@ -90,7 +90,8 @@ def _read_words(
             following.append(rest.pop(0))
         name = _full_name(written, flags, preferred)
         if not word.startswith("--") or name is None:
-            unknown.append(Unknown(word, " ".join(following), _nearest(written, flags).removeprefix("; ")))
+            title = word.partition("=")[0] if equals else word
+            unknown.append(Unknown(title, " ".join(following), _nearest(written, flags).removeprefix("; ")))
             continue
         flag = flags[name]
         if flag.kind == "switch":

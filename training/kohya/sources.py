@@ -23,7 +23,7 @@ def given_by_command(text: str) -> Given:
     read_launcher(command.launcher, given)
     read_arguments(command.arguments, given)
     if path := given.value("config_file"):
-        given.take(read_config_file(Path(path)), source=Path(path).name, wins=False)
+        given.take(read_config_file(Path(path)), source=f"{Path(path).name.removesuffix('.toml')}.toml", wins=False)
     return _with_dataset_config(given)
 
 

@@ -75,11 +75,11 @@ ELSEWHERE: list[tuple[str, str | None, str, tuple[str, str]]] = [
     ("save_state", REMOVED, "Always so: a state at every save.every_steps", ("", "")),
     ("caption_extension", ".caption", "`sharding import-kohya` reads .txt", ("", "")),
     ("persistent_data_loader_workers", REMOVED, "Always so: workers live as long as the chunk", ("", "")),
-    ("train_data_dir", "/pictures", "Pictures become chunks first", ("combined-0004/0005 --output", "/pictures --output")),
+    ("train_data_dir", "/mine", "Pictures become chunks first", ("combined-0004/0005 --output", "/mine --output")),
     ("in_json", "/mine.json", "`sharding import-kohya --metadata`", ("/0005.json", "--metadata /mine.json")),
     ("output_dir", "/runs/mine", "--run-dir of the commands", ("wr3_3b-4/run", "--run-dir /runs/mine")),
     ("logging_dir", REMOVED, "Files go to RUN/tensorboard", ("", "")),
-    ("resume", "/mine-state", "taken over by `training import-state`", ("sotediffusion-wr3_3b-state", "/mine-state run.toml")),
+    ("resume", "/mine-state", "taken over by `training import-state`", ("3b-state run.toml", "/mine-state run.toml")),
 ]  # fmt: skip
 
 

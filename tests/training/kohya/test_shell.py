@@ -10,7 +10,7 @@ def test_a_script_with_other_lines_gives_the_one_command():
     command = read_shell(
         "#!/bin/bash\n# train\ncd sd-scripts && source venv/bin/activate\nMODEL=/m/sd\nexport OUT='/out put'\n"
         'CUDA_VISIBLE_DEVICES=1 accelerate launch --num_processes 2 "./sdxl_train.py" \\\n'
-        '  --pretrained_model_name_or_path "$MODEL/x.safetensors" --output_dir=${OUT}/a --seed $UNSET | tee log; echo done\n'
+        '  --pretrained_model_name_or_path "$MODEL/x.safetensors" --output_dir=${OUT}/a --seed $UNSET | tee log; echo\n'
     )
 
     assert command.environment == {"CUDA_VISIBLE_DEVICES": "1"}
@@ -29,11 +29,11 @@ def test_operators_in_quotes_are_text(value):
 @pytest.mark.parametrize("continued", ["^\r\n", "`\n", "\\\n"])
 def test_windows_commands_keep_their_backslashes(continued):
     command = read_shell(
-        f'accelerate launch {continued} "D:\\kohya\\train_db.py" {continued} --output_dir="D:\\new models" --vae E:\\v.pt'
+        f'accelerate launch {continued} "D:\\kohya\\train_db.py" {continued} --output_dir="D:\\new one" --vae E:\\v.pt'
     )
 
     assert command.script == "train_db"
-    assert command.arguments == ("--output_dir=D:\\new models", "--vae", "E:\\v.pt")
+    assert command.arguments == ("--output_dir=D:\\new one", "--vae", "E:\\v.pt")
 
 
 @pytest.mark.parametrize(
