@@ -36,17 +36,22 @@ def picture_size(bucket: Bucket, encode_scale: float) -> str:
     return f"{round(bucket.width / encode_scale)}x{round(bucket.height / encode_scale)}"
 
 
+def decoded_size(config: RunConfig) -> tuple[int, int]:
+    """Return the size in which other programs draw the latents of a picture of `buckets.resolution`."""
+    width, height = (latent_side(side, config.stage_c.encode_scale) for side in config.buckets.resolution)
+    return round(width * DECODED_PIXELS), round(height * DECODED_PIXELS)
+
+
 def density_text(config: RunConfig) -> str:
     """Return what becomes of a picture of `buckets.resolution`, step by step."""
     resolution, scale = config.buckets.resolution, config.stage_c.encode_scale
     encoded = [round(side * scale) for side in resolution]
     latent = [latent_side(side, scale) for side in resolution]
-    decoded = [round(side * DECODED_PIXELS) for side in latent]
     steps = [
         f"a picture of buckets.resolution {_times(resolution)}",
         f"{_times(encoded)} pixels in the encoder (stage_c.encode_scale {scale:g})",
         f"{_times(latent)} latents",
-        f"{_times(decoded)} pixels when decoded",
+        f"{_times(decoded_size(config))} pixels when decoded",
     ]
     return " → ".join(steps)
 

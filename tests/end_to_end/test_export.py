@@ -75,7 +75,7 @@ def test_the_header_says_whose_weights_they_are(trained, exported):
         "chunkline.chunk": FIRST,
         "chunkline.global_step": str(saved["fields"]["global_step"]),
         "modelspec.author": "nobody",
-        "modelspec.resolution": "341x341",  # 256 is what the encoder sees, at 3/4
+        "modelspec.resolution": "256x256",  # at 3/4 6x6 latents, which decode to that
         "modelspec.date": saved["time"],
         "ss_optimizer": "adamw",
         "ss_steps": str(saved["fields"]["global_step"]),

@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 
 from tests.training.toy import toy_config
-from training.latent_sizes import check_previews, density_text, latent_side, previews_text
+from training.latent_sizes import check_previews, decoded_size, density_text, latent_side, previews_text
 from training.plan_report import plan_report
 from training.plan_totals import RunTotals
 from training.plans import batch_plan
@@ -83,3 +83,8 @@ def test_previews_of_a_size_that_is_not_trained_are_warned_of():
     assert "preview 1 ('poster') is drawn with 48x24 latents, but this chunk's buckets have" in large
     assert "'stamp') is drawn with 12x12 latents" in small
     assert warnings(config_of(0.75)) == []
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(0.75, (1024, 1024)), (1.0, (1365, 1365)), (0.5, (683, 683))])
+def test_other_programs_draw_the_trained_latents_in_another_size_unless_the_scale_is_three_quarters(scale, expected):
+    assert decoded_size(config_of(scale)) == expected

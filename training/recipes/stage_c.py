@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from training.chunk_data import Batch
 from training.config import Prompt, RunConfig
+from training.latent_sizes import decoded_size
 from training.latents.store import encoder_digests
 from training.precision import DTYPES
 from training.recipes.base import ExportFile, Loss, SampleResult
@@ -174,7 +175,7 @@ class StageC:
     ) -> list[ExportFile]:
         """Write the formats of `save.export_formats`, see `training.stage_c.export`; adapters and tokens in theirs."""
         save, adapters = self._config.save, self._adapters
-        width, height = (round(side / self._settings.encode_scale) for side in self._config.buckets.resolution)
+        width, height = decoded_size(self._config)
         header = {
             **modelspec(title=self._config.name, width=width, height=height, extra=save.modelspec),
             **metadata,
