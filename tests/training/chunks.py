@@ -26,7 +26,9 @@ def encode(image, image_format="JPEG"):
     return buffer.getvalue()
 
 
-def make_chunk(folder, num_samples=24, shard_size=10, images=None, index_size=None, masks=None, name="newest/0000"):
+def make_chunk(
+    folder, num_samples=24, shard_size=10, images=None, index_size=None, masks=None, name="newest/0000", **facts
+):
     """images, masks: {number: bytes}; index_size: {number: (width, height)} lies about a size."""
     samples = []
     for number in range(num_samples):
@@ -47,7 +49,7 @@ def make_chunk(folder, num_samples=24, shard_size=10, images=None, index_size=No
         shards.append(shard)
         rows += shard_rows
     return commit_chunk(
-        folder, rows, name=name, shards=shards, policy="default", shard_policy="default", made_from="", seed=0
+        folder, rows, name=name, shards=shards, policy="default", shard_policy="default", made_from="", seed=0, **facts
     )
 
 

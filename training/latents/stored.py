@@ -1,15 +1,13 @@
-"""Read latents and text outputs by id: pread at an offset, in whatever process asks.
+"""Read latents and text outputs by id: some bytes at an offset, in whatever process asks.
 
 Not by mmap, although the layout allows it: a network file system that loses the file would end the process with SIGBUS
 instead of an error that names it.
 """
 
-import os
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +40,7 @@ class StoredTensors:
         self._folder, self._num_parts, self._with_checksum = folder, num_parts, with_checksum
         self._places: dict[str, Place] = {}
         self._dtype = torch.float32
-        self._files: dict[int, int] = {}
+        self._files: dict[int, IO[bytes]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_places": {}, "_files": {}}
@@ -71,16 +69,17 @@ class StoredTensors:
 
     def close(self) -> None:
         """Close the files this process has open; the next read opens them again."""
-        for descriptor in self._files.values():
-            with suppress(OSError):
-                os.close(descriptor)
+        for file in self._files.values():
+            file.close()
         self._files = {}
 
     def _read(self, place: Place) -> bytes:
         try:
             if place.part not in self._files:
-                self._files[place.part] = os.open(self._path(place.part), os.O_RDONLY)
-            data = os.pread(self._files[place.part], place.num_bytes, place.offset)
+                self._files[place.part] = self._path(place.part).open("rb", buffering=0)
+            file = self._files[place.part]
+            file.seek(place.offset)
+            data = file.read(place.num_bytes)
         except OSError as error:
             raise LatentsError(f"{self._path(place.part)}: cannot be read: {error}") from error
         if len(data) != place.num_bytes:

@@ -17,7 +17,7 @@ class Encoded(Protocol):
 
     @property
     def values(self) -> Tensor:
-        """(B, C, h, w) float32."""
+        """(B, C, h, w) float32: what the recipe makes latents of; for a VAE that is drawn from, mean and variance."""
 
     @property
     def broken(self) -> Mapping[int, str]:

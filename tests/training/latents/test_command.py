@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from sharding.chunk import open_chunk
+from tests.training.chunks import make_chunk
 from tests.training.latents.conftest import NAME, CountingEncoder
-from training.chunk_data import ChunkData, ChunkSource
+from training.chunk_data import ChunkData, ChunkSource, make_loader
 from training.errors import BrokenDataError
 from training.latents.ahead import ahead_of
 from training.latents.command import encode_latents
 from training.latents.parts import LatentsError
-from training.plans import batch_plan, caption_settings, pixel_settings
+from training.plans import batch_plan, caption_settings, pixel_settings, still_pixel_settings
+from training.run_dir import RunDir
+from training.validation import validation_plan
 
 
 def run(config, **options):
@@ -23,15 +26,19 @@ def run(config, **options):
 
 def load(config, chunk, *, epoch=0, ahead=True):
     """Return the batches of an epoch, from latents or from pixels."""
+    data = data_from(config, chunk, epoch=epoch, ahead=ahead)
+    return [data[item] for item in range(len(data))]
+
+
+def data_from(config, chunk, *, epoch=0, ahead=True):
     index, pixels, captions = chunk.read_index(), pixel_settings(config), caption_settings(config)
     plans = [batch_plan(index, chunk.name, config=config, epoch=one) for one in range(config.data.epochs)]
     found = None
     if ahead:
         found = ahead_of(index, plans, config=config, pixels=pixels, captions=captions, from_main=lambda ask: ask())
-    data = ChunkData(
+    return ChunkData(
         ChunkSource.of_chunk(chunk), plans[epoch], rank=0, world_size=1, pixels=pixels, captions=captions, ahead=found
     )
-    return [data[item] for item in range(len(data))]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +236,49 @@ def test_the_encoders_file_is_not_needed_to_train(make_config, chunk, encoders, 
     assert store.encoder_digests(config, "latents") == encoders["image"].digests()
     with pytest.raises(LatentsError, match="effnet: gone"):
         load(make_config(latents={"dtype": "bf16"}), chunk)
+
+
+def test_workers_encode_and_read_as_the_training_process_does(make_config, chunk, encoders, tmp_path):
+    config, workers = make_config(), make_config(data={"workers": 1})
+    run(config, output=tmp_path / "one")
+    run(workers, output=tmp_path / "two")
+
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).rglob("part-*")} for name in ("one", "two")]
+    assert files[0] == files[1]
+    ahead = data_from(make_config(latents={"folder": tmp_path / "two"}), chunk)
+    loader = make_loader(ahead, workers=1)
+    for item, batch in enumerate(loader):
+        assert torch.equal(batch.latents, ahead[item].latents)
+    assert item == len(ahead) - 1
+
+
+def test_validation_reads_latents_cut_at_the_centre_whatever_training_does(make_config, workspace, encoders):
+    name = "newest/held-out"
+    held_out = make_chunk(workspace / "chunks" / name, num_samples=9, name=name, is_held_out=True)
+    config = make_config(data={"crop": "focus", "horizontal_flip": True}, validation={"chunk": name, "max_images": 7})
+    lines = run(config)
+
+    index, pixels, captions = held_out.read_index(), still_pixel_settings(config), caption_settings(config)
+    plan = validation_plan(index, name, config=config)
+    ahead = ahead_of(index, [plan], config=config, pixels=pixels, captions=captions, from_main=lambda ask: ask())
+    source = ChunkSource.of_chunk(held_out)
+    data, plain = (ChunkData(source, plan, rank=0, world_size=1, pixels=pixels, ahead=a) for a in (ahead, None))
+
+    assert any(line.startswith(f"{name} latents: 7 rows") for line in lines)
+    for item in range(len(data)):
+        assert torch.equal(data[item].latents, encoders["image"].encode(plain[item].images).values)
+
+
+def test_a_run_that_has_started_a_chunk_gets_the_latents_of_its_copy(make_config, chunk, tmp_path, encoders):
+    config, run_dir = make_config(), RunDir(tmp_path / "run")
+    started = run_dir.start_chunk(chunk)
+    make_chunk(chunk.folder, num_samples=6)
+
+    run(config, root=run_dir.root)
+
+    assert len(load(config, started)) > 0
+    with pytest.raises(LatentsError, match="of other pictures"):
+        load(config, open_chunk(chunk.folder))
 
 
 def test_shards_are_not_needed_but_for_masks(make_config, chunk, encoders):
