@@ -44,7 +44,7 @@ ELEMENTS = 4 * 4096 * 4096
 
 def bytes_per_parameter(**values):
     strategy = Strategy("test", **values)
-    return fixed_bytes(strategy, MATRICES, frozen_elements=0, largest_unit_elements=0)
+    return fixed_bytes(strategy, MATRICES, frozen_bytes=0, largest_unit_elements=0)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,8 @@ def test_the_real_architecture_has_the_published_number_of_parameters():
     config = toy_config(stage_c={"train_text_encoder": True, "gradient_checkpointing": True})
 
     architecture = architecture_of(config)
-    trained, beside, num_frozen = shapes_of(architecture)
+    shapes = shapes_of(architecture)
+    trained, beside, num_frozen = shapes.trained, shapes.beside, shapes.num_frozen
 
     assert sum(s.numel() for s in (*trained.values(), *beside.values())) == 3_589_103_632 + 694_659_840
     assert list(beside) == ["network.clip_img_mapper.weight"]
@@ -265,11 +266,35 @@ def test_the_image_model_is_counted_and_its_mapper_trained_where_pictures_are_sh
     )
 
     assert (given.image_parameters, published.image_parameters) == (8 * 12 + 4 * 8, CLIP_L_PARAMETERS)
-    (plain, beside, frozen), (trained, beside_trained, more_frozen) = (
-        shapes_of(replace(TINY, image_parameters=number)) for number in (0, 128)
+    plain, more = (shapes_of(replace(TINY, image_parameters=number)) for number in (0, 128))
+    assert set(more.trained) - set(plain.trained) == set(plain.beside) == {"network.clip_img_mapper.weight"}
+    assert not more.beside and more.num_frozen - plain.num_frozen == 128
+
+
+def test_adapters_are_what_is_trained_and_the_base_below_is_frozen_in_its_own_format():
+    whole = shapes_of(architecture_of(toy_config()))
+    lora = {"rank": 4, "text_encoder": {}}
+
+    by_format = {
+        name: shapes_of(
+            architecture_of(
+                toy_config(
+                    lora={**lora, "base_weights": name},
+                    tokens={"train": [{"token": "[it]"}, {"existing": "^dog</w>$"}]},
+                )
+            )
+        )
+        for name in ("fp32", "bf16")
+    }
+
+    shapes = by_format["bf16"]
+    assert (
+        sum(shape.numel() for shape in shapes.trained.values())
+        == 64 * 4 * (2048 * 4 + 2048 * 2) + 32 * 4 * (4 * 1280 * 2 + 2 * (1280 + 5120)) + 2 * 1280
     )
-    assert set(trained) - set(plain) == set(beside) == {"network.clip_img_mapper.weight"} and not beside_trained
-    assert more_frozen - frozen == 128
+    assert shapes.num_frozen == whole.num_frozen + 3_589_103_632
+    assert by_format["fp32"].frozen_bytes - shapes.frozen_bytes == 2 * (3_589_103_632 + 694_659_840)
+    assert not shapes.beside
 
 
 @pytest.mark.slow

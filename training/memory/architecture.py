@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from training.config import RunConfig
+from training.lora.frozen_base import frozen_base
 from training.stage_c.effnet import EffNetConfig
 from training.stage_c.effnet import config_from_state_dict as effnet_config_from
+from training.stage_c.formats import file_in_folder
 from training.stage_c.layouts import ANCHOR, to_original
 from training.stage_c.network import StageCConfig, config_from_state_dict
 from training.stage_c.network_config import config_from_diffusers, config_from_metadata
 from training.stage_c.text import BOS_ID, EOS_ID
 from training.stage_c.text_files import ANCHOR as TEXT_ANCHOR
 from training.stage_c.text_files import CONFIG_METADATA_KEY as TEXT_CONFIG_METADATA_KEY
+from training.stage_c.text_files import text_file_in_folder
 from training.stage_c.weight_files import TORCH_SUFFIXES, locate_component
 
 if TYPE_CHECKING:
@@ -51,6 +54,8 @@ class Architecture:
     """Of the frozen CLIP image model; 0 where no picture is shown to the network."""
     freeze: tuple[str, ...] = ()
     """Patterns of parameters that are not trained."""
+    adapters: RunConfig | None = None
+    """The settings, where they have [lora] or [tokens]."""
     assumed: tuple[str, ...] = ()
     """What was not found here and is taken for the published model."""
 
@@ -79,8 +84,9 @@ def architecture_of(config: RunConfig) -> Architecture:
     if settings.image_encoder is not None:
         num_image = _image_parameters(settings.image_encoder) or CLIP_L_PARAMETERS
     return Architecture(
-        network, text, effnet, settings.train_text_encoder, num_image, config.optimizer.freeze, tuple(assumed)
-    )
+        network, text, effnet, settings.train_text_encoder, num_image, config.optimizer.freeze,
+        config if config.lora is not None or config.tokens is not None else None, tuple(assumed),
+    )  # fmt: skip
 
 
 def read_shapes(path: Path, *, anchor: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -102,7 +108,7 @@ def read_shapes(path: Path, *, anchor: str) -> tuple[dict[str, Tensor], dict[str
 
 
 def _network_config(path_or_id: str) -> StageCConfig | None:
-    path = Path(path_or_id)
+    path = file_in_folder(Path(path_or_id))
     if path.is_dir():
         folder = Path(locate_component(path, "prior", file_name="config.json")[0])
         published = json.loads((folder / "config.json").read_text("utf-8"))
@@ -116,7 +122,7 @@ def _network_config(path_or_id: str) -> StageCConfig | None:
 def _text_config(path_or_id: str) -> "CLIPTextConfig | None":
     from transformers import CLIPTextConfig
 
-    path = Path(path_or_id)
+    path = text_file_in_folder(Path(path_or_id))
     if path.is_dir():
         folder = locate_component(path, "text_encoder", file_name="config.json")[0]
         config: CLIPTextConfig = CLIPTextConfig.from_pretrained(folder)
@@ -155,25 +161,43 @@ def make_modules(architecture: Architecture) -> "tuple[StageCModel, nn.Module, n
     from training.stage_c.text import TextConditioner
 
     text = TextConditioner(CLIPTextModelWithProjection(architecture.text))
-    is_trained = architecture.train_text_encoder
-    text.train(is_trained).requires_grad_(is_trained)
+    config = architecture.adapters
+    has_gradients = architecture.train_text_encoder or (config is not None and config.trains_in_text_encoder)
+    text.train(has_gradients).requires_grad_(architecture.train_text_encoder)
     network = StageCNetwork(architecture.network)
     network.clip_img_mapper.weight.requires_grad_(architecture.image_parameters > 0)
-    model = StageCModel(network, text if is_trained else None).train()
+    model = StageCModel(network, text if has_gradients else None).train()
+    if config is not None:
+        from training.stage_c.adapters import StageCAdapters
+        from training.stage_c.text import load_tokenizer
+
+        StageCAdapters(config, model, load_tokenizer("builtin"), is_empty=True)
     if architecture.freeze:
         freeze(model, architecture.freeze)
     effnet = EffNetEncoder(architecture.effnet).requires_grad_(False)
-    return model, effnet, None if is_trained else text
+    return model, effnet, None if has_gradients else text
 
 
-def shapes_of(architecture: Architecture) -> tuple[Mapping[str, torch.Size], Mapping[str, torch.Size], int]:
-    """Return shapes of the trained parameters, of those that stay as they are beside them, and frozen elements.
+@dataclass(frozen=True)
+class Shapes:
+    """What is in memory, whole. beside: saved in states, but without gradient; frozen: neither."""
 
-    The second are saved in states, but have no gradient; the last is the number of elements of frozen networks.
-    """
+    trained: Mapping[str, torch.Size]
+    beside: Mapping[str, torch.Size]
+    num_frozen: int
+    frozen_bytes: int
+
+
+def shapes_of(architecture: Architecture) -> Shapes:
+    """Return the shapes of parameters, and the sizes of frozen networks, a base below adapters among them."""
     with torch.device("meta"):
         model, *others = make_modules(architecture)
-    trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    beside = {name: p.shape for name, p in model.named_parameters() if not p.requires_grad}
-    frozen = sum(p.numel() for module in others if module is not None for p in module.parameters())
-    return trained, beside, frozen + architecture.image_parameters
+    base = frozen_base(model)
+    named = {name: p for name, p in model.named_parameters() if name not in base}
+    trained = {name: p.shape for name, p in named.items() if p.requires_grad}
+    beside = {name: p.shape for name, p in named.items() if not p.requires_grad}
+    below = [p for name, p in model.named_parameters() if name in base]
+    networks = [p for module in others if module is not None for p in module.parameters()]
+    num_networks = sum(p.numel() for p in networks) + architecture.image_parameters  # all in fp32
+    num_frozen = num_networks + sum(p.numel() for p in below)
+    return Shapes(trained, beside, num_frozen, 4 * num_networks + sum(p.numel() * p.element_size() for p in below))

@@ -120,7 +120,7 @@ class Planner:
         self.architecture = architecture
         self.bucket = bucket
         self._windows = max_tokens // 75
-        self.trained, self.beside, self.num_frozen = shapes_of(architecture)
+        self.shapes = shapes_of(architecture)
         self._passes: dict[Pass, PassBytes] = {}
 
     def estimate(self, strategy: Strategy) -> Estimate:
@@ -138,21 +138,21 @@ class Planner:
             self._passes[wanted] = pass_bytes(self.architecture, wanted)
         fixed = fixed_bytes(
             strategy,
-            self.trained,
-            frozen_elements=self.num_frozen + sum(shape.numel() for shape in self.beside.values()),
+            self.shapes.trained,
+            frozen_bytes=self.shapes.frozen_bytes + 4 * sum(shape.numel() for shape in self.shapes.beside.values()),
             largest_unit_elements=self._largest_unit(),
         )
         return Estimate(strategy, fixed, self._passes[wanted])
 
     def same_as(self, other: "Planner") -> bool:
         """Tell whether passes measured for another network are right for this one, too."""
-        mine, theirs = ((p.trained, p.num_frozen, p.bucket, p._windows) for p in (self, other))
+        mine, theirs = ((p.shapes, p.bucket, p._windows) for p in (self, other))
         return mine == theirs
 
     def _largest_unit(self) -> int:
         """Elements of the largest block; blocks are what FSDP and ZeRO-3 gather."""
         units: dict[str, int] = {}
-        for name, shape in self.trained.items():
+        for name, shape in self.shapes.trained.items():
             # network.down_blocks.0.5.…: a block is up to the second number; a token embedding is its own
             parts = name.split(".")
             numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
@@ -171,8 +171,8 @@ def memory_report(config: RunConfig, *, num_processes: int = 1) -> MemoryReport:
         bucket=planner.bucket,
         micro_batch_size=config.batch.micro_batch_size,
         num_processes=num_processes,
-        num_trained=sum(shape.numel() for shape in planner.trained.values()),
-        num_frozen=planner.num_frozen,
+        num_trained=sum(shape.numel() for shape in planner.shapes.trained.values()),
+        num_frozen=planner.shapes.num_frozen,
         assumed=architecture.assumed,
         own=own,
         others=others,
@@ -188,11 +188,11 @@ def memory_text(config: RunConfig, *, num_processes: int = 1) -> str:
 def state_bytes(config: RunConfig) -> tuple[int, str]:
     """Return the size of a saved state, and what is in it."""
     architecture = architecture_of(config)
-    trained, beside, _ = shapes_of(architecture)
-    elements = sum(shape.numel() for shape in (*trained.values(), *beside.values()))
+    shapes = shapes_of(architecture)
+    elements = sum(shape.numel() for shape in (*shapes.trained.values(), *shapes.beside.values()))
     precision, name = config.precision, config.optimizer.name
     size = 4 if precision.weights == "fp32" else 2
-    optimizer = optimizer_state_bytes(name, list(trained.values()))
+    optimizer = optimizer_state_bytes(name, list(shapes.trained.values()))
     optimizer += 2 * elements * (precision.weight_rounding == "kahan")
     ema = 4 * elements * config.ema.enabled
     note = f"{elements:,} {precision.weights} weights {size * elements / _GB:.2f} GB, {name} {optimizer / _GB:.2f} GB"

@@ -99,7 +99,7 @@ class Fixed:
     optimizer: int
     ema: int
     frozen: int
-    """Weights of networks that are not trained, in fp32."""
+    """Weights of networks that are not trained: in fp32, a base below adapters as `lora.base_weights` says."""
     buffers: int
     """For communication, and units that are gathered while they are used."""
     update: int
@@ -132,11 +132,11 @@ def _8bit_bytes(elements: int) -> int:
 
 
 def fixed_bytes(
-    strategy: Strategy, trained: Mapping[str, Shape], *, frozen_elements: int, largest_unit_elements: int
+    strategy: Strategy, trained: Mapping[str, Shape], *, frozen_bytes: int, largest_unit_elements: int
 ) -> Fixed:
     """Return what stays in memory on one rank. largest_unit_elements: of a block that is gathered whole (FSDP, ZeRO-3).
 
-    Frozen networks are in fp32, not split. Sharded parts are taken to split evenly.
+    Frozen networks are not split. Sharded parts are taken to split evenly.
     """
     shapes = list(trained.values())
     elements, largest = sum(map(prod, shapes)), max(map(prod, shapes))
@@ -158,7 +158,7 @@ def fixed_bytes(
         gradients=0 if strategy.fused_backward else size * elements // gradient_ranks,
         optimizer=state // state_ranks,
         ema=4 * elements // (ranks if is_fsdp else 1) if strategy.ema == "device" else 0,
-        frozen=4 * frozen_elements,
+        frozen=frozen_bytes,
         buffers=_buffers(strategy, elements, size, largest_unit_elements),
         update=_update_bytes(strategy, largest),
         host=4 * elements if strategy.ema == "host" else 0,

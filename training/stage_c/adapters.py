@@ -37,16 +37,19 @@ _EMBEDDING = "text_model.embeddings.token_embedding"
 
 
 class StageCAdapters:
-    """Adapters and tokens of one model. Makes them; raises PatternError, AdapterError or ValueError naming the key."""
+    """Adapters and tokens of one model. Makes them; raises PatternError, AdapterError or ValueError naming the key.
+
+    is_empty: the model has no weights, only shapes.
+    """
 
     def __init__(
-        self, config: RunConfig, model: StageCModel, tokenizer: "PreTrainedTokenizerBase", *, with_digests: bool = True
+        self, config: RunConfig, model: StageCModel, tokenizer: "PreTrainedTokenizerBase", *, is_empty: bool = False
     ) -> None:
         self._config, self._model = config, model
         self._network, self._text = model.network, None if model.text is None else model.text.text_model
         self._freezes_network = config.lora is not None or (config.tokens is not None and config.tokens.only)
         self._freezes_text = self._text is not None and not config.stage_c.train_text_encoder
-        self.digests = self._digests() if with_digests else {}
+        self.digests = {} if is_empty else self._digests()
         """SHA-256 of frozen networks as they were loaded, by config key."""
         self.tokens: ChosenTokens | None = None
         if config.tokens is not None:
@@ -58,7 +61,7 @@ class StageCAdapters:
         base = list(self._base_names())
         bf16 = config.lora is not None and config.lora.base_weights == "bf16"
         freeze_base(model, base, dtype=torch.bfloat16 if bf16 else None)
-        if config.lora is not None and config.lora.init is not None:
+        if config.lora is not None and config.lora.init is not None and not is_empty:
             self._start_from(Path(config.lora.init))
 
     # --- making them ---
