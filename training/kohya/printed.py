@@ -34,7 +34,7 @@ def explanation_text(explanation: Explanation, *, width: int = 160) -> str:
 
 def explanation_values(explanation: Explanation) -> dict[str, Any]:
     """Return the same for programs."""
-    return asdict(explanation)
+    return {**asdict(explanation), "given": sorted(explanation.given)}
 
 
 def _table(explanation: Explanation, width: int) -> Iterator[str]:
