@@ -9,6 +9,7 @@ is not there is missing, never stale. No torch but where an encoder has to be ha
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -20,6 +21,8 @@ from sharding.schema import Workspace
 from training.config import RunConfig
 from training.latents.parts import FORMAT, LatentsError, problems_of
 from training.plans import bucket_settings
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["latents", "text"]
 ENCODER_JSON = "encoder.json"
@@ -78,13 +81,13 @@ def text_rule(config: RunConfig) -> dict[str, Any]:
 
 
 def latent_store(config: RunConfig, *, crop: str) -> Store:
-    """Return the store of a run's latents. Raises LatentsError when the encoder is not there and no store is either."""
+    """Return the store of a run's latents. Raises as `encoder_digests`."""
     rule = latent_rule(config, crop=crop)
     return Store(root_of(config), "latents", rule, encoder_digests(config, "latents"))
 
 
 def text_store(config: RunConfig) -> Store:
-    """Return the store of a run's text outputs. Raises as `latent_store`."""
+    """Return the store of a run's text outputs. Raises as `encoder_digests`."""
     return Store(root_of(config), "text", text_rule(config), encoder_digests(config, "text"))
 
 
@@ -92,7 +95,8 @@ def encoder_digests(config: RunConfig, kind: Kind) -> dict[str, str]:
     """Return the digests of the run's image or text encoder, by config key.
 
     The encoder is read and let go again; where its file is gone, the stores that its rule has left tell.
-    Raises LatentsError when they do not, or name several encoders; WeightsError for a damaged file.
+    Raises FileNotFoundError when there is none, LatentsError when they name several encoders, WeightsError for a
+    damaged file.
     """
     return dict(_encoder_digests(config.model_dump_json(), kind))
 
@@ -114,9 +118,14 @@ def _encoder_digests(config_json: str, kind: Kind) -> dict[str, str]:
 def _left_digests(config: RunConfig, kind: Kind, missing: FileNotFoundError) -> dict[str, str]:
     rule = latent_rule(config, crop=config.data.crop) if kind == "latents" else text_rule(config)
     found = sorted(root_of(config).glob(f"{kind}-*-{_short(rule)}/{ENCODER_JSON}"))
-    if len(found) != 1:
-        several = f"; there are those of {len(found)} encoders in {root_of(config)}" if found else ""
-        raise LatentsError(f"{missing}{several}: give the encoder that latents were made with") from missing
+    if not found:
+        raise missing
+    if len(found) > 1:
+        raise LatentsError(
+            f"{missing}; of its {kind} there are those of {len(found)} encoders in {root_of(config)}: give the one "
+            "that is meant"
+        ) from missing
+    logger.info("%s; its digest is taken from %s", missing, found[0])
     digests: dict[str, str] = json.loads(found[0].read_text(encoding="utf-8"))["encoder"]
     return digests
 

@@ -234,8 +234,26 @@ def test_the_encoders_file_is_not_needed_to_train(make_config, chunk, encoders, 
 
     assert len(load(config, chunk)) > 0
     assert store.encoder_digests(config, "latents") == encoders["image"].digests()
-    with pytest.raises(LatentsError, match="effnet: gone"):
+    with pytest.raises(FileNotFoundError, match="effnet: gone"):
         load(make_config(latents={"dtype": "bf16"}), chunk)
+
+
+def test_without_its_file_an_encoder_among_several_is_not_guessed(make_config, chunk, encoders, monkeypatch):
+    config = make_config()
+    run(config)
+    from training.latents import store
+
+    store._encoder_digests.cache_clear()
+    encoders["image"] = CountingEncoder(version="2")
+    run(config)
+    store._encoder_digests.cache_clear()
+
+    def gone(config, device):
+        raise FileNotFoundError("effnet: gone")
+
+    monkeypatch.setattr("training.recipes.encoders.load_image_encoder", gone)
+    with pytest.raises(LatentsError, match="effnet: gone; of its latents there are those of 2 encoders"):
+        load(config, chunk)
 
 
 def test_workers_encode_and_read_as_the_training_process_does(make_config, chunk, encoders, tmp_path):
