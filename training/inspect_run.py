@@ -57,7 +57,9 @@ def inspect_plan(
         state=_state(config) if with_state else None,
         prompts=_prompts(config),
     )
-    missing = (Finding("refused", str(need)) for need in missing_packages(config))
+    missing = [Finding("refused", str(need)) for need in missing_packages(config)]
+    licences = [path for path in config.save.licence_files if not path.is_file()]
+    missing += [Finding("refused", f"save.licence_files: {path}: no such file") for path in licences]
     return replace(report, findings=(*missing, *report.findings, *check_captions(index, config=config)))
 
 

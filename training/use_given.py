@@ -29,14 +29,22 @@ _KEPT_ENTRIES = ("modelspec.", "ss_", "chunkline.run", "chunkline.chunk", "chunk
 
 
 def export_given(
-    source: str, output: Path, *, config: RunConfig | None, save: SaveConfig, text_encoder: str | None
+    source: str,
+    output: Path,
+    *,
+    config: RunConfig | None,
+    save: SaveConfig,
+    dtype_name: str | None,
+    text_encoder: str | None,
 ) -> list[ExportFile]:
     """Write given weights in the formats of `save`, with the header entries they came with.
+
+    dtype_name: None keeps their number formats.
 
     Raises FileNotFoundError, WeightsError, ValueError when they have no text model.
     """
     text_encoder, tokenizer = _text_of(config, text_encoder)
-    given = load_given(source, text_encoder=text_encoder, tokenizer=tokenizer)
+    given = load_given(source, text_encoder=text_encoder, tokenizer=tokenizer, dtype=None)
     weights = StageCWeights(
         network=given.network,
         text_model=given.text_model,
@@ -49,7 +57,7 @@ def export_given(
         **_metadata(source),
         **{f"modelspec.{key}": value for key, value in save.modelspec.items()},
     }
-    title, dtype = header["modelspec.title"], DTYPES[save.export_dtype]
+    title, dtype = header["modelspec.title"], DTYPES[dtype_name] if dtype_name is not None else None
     return write_export(
         output, lambda partial: export_stage_c(weights, partial, save=save, dtype=dtype, title=title, header=header)
     )

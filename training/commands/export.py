@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="formats",
         help="may be repeated; default: save.export_formats",
     )
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: save.export_dtype")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), help="default: save.export_dtype; with --from what they have"
+    )
+    parser.add_argument("--merged", action="store_true", help="of a run with [lora]: whole weights, adapters in them")
     parser.add_argument(
         "--decoder-from", metavar="FOLDER", help="with diffusers: copy this decoder pipeline (or hub id) and link both"
     )
@@ -49,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     save = _save_config(options, config.save if config is not None else SaveConfig())
     output = options.output or (options.run_dir / "export" if options.run_dir is not None else Path("export"))
     if options.dry_run:
-        print(f"would write {', '.join(save.export_formats)} in {save.export_dtype} to {output}")
+        print(f"would write {', '.join(save.export_formats)} to {output}")
         return DONE
     if options.decoder_from is not None:
         from training.stage_c.export import copy_decoder_beside
@@ -61,13 +64,27 @@ def run(options: argparse.Namespace) -> int:
     if options.source is not None:
         from training.use_given import export_given
 
-        for file in export_given(options.source, output, config=config, save=save, text_encoder=options.text_encoder):
+        for file in export_given(
+            options.source,
+            output,
+            config=config,
+            save=save,
+            dtype_name=options.dtype,
+            text_encoder=options.text_encoder,
+        ):
             print(file)
         return DONE
     from training.use_state import export_weights
 
     assert config is not None
-    config = config.model_copy(update={"save": save})
+    lora = config.lora
+    if options.merged and lora is None:
+        raise ValueError("--merged is for a run with [lora]; this one trains whole weights")
+    if lora is not None and options.merged:
+        lora = lora.model_copy(update={"formats": ("merged",)})
+    elif lora is not None and options.formats and "merged" not in lora.formats:
+        raise ValueError("--format is about whole weights, this run trains adapters: add --merged, or leave it out")
+    config = config.model_copy(update={"save": save, "lora": lora})
     for line in export_weights(config, options.run_dir, output, chunk_name=options.chunk):
         print(line)
     return DONE

@@ -176,8 +176,10 @@ class StageC:
         """Write the formats of `save.export_formats`, see `training.stage_c.export`; adapters and tokens in theirs."""
         save, adapters = self._config.save, self._adapters
         width, height = decoded_size(self._config)
+        low, high = (round(1000 * timestep) for timestep in self._settings.timestep_range)
+        band = {"timestep_range": f"{low},{high}"} if (low, high) != (0, 1000) else {}
         header = {
-            **modelspec(title=self._config.name, width=width, height=height, extra=save.modelspec),
+            **modelspec(title=self._config.name, width=width, height=height, extra={**band, **save.modelspec}),
             **metadata,
         }
         network_tensors, text_tensors = _of(weights, "network."), _of(weights, "text.text_model.")

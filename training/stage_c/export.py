@@ -73,12 +73,18 @@ class StageCWeights:
 
 
 def export_stage_c(
-    weights: StageCWeights, folder: Path, *, save: SaveConfig, dtype: torch.dtype, title: str, header: Mapping[str, str]
+    weights: StageCWeights,
+    folder: Path,
+    *,
+    save: SaveConfig,
+    dtype: torch.dtype | None,
+    title: str,
+    header: Mapping[str, str],
 ) -> list[ExportFile]:
     """Write the formats of `save.export_formats` and return their files, with the values that did not fit dtype.
 
-    header: entries of every weights file's metadata. Raises WeightsError, DiskFullError, FileNotFoundError for a
-    licence file.
+    header: entries of every weights file's metadata. dtype: None keeps each tensor's own.
+    Raises WeightsError, DiskFullError, FileNotFoundError for a licence file.
     """
     files: list[ExportFile] = []
     if "original" in save.export_formats:
@@ -122,7 +128,9 @@ def copy_licences(save: SaveConfig, folder: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def _original(weights: StageCWeights, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> list[ExportFile]:
+def _original(
+    weights: StageCWeights, folder: Path, dtype: torch.dtype | None, header: Mapping[str, str]
+) -> list[ExportFile]:
     reports = [
         save_stage_c(
             weights.network, folder / EXPORT_FILE, dtype=dtype, metadata=header, state_dict=weights.network_tensors
@@ -136,7 +144,7 @@ def _original(weights: StageCWeights, folder: Path, dtype: torch.dtype, header: 
     return [_file(report) for report in reports]
 
 
-def _combined(weights: StageCWeights, folder: Path, dtype: torch.dtype, header: Mapping[str, str]) -> ExportFile:
+def _combined(weights: StageCWeights, folder: Path, dtype: torch.dtype | None, header: Mapping[str, str]) -> ExportFile:
     text_model, text = weights.text
     metadata = {**header, **config_to_metadata(weights.network.config), **text_config_to_metadata(text_model)}
     report = save_combined(
@@ -152,7 +160,12 @@ def _combined(weights: StageCWeights, folder: Path, dtype: torch.dtype, header: 
 
 
 def _diffusers(
-    weights: StageCWeights, folder: Path, save: SaveConfig, dtype: torch.dtype, title: str, header: Mapping[str, str]
+    weights: StageCWeights,
+    folder: Path,
+    save: SaveConfig,
+    dtype: torch.dtype | None,
+    title: str,
+    header: Mapping[str, str],
 ) -> list[ExportFile]:
     text_model, text_tensors = weights.text
     decoder = save.hub_decoder or PUBLISHED_DECODER

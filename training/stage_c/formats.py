@@ -37,7 +37,7 @@ STATE_FILE = "model.safetensors"
 
 
 def load_stage_c(
-    path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, config: StageCConfig | None = None
+    path_or_id: str | Path, *, dtype: torch.dtype | None = torch.float32, config: StageCConfig | None = None
 ) -> StageCNetwork:
     """Load a stage C network, on the CPU and in training mode, from any of the layouts.
 
@@ -45,7 +45,8 @@ def load_stage_c(
     our exports or kohya's `-state`, a diffusers folder (of the component, or of a pipeline with `prior/`), or a hub id
     (`owner/name`, read from `prior/`; `owner/name/prior_lite` names another subfolder).
     The config comes from the argument, else from the file's metadata or config.json, else from the shapes with heads
-    of 64. Tensors are converted one by one: the peak is one copy in dtype, plus q, k and v of one block.
+    of 64. Tensors are converted one by one, with dtype None not at all: the peak is one copy in dtype, plus q, k and v
+    of one block.
 
     Raises FileNotFoundError if nothing is there, WeightsError (a ValueError) listing what does not fit.
     """

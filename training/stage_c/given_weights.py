@@ -11,7 +11,7 @@ from training.stage_c.network import StageCNetwork
 from training.stage_c.text import load_tokenizer
 from training.stage_c.text_files import ANCHOR as TEXT_ANCHOR
 from training.stage_c.text_files import EXPORT_FILE as TEXT_FILE
-from training.stage_c.text_files import STATE_FILE, load_text_model
+from training.stage_c.text_files import load_text_model, text_file_in_folder
 from training.stage_c.weight_files import WeightsError, open_weights
 
 if TYPE_CHECKING:
@@ -33,12 +33,12 @@ def load_given(
     *,
     text_encoder: str | None = None,
     tokenizer: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
 ) -> GivenWeights:
     """Load stage C from a file, a folder or a hub id, see `load_stage_c`, and the text model that comes with it.
 
     text_encoder: taken where none comes with the weights; of a text model beside or in them it gives the config.
-    tokenizer: the same; at last CLIP's own.
+    tokenizer: the same; at last CLIP's own. dtype: None keeps the number formats of the weights.
     Raises FileNotFoundError, WeightsError, also when the text model belongs to another network.
     """
     network = load_stage_c(path_or_id, dtype=dtype).eval()
@@ -65,9 +65,8 @@ def find_text_model(path_or_id: str | Path) -> str | Path | None:
     """
     path = Path(path_or_id)
     if path.is_dir():
-        names = (TEXT_FILE, STATE_FILE)
-        inside = [path / name for name in names if (path / name).is_file()]
-        return inside[0] if inside else path if (path / "text_encoder" / "config.json").is_file() else None
+        inside = text_file_in_folder(path)
+        return inside if inside != path or (path / "text_encoder" / "config.json").is_file() else None
     if not path.is_file():
         return path_or_id
     with open_weights(path) as file:
@@ -77,7 +76,8 @@ def find_text_model(path_or_id: str | Path) -> str | Path | None:
     return path.with_name(own) if path.with_name(own).is_file() else None
 
 
-def _load_text(found: str | Path, dtype: torch.dtype, text_encoder: str | None) -> "CLIPTextModelWithProjection":
-    config = Path(text_encoder) / "config.json" if text_encoder is not None else None
-    is_bare = Path(found).is_file() and config is not None and config.is_file()
-    return load_text_model(found, dtype, config_path=config if is_bare else None)
+def _load_text(found: str | Path, dtype: torch.dtype | None, text_encoder: str | None) -> "CLIPTextModelWithProjection":
+    folder = Path(text_encoder or "")
+    configs = [path / "config.json" for path in (folder, folder / "text_encoder") if text_encoder is not None]
+    config_path = next((path for path in configs if path.is_file() and Path(found).is_file()), None)
+    return load_text_model(found, dtype, config_path=config_path)

@@ -45,7 +45,7 @@ def write_model_card(
     """Write README.md. front: front matter; facts: lines that say what this is; decoder: to load the whole cascade."""
     from huggingface_hub import CardData
 
-    values = {key: value if isinstance(value, str) else list(value) for key, value in front.items()}
+    values: dict[str, Any] = {key: one if isinstance(one, str) else list(one) for key, one in front.items()}
     lines = "".join(f"- {fact}\n" for fact in facts)
     text = f"---\n{CardData(**values).to_yaml()}\n---\n# {title}\n\n{lines}{_SNIPPET.format(decoder=decoder)}"
     write_bytes(path, text.encode())

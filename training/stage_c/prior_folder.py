@@ -49,7 +49,7 @@ def write_prior_folder(
     text_model: "CLIPTextModelWithProjection",
     text_tensors: Mapping[str, Tensor],
     tokenizer: "PreTrainedTokenizerBase",
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> list[WeightsReport]:
     """Write all but the README. network_tensors: original layout. Returns one report per weights file."""

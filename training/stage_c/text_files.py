@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from training.stage_c.hub import load_component
 from training.stage_c.text import BOS_ID, EOS_ID
 from training.stage_c.weight_files import (
     WeightsError,
     WeightsReport,
     converted,
     load_into,
-    locate_component,
     open_weights,
     write_tensors,
 )
@@ -32,35 +32,41 @@ _INNER = ("embeddings.", "encoder.", "final_layer_norm.")
 
 
 def load_text_model(
-    path_or_id: str | Path, dtype: torch.dtype = torch.float32, *, config_path: Path | None = None
+    path_or_id: str | Path, dtype: torch.dtype | None = torch.float32, *, config_path: Path | None = None
 ) -> "CLIPTextModelWithProjection":
     """Load CLIPTextModelWithProjection from a folder, a hub id or a bare weights file, in evaluation mode.
 
-    A hub id or folder of a whole pipeline is read from its `text_encoder/`; `owner/name/sub` names another subfolder.
-    A bare file (.safetensors, as trainers export it), a combined checkpoint or kohya's `-state` folder takes its config
-    from config_path, else from its own metadata, else from its shapes: heads of 64 and exact GELU, right for CLIP bigG
-    only. Names are those of `read_text_tensors`.
+    A hub id or folder of a whole pipeline is read from its `text_encoder/`, a model's own as it is; `owner/name/sub`
+    names another subfolder.
+    A bare file (.safetensors, as trainers export it), a combined checkpoint, a folder of our exports or kohya's
+    `-state` takes its config from config_path, else from its own metadata, else from its shapes: heads of 64 and exact
+    GELU, right for CLIP bigG only. Names are those of `read_text_tensors`. dtype: None keeps the file's.
 
     Raises FileNotFoundError if nothing is there, WeightsError if keys do not fit or the config cannot be known.
     """
     from transformers import CLIPTextModelWithProjection
 
-    path = Path(path_or_id)
-    if (path / STATE_FILE).is_file():
-        path = path / STATE_FILE
+    path = text_file_in_folder(Path(path_or_id))
     if path.is_file():
         return _load_bare_file(path, dtype, config_path)
-    source, subfolder = locate_component(path_or_id, "text_encoder", file_name="config.json")
     try:
-        model, info = CLIPTextModelWithProjection.from_pretrained(
-            source, subfolder=subfolder, dtype=dtype, output_loading_info=True
-        )
+        model, info = load_component(
+            CLIPTextModelWithProjection.from_pretrained, path_or_id, "text_encoder", file_name="config.json",
+            dtype="auto" if dtype is None else dtype, output_loading_info=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise FileNotFoundError(f"text model {str(path_or_id)!r}: could not be loaded ({error})") from error
     problems = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys") if info[key]}
     if problems:
         raise WeightsError(f"text model {str(path_or_id)!r}: {problems}; these weights would be random")
     return model.eval()
+
+
+def text_file_in_folder(path: Path) -> Path:
+    """Return the weights file in a folder of our exports or one of kohya's `-state` folders, else the path itself."""
+    return next((path / name for name in (EXPORT_FILE, STATE_FILE) if (path / name).is_file()), path)
 
 
 def read_text_tensors(path: Path, *, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -84,7 +90,7 @@ def read_text_tensors(path: Path, *, dtype: torch.dtype | None = None) -> tuple[
         return tensors, dict(file.metadata)
 
 
-def _load_bare_file(path: Path, dtype: torch.dtype, config_path: Path | None) -> "CLIPTextModelWithProjection":
+def _load_bare_file(path: Path, dtype: torch.dtype | None, config_path: Path | None) -> "CLIPTextModelWithProjection":
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     state_dict, metadata = read_text_tensors(path, dtype=dtype)

@@ -26,6 +26,7 @@ from training.stage_c.model_card import read_front_matter
 from training.stage_c.modelspec import modelspec
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.slow
 OTHER_PYTHON = os.environ.get("CHUNKLINE_DIFFUSERS_PYTHON")
 SAVE = SaveConfig(export_formats=("original", "diffusers", "combined"), model_card={"license": "mit"})
 

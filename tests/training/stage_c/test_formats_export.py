@@ -8,7 +8,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from scripts.demo_models.stage_c import make_stage_c_models
+from sharding.config import load_config
+from training.config import RunConfig
 from training.config.saving import SaveConfig
+from training.inspect_run import inspect_plan
 from training.stage_c import weight_files
 from training.stage_c.effnet import load_effnet
 from training.stage_c.export import StageCWeights, export_stage_c
@@ -202,3 +205,29 @@ def test_a_format_with_text_needs_a_text_model(models, tmp_path):
         with pytest.raises(ValueError, match="none came with the weights: --text-encoder"):
             export(alone, tmp_path, name)
     assert given.text_model is None
+
+
+def test_a_missing_licence_file_is_named_before_a_run_starts(run_toml, tmp_path):
+    config = load_config(run_toml, RunConfig, [f"save.licence_files=['{tmp_path / 'NONE'}']"])
+
+    report = inspect_plan(config, None, chunk_name=None)
+
+    assert f"save.licence_files: {tmp_path / 'NONE'}: no such file" in [finding.text for finding in report.refusals]
+
+
+def test_number_formats_of_given_weights_are_kept_without_a_wish(weights, tmp_path):
+    export(weights, tmp_path / "half", "original", dtype=torch.float16)
+    given = load_given(tmp_path / "half", dtype=None)
+    again = StageCWeights(
+        network=given.network, text_model=given.text_model, tokenizer=given.tokenizer, text_is_trained=True
+    )
+
+    export(again, tmp_path / "again", "original", "diffusers", dtype=None)
+
+    for name in ("stage_c.safetensors", "text_model.safetensors"):
+        assert equal(load_file(tmp_path / "half" / name), load_file(tmp_path / "again" / name))
+    config = json.loads((tmp_path / "again" / "diffusers" / "text_encoder" / "config.json").read_text())
+    assert (
+        "dtype" not in config
+        and load_given(tmp_path / "again" / "diffusers", dtype=None).text_model.dtype == torch.float16
+    )
