@@ -13,7 +13,7 @@ _DATASET = "dataset.toml"
 
 def following_commands(given: Given, *, workspace: str, chunks: str) -> Iterator[str]:
     """Yield the commands in their order; those of a recipe to come are left out."""
-    if folder := given.value("train_data_dir"):
+    if folder := given.value("train_data_dir") or (given.value("dataset_config") and "."):
         words = ["sharding", "import-kohya", folder, "--output", _DATASET, "--name", chunks.split("/")[0]]
         if given.value("dataset_config"):
             words += ["--dataset-config", given.value("dataset_config")]

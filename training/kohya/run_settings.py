@@ -129,6 +129,11 @@ def _saving(given: Given, found: Translation) -> None:
     else:
         weights = "fp16" if given.has("full_fp16") else "bf16" if given.has("full_bf16") else "fp32"
         found.put("save.export_dtype", weights, "save_precision", why="without it kohya keeps the weights' format")
+    for entry in ("title", "author", "description", "license", "tags"):
+        if given.value(f"metadata_{entry}") is not None:
+            found.put(f"save.modelspec.{entry}", given.value(f"metadata_{entry}"), f"metadata_{entry}")
+    if given.has("no_metadata"):
+        found.put("save.training_facts", False, "no_metadata")
     distance = given.value("save_last_n_steps_state") or given.value("save_last_n_steps")
     if distance:
         every = given.value("save_every_n_steps") or distance

@@ -84,6 +84,7 @@ def test_kohyas_defaults_are_written_where_ours_are_others():
         ("--enable_bucket", "buckets.max_side", 1024),
         ("--cache_latents", "latents.use", True),
         ("--cache_text_encoder_outputs_to_disk", "latents.text", True),
+        ("--metadata_author me", "save.modelspec.author", "me"),
         ('--output_name "a/b: c"', "name", "a-b- c"),
     ],
 )  # fmt: skip
