@@ -138,6 +138,9 @@ class TinyRun:
         """The lines for the user in the log of all launches."""
         return [line for line in self.log.read_text().splitlines() if line.startswith("error: ")]
 
+    def last_exit(self) -> int:
+        return int(json.loads((self.root / "last_exit.json").read_text())["code"])
+
     def events(self, name: str) -> list[dict[str, Any]]:
         return [line["fields"] for line in self.rows("ledger.jsonl") if line["event"] == name]
 

@@ -187,9 +187,10 @@ class ChunkRun:
         self._watch_losses()
         self._start_batches()
 
-    def _finish_stopped(self, reason: str, *, at_end: bool = False) -> int:
+    def _finish_stopped(self, reason: str) -> int:
         self._rank.saver.drain()
         if self._rank.records is not None:
+            at_end = self._plans.is_over(self._plans.begin(self.position))
             is_complete = self._watching.is_complete(self.position, at_end=at_end)
             self._rank.records.stopped(self.position, reason, is_complete=is_complete)
         self._rank.engine.barrier()
@@ -204,7 +205,7 @@ class ChunkRun:
         reason = self._watching.make(self._trained, self.position, at_end=True)
         rank.saver.drain()
         if reason := reason or rank.agreed_stop():
-            return self._finish_stopped(reason, at_end=True)  # the final state is there: the next launch goes on here
+            return self._finish_stopped(reason)  # the final state is there: the next launch goes on here
         self._files.export(self._trained, self.position)
         if rank.records is not None:
             final = self._run_dir.final_folder(name)

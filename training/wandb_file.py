@@ -28,11 +28,11 @@ def read_history(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def last_step(paths: list[Path]) -> int | None:
-    """Return the last step in the files of earlier launches, in their order; None when there is no row in any."""
+    """Return the last step in the files of earlier launches, in their order; -1: no row in any; None: no files."""
     for path in reversed(paths):
         if steps := [row["_step"] for row in read_history(path) if "_step" in row]:
             return int(max(steps))
-    return None
+    return -1 if paths else None
 
 
 def _records(data: bytes) -> Iterator[bytes]:

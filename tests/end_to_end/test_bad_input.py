@@ -59,6 +59,20 @@ def disk_full_from(state_name: str) -> None:
     tensor_file.os.write = refuse
 
 
+def free_bytes_are(num_bytes: int, *, once_there_is: str = "") -> None:
+    """In the training process: so much is free, from the moment on that there is a file of this name."""
+    from collections import namedtuple
+
+    usage = shutil.disk_usage
+    Usage = namedtuple("Usage", "total used free")
+
+    def measured(path):
+        is_full = not once_there_is or any(Path(path).rglob(once_there_is))
+        return Usage(10**12, 10**12 - num_bytes, num_bytes) if is_full else usage(path)
+
+    shutil.disk_usage = measured
+
+
 def miscount() -> None:
     """In the training process: every step says that it trained an image more."""
     from training.position import Position
@@ -193,6 +207,47 @@ def test_a_disk_that_fills_while_saving_costs_nothing_that_was_saved(make_run, t
     assert run.events("failed")[0]["reason"].startswith("DiskFullError")
     assert calm.train("--chunk", FIRST) == 0
     assert run.final_files(FIRST) == calm.final_files(FIRST)
+
+
+def test_a_disk_without_room_for_the_next_states_and_export_is_refused(make_run, tmp_path):
+    run = make_run(tmp_path / "run", *ONE_EPOCH)
+
+    code = run.train("--chunk", FIRST, prepare=partial(free_bytes_are, 1_000_000))
+
+    assert code == last_exit(run) == 1
+    assert "3 more states of" in run.errors()[0] and "0.00 GB are free there: free some space" in run.errors()[0]
+    assert run.rows("metrics.jsonl") == [] and list(run.root.glob("chunks/real/*/state-*")) == []
+    assert run.train("--chunk", FIRST) == 0
+
+
+def test_a_disk_without_room_for_an_export_ends_the_launch_behind_the_final_state(make_run, tmp_path):
+    run = make_run(tmp_path / "run", *ONE_EPOCH)
+    folder = run.root / "chunks" / FIRST
+
+    code = run.train("--chunk", FIRST, prepare=partial(free_bytes_are, 1_000, once_there_is="final/manifest.json"))
+    left = sorted(path.name for path in folder.iterdir() if path.name.startswith(("final", "weights", "complete")))
+    again = run.train("--chunk", FIRST)
+
+    assert (code, again) == (1, 0), run.log.read_text()
+    assert "an export (the chunk's final state is saved) needs" in run.errors()[0]
+    assert left == ["final"]
+    assert (folder / "weights" / "stage_c.safetensors").exists()
+    assert run.last_step() == 5  # nothing was trained twice
+
+
+def test_a_disk_that_fills_in_the_middle_of_an_export_leaves_no_half_of_it(make_run, tmp_path):
+    run = make_run(tmp_path / "run", *ONE_EPOCH, "stage_c.train_text_encoder=true")
+    folder = run.root / "chunks" / FIRST
+
+    code = run.train("--chunk", FIRST, prepare=partial(disk_full_from, "text_model.safetensors"))
+    left = sorted(path.name for path in folder.iterdir() if path.name.startswith(("final", "weights", "complete")))
+    again = run.train("--chunk", FIRST)
+
+    assert (code, again) == (1, 0), run.log.read_text()
+    assert "disk full while writing" in run.errors()[0]
+    assert left == ["final"]
+    names = {path.name for path in (folder / "weights").iterdir()}
+    assert {"stage_c.safetensors", "text_model.safetensors"} <= names
 
 
 def test_a_loss_that_is_not_a_number_passes_over_the_step_and_says_so(make_run, tmp_path):

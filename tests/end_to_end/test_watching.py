@@ -1,6 +1,9 @@
 """What is watched changes nothing of what is trained, and a kill -9 loses nothing of what was seen."""
 
+import json
+import os
 import re
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -56,6 +59,106 @@ def test_a_watched_run_that_is_killed_trains_the_same_and_its_charts_are_whole(
     assert [int(re.search(r"step-(\d+)", path.name)[1]) for path in pictures] == [5, 10, 15, 20]
     assert len(texts) == 1
     assert next(iter(texts)).startswith("sky, tag ")
+
+
+def stop_in(global_step: int) -> None:
+    """In the training process: a stop is asked for in this step, counted from 1."""
+    from training.chunk_run import ChunkRun
+
+    ChunkRun.stop_reason = lambda self: "asked" if self.position.global_step == global_step - 1 else ""
+
+
+def die_in_previews() -> None:
+    """In the training process: kill -9 when previews are to be written."""
+    from training import watching
+
+    watching.write_pictures = lambda *arguments: os._exit(9)
+
+
+def drawn(run):
+    return [int(path.name[5:13]) for path in sorted(run.root.glob("chunks/real/*/previews/step-*-strip.png"))]
+
+
+def validated(run):
+    return [row["global_step"] for row in run.rows("metrics.jsonl") if "validation/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def disturbed(make_run, with_held_out, tmp_path_factory):
+    """A chunk of ten steps, stopped or killed whenever something is due; with what was there after each launch."""
+    due = ("preview.every_steps=4", "validation.every_steps=4", "save.every_steps=4")
+    run = make_run(tmp_path_factory.mktemp("disturbed") / "run", *WATCHED, *due)
+    moments = []
+    for prepare in (partial(stop_in, 4), die_in_previews, partial(stop_in, 8), partial(stop_in, 10), None):
+        code = run.train("--chunk", FIRST, prepare=prepare)
+        moments.append((code, run.last_exit(), drawn(run), validated(run), steps_fed(run)))
+    return run, moments
+
+
+def steps_fed(run):
+    return json.loads((run.root / "trackers.json").read_text())["tensorboard"]["fed"]
+
+
+def test_what_is_due_in_the_step_of_a_stop_or_a_kill_is_made_by_the_next_launch(disturbed, uninterrupted):
+    run, moments = disturbed
+
+    assert moments == [
+        (75, 75, [], [], 3),  # stopped in step 4: state, nothing shown; the charts wait with that step
+        (9, 75, [], [], 3),  # killed while the previews of step 4 are made, before any step
+        (75, 75, [4], [4], 7),  # made; stopped in step 8
+        (75, 75, [4, 8], [4, 8], 9),  # stopped in the chunk's last step
+        (0, 0, [4, 8, 10], [4, 8, 10], 10),
+    ], run.log.read_text()
+    assert (run.root / "chunks" / FIRST / "weights" / "stage_c.safetensors").exists()
+    assert run.final_files(FIRST) == uninterrupted.final_files(FIRST)
+
+
+def test_the_charts_hold_all_that_is_promised(disturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, _ = disturbed
+    events = EventAccumulator(str(run.root / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    promised = [
+        "train/loss", "train/weighted_loss", "train/loss_average", "train/grad_norm", "train/images_seen",
+        "train/skipped", "train/spike", "data/broken", "data/wait_fraction", "data/wait_seconds", "lr/network",
+        "speed/images_per_second", "memory/rss_bytes", "progress/chunk_fraction", "progress/campaign_fraction",
+        "progress/campaign_left_hours", "validation/loss", "loss_by_dataset/boards", "loss_by_dataset/photos",
+    ]  # fmt: skip
+
+    assert set(promised) <= set(tags["scalars"])
+    assert all(
+        any(tag.startswith(group) for tag in tags["scalars"]) for group in ("loss_by_timestep/0.", "loss_by_bucket/")
+    )
+    for tag in ("train/loss", "train/weighted_loss", "train/grad_norm", "lr/network", "progress/campaign_left_hours"):
+        assert [event.step for event in events.Scalars(tag)] == list(range(1, 11))
+    assert [event.step for event in events.Scalars("validation/loss")] == [4, 8, 10]
+    assert {"preview/strip", "preview/00"} <= set(tags["images"])
+    assert [event.step for event in events.Images("preview/strip")] == [4, 8, 10]
+    assert "learning_rate" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_wandb_is_one_rising_series_after_three_kills_and_five_launches(make_run, tmp_path, monkeypatch):
+    from training.wandb_file import read_history
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = make_run(tmp_path / "run", "trackers.wandb='offline'", "trackers.tensorboard=true", "preview.prompts=[]")
+
+    for chunk, step in ((FIRST, 3), (FIRST, 7), (SECOND, 14)):
+        if chunk == SECOND:
+            assert run.train("--chunk", FIRST) == 0, run.log.read_text()
+        run.launch("--chunk", chunk).kill_when(lambda step=step: run.last_step() >= step)
+    assert run.train("--chunk", SECOND) == 0, run.log.read_text()
+
+    files = sorted((run.root / "wandb").rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime)
+    rows = [row for path in files for row in read_history(path) if "train/loss" in row]
+    whole = [row for row in run.rows("metrics.jsonl") if "train/loss" in row]
+    assert len(run.events("started")) == len(files) == 5
+    assert [row["global_step"] for row in whole] == list(range(1, 21))
+    assert [row["_step"] for row in rows] == [row["global_step"] for row in rows] == list(range(1, 21))
+    assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in whole]
+    assert [step for step, _ in series(run, "train/loss")] == list(range(1, 21))
 
 
 def test_two_processes_validate_as_one(make_run, with_held_out, tmp_path):
