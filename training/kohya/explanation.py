@@ -82,7 +82,10 @@ def explain(given: Given, *, workspace: str, chunks: str, overrides: Sequence[st
         settings=tuple(settings),
         without_flag=tuple(one for one in kept if not one.flags),
         unknown=tuple(given.unknown),
-        problems=tuple(one for one in found.problems if not changed.keys() & set(one.keys)),
+        problems=(
+            *(Problem(flag, text) for flag, text in given.missing.items()),
+            *(one for one in found.problems if not changed.keys() & set(one.keys)),
+        ),
         notes=tuple(given.notes),
         commands=tuple(following_commands(given, workspace=workspace, chunks=chunks)),
         has_recipe=is_here,

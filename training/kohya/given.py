@@ -39,6 +39,8 @@ class Given:
     """Of each flag: "" is the command, else a file."""
     unknown: list[Unknown] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    """By flag: a file with settings that is not there."""
 
     def value(self, name: str) -> Any:
         """Return a flag's value, kohya's default when it is not given; None when there is none."""

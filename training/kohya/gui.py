@@ -64,6 +64,8 @@ def read_gui(values: Mapping[str, Any], given: Given, *, source: str) -> None:
         elif name in trainer_flags():
             if trainer_flags()[name].kind == "switch" and not isinstance(value, bool):
                 value = str(value).lower() not in ("0", "false", "no", "none")
+            if trainer_flags()[name].kind == "words":
+                value = str(value).replace('"', "")  # as the GUI does
             if value is not False:
                 flags[name] = value
         else:

@@ -1,6 +1,7 @@
 """Read a kohya command from where it stands: the command line, a script, a --config_file, the GUI's JSON. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ __all__ = ["given_by_command", "given_by_file"]
 def given_by_command(text: str) -> Given:
     """Return what a command line or a shell script with one gives, and the files that it names.
 
-    Raises ConfigError, FileNotFoundError for a --config_file or --dataset_config that is not there.
+    A --config_file or --dataset_config that is not there is in `missing`. Raises ConfigError.
     """
     command = read_shell(text)
     given = Given(SCRIPTS[command.script], environment=dict(command.environment))
     read_launcher(command.launcher, given)
     read_arguments(command.arguments, given)
     if path := given.value("config_file"):
-        given.take(read_config_file(Path(path)), source=f"{Path(path).name.removesuffix('.toml')}.toml", wins=False)
+        with _noting(given, "config_file"):
+            given.take(read_config_file(Path(path)), source=f"{Path(path).name.removesuffix('.toml')}.toml", wins=False)
     return _with_dataset_config(given)
 
 
@@ -61,7 +63,17 @@ def _script_of(values: Mapping[str, Any]) -> Script:
 
 def _with_dataset_config(given: Given) -> Given:
     if path := given.value("dataset_config"):
-        values, notes = read_dataset_config(Path(path))
-        given.take(values, source=Path(path).name, wins=True)
-        given.notes += notes
+        with _noting(given, "dataset_config"):
+            values, notes = read_dataset_config(Path(path))
+            given.take(values, source=Path(path).name, wins=True)
+            given.notes += notes
     return given
+
+
+@contextmanager
+def _noting(given: Given, flag: str) -> Iterator[None]:
+    """Note that a flag's file is not there: what else the command says can still be explained."""
+    try:
+        yield
+    except FileNotFoundError:
+        given.missing[flag] = f"{given.value(flag)} is not here, and what it says is not above"
