@@ -3,6 +3,7 @@
 import importlib.util
 import multiprocessing
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -25,7 +26,10 @@ from training.state_folder import LoadedState
 from training.state_manifest import Manifest
 from training.trained import Trained
 
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
+    reason="DeepSpeed, or the g++ that it needs on a CPU, is not installed",
+)
 ZERO = [pytest.param(f"zero{stage}", marks=[needs_deepspeed, pytest.mark.slow]) for stage in (1, 2, 3)]
 FSDP = {"strategy": "fsdp2"}
 ADAM = {"name": "adamw", "learning_rate": 0.01, "eps": 1e-3}  # a small eps would make signs of rounding
