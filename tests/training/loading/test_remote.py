@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sharding.chunk import ChunkError, commit_chunk, list_chunks, open_chunk
+from sharding.chunk import ChunkError, commit_chunk, list_chunks, load_chunk, open_chunk
 from sharding.config import ConfigError
 from sharding.files import temporary_name
 from tests.training.chunks import make_chunk, make_data
@@ -26,9 +26,10 @@ def packed(tmp_path_factory):
     for number in range(3):
         make_chunk(root / "chunks" / "newest" / f"{number:04d}", num_samples=6 + number, shard_size=4)
     make_chunk(root / "chunks" / "newest" / "held-out", num_samples=2)
-    for number in range(3):  # make_chunk calls each one newest/0000
-        path = root / "chunks" / "newest" / f"{number:04d}" / "chunk.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"name": f"newest/{number:04d}"}))
+    for name in ("0000", "0001", "0002", "held-out"):  # make_chunk calls each one newest/0000
+        path = root / "chunks" / "newest" / name / "chunk.json"
+        facts = {"name": f"newest/{name}", "is_held_out": name == "held-out"}
+        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
     return root
 
 
@@ -231,3 +232,22 @@ def test_without_remote_nothing_is_touched(tmp_path):
     mirror_remote(data)
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_held_out_chunk_comes_too_and_stays(url, tmp_path):
+    data = settings(url, tmp_path / "here")
+    mirror_remote(data, held_out="newest/held-out")
+    first, second, held_out = (
+        load_chunk(data.workspace / "chunks" / f"newest/{n}") for n in ("0000", "0001", "held-out")
+    )
+
+    fetch_chunk(data, first, held_out="newest/held-out")
+    wait_for_background()
+    os.utime(held_out.shard_path(held_out.info.shards[0].path), (1, 1))  # the oldest: the first to go
+    size = sum(shard.num_bytes for chunk in (second, held_out) for shard in chunk.info.shards)
+    RemoteWorkspace(url, data.workspace, size).fetch(second, beside=[second, held_out])
+
+    assert {name.rpartition("/")[0] for name in shards_here(data.workspace)} == {"newest/0001", "newest/held-out"}
+    assert make_data(held_out)[0].broken == []
+    with pytest.raises(ConfigError, match=r"data.cache_gb: .* too little for newest/0001 beside newest/held-out"):
+        RemoteWorkspace(url, data.workspace, size - 1).fetch(second, beside=[second, held_out])
