@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import FileIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -140,6 +141,8 @@ class TensorFile:
             self._fill(memoryview(text), stream)
         self._header = bytes(length + text)
         self._layout = _layout_of(path, text)
+        sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in self._layout.values()]
+        self._starts = dict(zip(self._layout, accumulate(sizes, initial=len(self._header)), strict=False))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -164,6 +167,15 @@ class TensorFile:
         found, wanted = digest.hexdigest(), self._expected_sha256
         if wanted is not None and found != wanted:
             raise TensorFileError(f"{self._path}: SHA-256 {found[:12]}…, {wanted[:12]}… is right; damaged")
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor, in memory of its own. Raises TensorFileError when the file ends before it does."""
+        dtype, shape = self._layout[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        with self._path.open("rb", buffering=0) as stream:
+            stream.seek(self._starts[name])
+            self._fill(bytes_of(tensor), stream)
+        return tensor
 
     def _fill(self, target: memoryview, stream: FileIO, digest: Any = None) -> None:
         while target:

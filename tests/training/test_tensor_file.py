@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from training.tensor_file import TensorFileError, read_tensors, write_tensors
+from training.tensor_file import TensorFile, TensorFileError, read_tensors, write_tensors
 
 
 def many_tensors():
@@ -89,3 +89,16 @@ def test_every_flipped_byte_is_found_with_the_hash(tmp_path):
 def test_what_cannot_be_written_is_named(tmp_path, tensor):
     with pytest.raises(TensorFileError, match="weird"):
         write_tensors(tmp_path / "x", {"weird": tensor[:, 1:] if tensor.dim() == 2 else tensor})
+
+
+def test_single_tensors_are_read_into_memory_of_their_own(tmp_path):
+    tensors = many_tensors()
+    save_file(tensors, tmp_path / "x.safetensors")
+
+    file = TensorFile(tmp_path / "x.safetensors")
+    found = {name: file.tensor(name) for name in reversed(tensors)}
+    (tmp_path / "x.safetensors").write_bytes(b"")
+
+    assert all(is_bit_equal(found[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(TensorFileError, match="ends too early"):
+        file.tensor("f32")

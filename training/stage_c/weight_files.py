@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sharding.files import replacing
-from training.tensor_file import bytes_of, header_of, write_file
+from training.tensor_file import TensorFile, bytes_of, header_of, write_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 NUM_KEYS_SHOWN = 8
@@ -58,7 +58,7 @@ def locate_component(path_or_id: str | Path, component: str, *, file_name: str) 
 
 @dataclass(frozen=True)
 class OpenWeights:
-    """A weights file whose tensors are read one by one. keys: as they stand in the file."""
+    """A weights file whose tensors are read one by one, each into memory of its own. keys: as in the file."""
 
     path: Path
     keys: tuple[str, ...]
@@ -95,7 +95,7 @@ def open_weights(path: Path) -> Iterator[OpenWeights]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         loaded = loaded.get("state_dict", loaded)
         tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
-        yield OpenWeights(path, tuple(tensors), {}, tensors.__getitem__)
+        yield OpenWeights(path, tuple(tensors), {}, lambda key: tensors[key].clone())
         return
     if path.suffix != ".safetensors":
         raise WeightsError(f"{path}: expected .safetensors or one of {', '.join(TORCH_SUFFIXES)}")
@@ -104,7 +104,9 @@ def open_weights(path: Path) -> Iterator[OpenWeights]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            yield OpenWeights(path, tuple(file.keys()), dict(file.metadata() or {}), file.get_tensor)
+            keys, metadata = tuple(file.keys()), dict(file.metadata() or {})
+        # Not by the library's map of the file: until it is closed, the whole file counts as memory of this process.
+        yield OpenWeights(path, keys, metadata, TensorFile(path).tensor)
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
 
@@ -116,7 +118,8 @@ def read_tensors(
 
     anchor: a key every file of this model has. Where it stands behind a prefix (`model.diffusion_model.`,
     `text_encoder.`, `state_dict.`), only keys with that prefix are taken; None takes all keys as they are.
-    dtype converts floating point tensors one by one; tensors are copies, so the file may be replaced afterwards.
+    dtype converts floating point tensors one by one: the peak is one copy in dtype and the largest tensor as it is in
+    the file. The file may be replaced afterwards.
 
     Raises FileNotFoundError, or WeightsError; see `open_weights` and `OpenWeights.prefix`.
     """
@@ -129,8 +132,8 @@ def read_tensors(
 
 
 def converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a copy, in dtype if that is given and the tensor holds floating point numbers."""
-    return tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=True)
+    """Return the tensor in dtype, if that is given and it holds floating point numbers."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 @contextmanager
