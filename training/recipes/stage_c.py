@@ -25,7 +25,7 @@ from training.stage_c.export import StageCWeights, export_stage_c
 from training.stage_c.formats import load_stage_c
 from training.stage_c.image import ImageConditioning
 from training.stage_c.latents import LatentEncoder
-from training.stage_c.model import StageCModel
+from training.stage_c.model import StageCModel, require_widths
 from training.stage_c.modelspec import modelspec
 from training.stage_c.objective import Objective
 from training.stage_c.previewer import Previewer, load_previewer
@@ -56,17 +56,11 @@ class StageC:
             network.enable_gradient_checkpointing()
         has_gradients = self._config.trains_in_text_encoder
         self._conditioning = Conditioning(settings, device=device, dtype=dtype, has_gradients=has_gradients)
-        if self._needs_text_model and self._conditioning.text_width != network.config.c_clip_text:
-            raise ValueError(
-                f"stage_c.text_encoder gives states of width {self._conditioning.text_width}, stage_c.network expects "
-                f"{network.config.c_clip_text}: {settings.text_encoder} and {settings.network} do not belong together"
-            )
         self._images = ImageConditioning(settings, device=device)
-        if self._images.is_used and self._images.width != network.config.c_clip_img:
-            raise ValueError(
-                f"stage_c.image_encoder gives embeddings of width {self._images.width}, stage_c.network expects "
-                f"{network.config.c_clip_img}: CLIP ViT-L/14 is the one it was trained with"
-            )
+        require_widths(
+            network.config, settings, text=self._conditioning.widths if self._needs_text_model else None,
+            image=self._images.width if self._images.is_used else None,
+        )  # fmt: skip
         # Without images its gradient is an exact zero: only weight decay would change it, run after run.
         network.clip_img_mapper.weight.requires_grad_(self._images.is_used)
         self._latents = LatentEncoder(settings, device=device)

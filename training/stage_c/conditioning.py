@@ -43,9 +43,10 @@ class Conditioning:
         return text
 
     @property
-    def text_width(self) -> int:
-        """Channels of the states."""
-        return int(self.text.text_model.config.hidden_size)
+    def widths(self) -> tuple[int, int]:
+        """Channels of the states and of the pooled vector."""
+        config = self.text.text_model.config
+        return int(config.hidden_size), int(config.projection_dim)
 
     def digests(self) -> dict[str, str]:
         """Return a SHA-256 of tokenizer and, where nothing in it is trained, text model, by config key."""

@@ -156,3 +156,16 @@ def test_the_same_sample_has_the_same_noise_in_any_batch(paths):
     )  # fmt: skip
 
     torch.testing.assert_close(losses(recipe, one)[0], losses(recipe, batch)[1], rtol=1e-5, atol=0)
+
+
+def test_a_text_encoder_of_another_width_is_refused(paths, tmp_path):
+    for name, widths in {"states": (32, 48), "pooled vectors": (64, 40)}.items():
+        config = transformers.CLIPTextConfig(
+            hidden_size=widths[0], projection_dim=widths[1], intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=1, bos_token_id=49406, eos_token_id=49407, pad_token_id=49407, vocab_size=49408,
+        )  # fmt: skip
+        folder = tmp_path / name.replace(" ", "_")
+        transformers.CLIPTextModelWithProjection(config).save_pretrained(folder)
+
+        with pytest.raises(ValueError, match=rf"gives {name} of width \d+, stage_c\.network expects"):
+            small_recipe({**paths, "text_encoder": folder})
