@@ -66,6 +66,12 @@ def text_problems(config: "RunConfig") -> list[str]:
     return problems
 
 
+def needs_text_model(config: "RunConfig") -> bool:
+    """Whether a run has its text model in memory: not when its outputs are made ahead and no preview is drawn."""
+    preview = config.preview
+    return not config.latents.text or bool(preview.prompts) or preview.file is not None
+
+
 def ahead_problems(config: "RunConfig") -> list[str]:
     """Return why a run cannot train from what its settings ask for; empty when it can."""
     problems = [f"latents.use: {problem}" for problem in latent_problems(config) if config.latents.use]

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from training.memory.live_bytes import LiveBytes
 from training.stage_c.blocks import recomputable
 from training.stage_c.model import StageCModel
 from training.stage_c.text import WINDOW_TOKENS
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig
 
 Gradients = Literal["kept", "grown", "released"]
 
@@ -82,7 +85,7 @@ def measured_peak(architecture: Architecture, settings: Pass, num_images: int) -
         elif settings.gradients == "released":
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(_forget)  # type: ignore[no-untyped-call]
-        step = _step(model, effnet, text, settings, num_images, rules)
+        step = _step(model, effnet, text, settings, num_images, rules, text_config=architecture.text)
         with rules, LiveBytes(given) as live:
             step()
     return max(0, live.peak - (gradients if settings.gradients == "grown" else 0)), gradients
@@ -111,19 +114,34 @@ def _ruled(block: nn.Module, rules: GpuRules) -> Callable[..., Tensor]:
 
 
 def _step(
-    model: StageCModel, effnet: nn.Module, text: nn.Module | None, settings: Pass, num_images: int, rules: GpuRules
+    model: StageCModel,
+    effnet: nn.Module | None,
+    text: nn.Module | None,
+    settings: Pass,
+    num_images: int,
+    rules: GpuRules,
+    *,
+    text_config: "CLIPTextConfig",
 ) -> Callable[[], None]:
     def step() -> None:
         """What `recipes.stage_c.StageC.loss` and the loop do, without the arithmetic of noise and weights."""
-        rgb = torch.empty(num_images, 3, settings.height, settings.width)
+        rgb = torch.empty(num_images, 3, settings.height, settings.width) if effnet is not None else None
         windows = torch.empty(num_images, settings.num_windows, WINDOW_TOKENS + 2, dtype=torch.int64)
         with torch.no_grad(), rules.off():  # the encoder always runs in fp32
-            latents = effnet(rgb)
+            latents = torch.empty(num_images, 16, settings.height // 32, settings.width // 32)
+            if effnet is not None:
+                latents = effnet(rgb)
         noised, target, r = torch.empty_like(latents), torch.empty_like(latents), torch.empty(num_images)
-        states = None
+        states: tuple[Tensor, Tensor] | None = None
         if text is not None:
             with torch.no_grad():
                 states = text(windows, False)
+        elif model.text is None:
+            length = settings.num_windows * WINDOW_TOKENS + 2
+            states = (
+                torch.empty(num_images, length, text_config.hidden_size),
+                torch.empty(num_images, 1, text_config.projection_dim),
+            )
         predicted = model(noised, r, windows=windows, states=states, mask=False)
         loss = (predicted.float() - target).square().mean(dim=(1, 2, 3)).sum()
         rules.end_forward()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import RunConfig
+from training.config.latents import needs_text_model
 from training.lora.frozen_base import frozen_base
 from training.stage_c.effnet import EffNetConfig
 from training.stage_c.effnet import config_from_state_dict as effnet_config_from
@@ -50,6 +51,10 @@ class Architecture:
     text: "CLIPTextConfig"
     effnet: EffNetConfig
     train_text_encoder: bool
+    has_effnet: bool = True
+    """Not where latents are made ahead."""
+    has_text: bool = True
+    """Not where the text model's outputs are made ahead and no preview is drawn."""
     image_parameters: int = 0
     """Of the frozen CLIP image model; 0 where no picture is shown to the network."""
     freeze: tuple[str, ...] = ()
@@ -84,8 +89,9 @@ def architecture_of(config: RunConfig) -> Architecture:
     if settings.image_encoder is not None:
         num_image = _image_parameters(settings.image_encoder) or CLIP_L_PARAMETERS
     return Architecture(
-        network, text, effnet, settings.train_text_encoder, num_image, config.optimizer.freeze,
-        config if config.lora is not None or config.tokens is not None else None, tuple(assumed),
+        network, text, effnet, settings.train_text_encoder, not config.latents.use, needs_text_model(config),
+        num_image, config.optimizer.freeze, config if config.lora is not None or config.tokens is not None else None,
+        tuple(assumed),
     )  # fmt: skip
 
 
@@ -146,8 +152,8 @@ def _image_parameters(path_or_id: str) -> int | None:
     return sum(value.numel() for key, value in shapes.items() if is_of_image_model(key))
 
 
-def make_modules(architecture: Architecture) -> "tuple[StageCModel, nn.Module, nn.Module | None]":
-    """Return (what is trained, the image encoder, the frozen text encoder) without weights.
+def make_modules(architecture: Architecture) -> "tuple[StageCModel, nn.Module | None, nn.Module | None]":
+    """Return (what is trained, the image encoder, the frozen text encoder) without weights; None: not in memory.
 
     Call it under a meta device or a fake tensor mode, or it takes the memory. In the state that the recipe trains
     them in: frozen parts need no gradient, `clip_img_mapper.weight` neither where no picture is shown.
@@ -174,8 +180,8 @@ def make_modules(architecture: Architecture) -> "tuple[StageCModel, nn.Module, n
         StageCAdapters(config, model, load_tokenizer("builtin"), is_empty=True)
     if architecture.freeze:
         freeze(model, architecture.freeze)
-    effnet = EffNetEncoder(architecture.effnet).requires_grad_(False)
-    return model, effnet, None if has_gradients else text
+    effnet = EffNetEncoder(architecture.effnet).requires_grad_(False) if architecture.has_effnet else None
+    return model, effnet, text if architecture.has_text and not has_gradients else None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from training.chunk_data import Batch
 from training.config import Prompt, RunConfig
+from training.config.latents import needs_text_model
 from training.latent_sizes import decoded_size
 from training.latents.store import encoder_digests
 from training.precision import DTYPES
@@ -58,7 +59,7 @@ class StageC:
         self._conditioning = Conditioning(settings, device=device, dtype=dtype, has_gradients=has_gradients)
         self._images = ImageConditioning(settings, device=device)
         require_widths(
-            network.config, settings, text=self._conditioning.widths if self._needs_text_model else None,
+            network.config, settings, text=self._conditioning.widths if needs_text_model(self._config) else None,
             image=self._images.width if self._images.is_used else None,
         )  # fmt: skip
         # Without images its gradient is an exact zero: only weight decay would change it, run after run.
@@ -74,12 +75,6 @@ class StageC:
         self._adapters: StageCAdapters | None = None
         if lora is not None or self._config.tokens is not None:
             self._adapters = StageCAdapters(self._config, self._model, self._conditioning.tokenizer)
-
-    @property
-    def _needs_text_model(self) -> bool:
-        """Whether it is needed before an export: not when its states are made ahead, and no preview is drawn."""
-        preview = self._config.preview
-        return not self._config.latents.text or bool(preview.prompts) or preview.file is not None
 
     def trainable(self) -> nn.Module:
         return self._model
