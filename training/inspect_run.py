@@ -1,7 +1,10 @@
 """What a run is about to do (`plan`), as text and JSON. Reads only files; no torch."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import pyarrow as pa
 
 from sharding.chunk import Chunk
 from training.campaign import read_campaign
@@ -12,7 +15,7 @@ from training.packages import missing_packages
 from training.plan_checks import Finding, check_captions
 from training.plan_report import PlanReport, plan_report
 from training.plan_totals import run_totals
-from training.plans import batch_plan
+from training.plans import batch_plan, caption_settings, pixel_settings
 from training.prompt_file import read_prompts
 from training.run_dir import RunDir
 
@@ -60,7 +63,8 @@ def inspect_plan(
     missing = [Finding("refused", str(need)) for need in missing_packages(config)]
     licences = [path for path in config.save.licence_files if not path.is_file()]
     missing += [Finding("refused", f"save.licence_files: {path}: no such file") for path in licences]
-    return replace(report, findings=(*missing, *report.findings, *check_captions(index, config=config)))
+    found = (*check_captions(index, config=config), *(_not_encoded(config, index, name) if with_state else ()))
+    return replace(report, findings=(*missing, *report.findings, *found))
 
 
 def plan_text(config: RunConfig, root: Path | None, *, chunk_name: str | None, with_state: bool = False) -> str:
@@ -71,6 +75,21 @@ def plan_text(config: RunConfig, root: Path | None, *, chunk_name: str | None, w
     if report.refusals:
         raise PlanRefusedError("\n".join(finding.text for finding in report.refusals))
     return report.text()
+
+
+def _not_encoded(config: RunConfig, index: pa.Table, chunk: str) -> Iterator[Finding]:
+    """Yield a warning when the chunk's latents or text outputs are to be read, and are not there yet."""
+    if not (config.latents.use or config.latents.text):
+        return
+    from training.latents.ahead import ahead_of  # imports torch
+    from training.latents.parts import LatentsError
+
+    plans = [batch_plan(index, chunk, config=config, epoch=epoch) for epoch in range(config.data.epochs)]
+    pixels, captions = pixel_settings(config), caption_settings(config)
+    try:
+        ahead_of(index, plans, config=config, pixels=pixels, captions=captions, from_main=lambda ask: ask())
+    except (LatentsError, FileNotFoundError) as error:
+        yield Finding("warning", str(error))
 
 
 def _prompts(config: RunConfig) -> tuple[Prompt, ...]:

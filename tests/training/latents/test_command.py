@@ -12,6 +12,7 @@ from tests.training.chunks import make_chunk
 from tests.training.latents.conftest import NAME, CountingEncoder
 from training.chunk_data import ChunkData, ChunkSource, make_loader
 from training.errors import BrokenDataError
+from training.inspect_run import inspect_plan
 from training.latents.ahead import ahead_of
 from training.latents.command import encode_latents
 from training.latents.parts import LatentsError
@@ -187,6 +188,17 @@ def test_missing_and_stale_latents_are_refused_with_the_command(make_config, chu
     assert reason in str(caught.value)
     assert "run `python -m training encode-latents RUN.toml --chunk newest/0000" in str(caught.value)
     assert ("--text`" in str(caught.value)) == ("text" in changes.get("latents", {}))
+
+
+def test_plan_warns_of_latents_that_are_not_there_yet(make_config, encoders):
+    config = make_config()
+
+    def warnings():
+        return [f.text for f in inspect_plan(config, None, chunk_name=NAME, with_state=True).findings]
+
+    assert any("5 of 5 parts of its latents are missing" in text for text in warnings())
+    run(config)
+    assert not any("latents" in text for text in warnings())
 
 
 def test_another_encoder_is_another_folder(make_config, chunk, encoders):
