@@ -106,9 +106,11 @@ def has_state(lines: Iterable[Line], manifest_digest: str) -> bool:
 
 def totals(lines: Iterable[Line]) -> Totals:
     """Return the run's counters as its newest state holds them."""
+    lines = list(lines)
     live = [record for record in chunk_records(lines).values() if record.status != "superseded"]
+    imported = imported_state(lines)
     return Totals(
-        global_step=max((_reached(record) for record in live), default=0),
+        global_step=max((_reached(record) for record in live), default=imported.global_step if imported else 0),
         images_seen=sum(record.images_trained for record in live),
         applied_updates=sum(record.applied_updates for record in live),
         skipped_steps=sum(record.skipped for record in live),

@@ -14,7 +14,10 @@ from training.stage_c.layouts import to_original
 from training.stage_c.text_files import load_text_model, save_text_model
 from training.state_folder import load_state
 
-ADAFACTOR = ("optimizer.name=adafactor", "optimizer.max_grad_norm=0.0", "stage_c.train_text_encoder=true")
+ADAFACTOR = (
+    "optimizer.name=adafactor", "optimizer.max_grad_norm=0.0", "stage_c.train_text_encoder=true", "data.epochs=1",
+    "preview.prompts=[]",
+)  # fmt: skip
 
 
 def kohya_folder(tmp_path: Path, models: Path, **options: object) -> Path:
@@ -46,6 +49,8 @@ def test_a_run_goes_on_from_kohyas_weights_and_moments(tmp_path, make_run, tiny_
     assert "random_states_0.pkl: not read" in report
     assert "scheduler.bin: rates are a function of the global step, here 500; kohya counted 3" in report
     assert run.events("imported")[0]["global_step"] == 500
+    assert main(run.arguments("status")) == 0
+    assert "global step 500  updates 0" in capsys.readouterr().out
     assert set(run.events("imported")[0]["files"]) == {"model.safetensors", "model_1.safetensors", "optimizer.bin"}
 
     assert run.train("--chunk", "real/0000") == 0
