@@ -60,15 +60,15 @@ def chosen(
     names = adaptable(module)
     hit = {name for found in matching(names, targets, key=key, what="layer").values() for name in found}
     targeted = [name for name in names if name in hit]
-    owners: dict[str, LayerChoice] = {}
+    owners: dict[str, str] = {}
     parts: dict[str, list[LayerChoice]] = {"": []}
     for block, patterns, own_rank, own_alpha in blocks:
         found = matching(targeted, patterns, key=f"lora.blocks.{block}", what="targeted layer")
         for name in dict.fromkeys(name for hits in found.values() for name in hits):
             if name in owners:
-                raise PatternError(f"lora.blocks: {name} is in {block!r} and in another one")
-            owners[name] = LayerChoice(name, own_rank, own_alpha)
-            parts.setdefault(block, []).append(owners[name])
+                raise PatternError(f"lora.blocks: {name} is in {owners[name]!r} and in {block!r}")
+            owners[name] = block
+            parts.setdefault(block, []).append(LayerChoice(name, own_rank, own_alpha))
     parts[""] = [LayerChoice(name, rank, alpha) for name in targeted if name not in owners]
     return parts
 

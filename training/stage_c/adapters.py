@@ -46,6 +46,7 @@ class StageCAdapters:
         self, config: RunConfig, model: StageCModel, tokenizer: "PreTrainedTokenizerBase", *, is_empty: bool = False
     ) -> None:
         self._config, self._model = config, model
+        self._level = logging.DEBUG if is_empty else logging.INFO
         self._network, self._text = model.network, None if model.text is None else model.text.text_model
         self._freezes_network = config.lora is not None or (config.tokens is not None and config.tokens.only)
         self._freezes_text = self._text is not None and not config.stage_c.train_text_encoder
@@ -80,7 +81,7 @@ class StageCAdapters:
         self.tokens = choose_tokens(tokenizer, embeddings.token_embedding.weight.detach(), self._config.tokens.train)
         embeddings.token_embedding = OverlaidEmbedding(embeddings.token_embedding, self.tokens)
         self._text.text_model.eos_token_id = EOS_ID  # else it pools at the highest id: a new token's
-        logger.info("%s", self.tokens)
+        logger.log(self._level, "%s", self.tokens)
 
     def _put_adapters(self) -> None:
         lora = self._config.lora
@@ -98,13 +99,12 @@ class StageCAdapters:
             layers = list(self._of(component))
             seed = _seed(self._config.seed, component)
             add_adapters(self._module(component), layers, kind=lora.kind, dropout=lora.dropout, seed=seed)
-            logger.info("%s: %s on %d layers", component, lora.kind, len(layers))
+            logger.log(self._level, "%s: %s on %d layers", component, lora.kind, len(layers))
 
     def _start_from(self, path: Path) -> None:
         layers = {component: list(self._of(component)) for component in self.layers}
-        names = [name.replace(BASE_LAYER, "") for name, _ in self._network.named_modules()]
-        shapes = layer_shapes(self._network)
-        order = official_order([name for name in names if name in {layer.name for layer in layers[NETWORK]}])
+        shapes, own_names = layer_shapes(self._network), {layer.name for layer in layers[NETWORK]}
+        order = official_order([name for name in self.module_order() if name in own_names])
         text_layers = [] if self._text is None else adaptable_names(self._text)
         found = read_adapters(path, shapes=shapes, order=order, text_layers=text_layers)
         is_one = any(layer.name.endswith(".in_proj") for layer in layers[NETWORK])
@@ -206,7 +206,7 @@ class StageCAdapters:
 
     def module_order(self) -> list[str]:
         """Return the network's layers in the order of its modules."""
-        return [name.replace(BASE_LAYER, "") for name, _ in self._network.named_modules()]
+        return list(dict.fromkeys(name.replace(BASE_LAYER, "") for name, _ in self._network.named_modules()))
 
     def merged_network(
         self, weights: Mapping[str, Tensor] | None = None, *, dtype: torch.dtype = torch.float32

@@ -29,7 +29,7 @@ class ChosenTokens:
 
     def __str__(self) -> str:
         listing = ", ".join(f"{name} ({number})" for name, number in zip(self.names[:8], self.ids, strict=False))
-        return f"{len(self.names):,} tokens are trained, {self.num_new:,} of them new: {listing}" + (
+        return f"tokens that are trained: {len(self.names):,}, new: {self.num_new:,}: {listing}" + (
             " …" if len(self.names) > 8 else ""
         )
 
