@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class Architecture:
     """Patterns of parameters that are not trained."""
     adapters: RunConfig | None = None
     """The settings, where they have [lora] or [tokens]."""
+    dropout: float = 0.1
+    attention_dropout: Literal["probabilities", "output", "none"] = "probabilities"
     assumed: tuple[str, ...] = ()
     """What was not found here and is taken for the published model."""
 
@@ -89,9 +91,10 @@ def architecture_of(config: RunConfig) -> Architecture:
     if settings.image_encoder is not None:
         num_image = _image_parameters(settings.image_encoder) or CLIP_L_PARAMETERS
     return Architecture(
-        network, text, effnet, settings.train_text_encoder, not config.latents.use, needs_text_model(config),
-        num_image, config.optimizer.freeze, config if config.lora is not None or config.tokens is not None else None,
-        tuple(assumed),
+        network, text, effnet, settings.train_text_encoder, has_effnet=not config.latents.use,
+        has_text=needs_text_model(config), image_parameters=num_image, freeze=config.optimizer.freeze,
+        adapters=config if config.lora is not None or config.tokens is not None else None, dropout=settings.dropout,
+        attention_dropout=settings.attention_dropout, assumed=tuple(assumed),
     )  # fmt: skip
 
 
@@ -171,6 +174,7 @@ def make_modules(architecture: Architecture) -> "tuple[StageCModel, nn.Module | 
     has_gradients = architecture.train_text_encoder or (config is not None and config.trains_in_text_encoder)
     text.train(has_gradients).requires_grad_(architecture.train_text_encoder)
     network = StageCNetwork(architecture.network)
+    network.set_dropout(architecture.dropout, attention=architecture.attention_dropout)
     network.clip_img_mapper.weight.requires_grad_(architecture.image_parameters > 0)
     model = StageCModel(network, text if has_gradients else None).train()
     if config is not None:

@@ -1,7 +1,9 @@
 """How a run may keep its weights, gradients and optimizer, and what that costs in bytes. Arithmetic, no torch.
 
 Sources: Rajbhandari et al., "ZeRO", 2020 (what each stage splits); torch's FSDP2 and DeepSpeed's documentation for
-what is gathered; the optimizers' own papers for their states. Nothing of this was measured on a GPU here.
+what is gathered; the optimizers' own papers for their states. What one process takes is compared with real processes by
+`python -m scripts.bench memory`; what is split over several is arithmetic only, as our engines set it up: fp32 weights
+in DeepSpeed, whole networks in every process while they load.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +17,13 @@ Shape = Sequence[int]
 BLOCK_8BIT, SMALLEST_8BIT = 256, 4096
 """bitsandbytes: one fp32 scale per block and state; smaller tensors stay in fp32."""
 ZERO_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's reduce_bucket_size and allgather_bucket_size."""
+"""DeepSpeed's reduce_bucket_size."""
 
 _STATES_PER_ELEMENT = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0, "schedule_free": 2, "prodigy": 4}
 """fp32 numbers per element; Prodigy keeps the first weights and s besides, schedule-free AdamW z and v."""
 _8BIT = {"adamw8bit": 2, "adam8bit": 2, "lion8bit": 1}
+_UPDATE_NUMBERS = {"adafactor": 2, "lion": 1}
+"""fp32 numbers per element that an update takes for a moment: Adafactor's and its square, Lion's sign."""
 OPTIMIZERS = (*_STATES_PER_ELEMENT, *_8BIT, "adafactor")
 
 
@@ -41,11 +45,16 @@ class Strategy:
     num_ranks: int = 1
     ranks_per_node: int = 8
     """`fsdp_hybrid` splits within a node and copies across nodes."""
+    whole_gradients: bool = True
+    """FSDP2: while a step has further micro-batches, every process holds whole gradients."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """ZeRO: optimizer and fp32 weights in host memory; `all`: the weights of the forward, too (ZeRO-3)."""
     ema: Literal["no", "device", "host"] = "no"
     """A second set of fp32 weights."""
     checkpointing: bool = True
+    accumulates: bool = True
+    """A step has several micro-batches: gradients are there while a later one is computed."""
+    device: Literal["gpu", "cpu"] = "gpu"
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -60,7 +69,7 @@ class Strategy:
     @property
     def computes_from_16_bit(self) -> bool:
         """Whether the forward reads 16-bit weights, not casts of fp32 ones."""
-        return self.weights != "fp32" or self.sharding.startswith(("fsdp", "zero"))
+        return self.weights != "fp32" or (self.autocast and self.sharding.startswith("fsdp"))
 
 
 def catalogue(num_ranks: int) -> tuple[Strategy, ...]:
@@ -77,8 +86,8 @@ def catalogue(num_ranks: int) -> tuple[Strategy, ...]:
     many = [
         Strategy("DDP, fp32, Adafactor", sharding="ddp"),
         Strategy("DDP, fp32, AdamW", optimizer="adamw", sharding="ddp"),
-        Strategy("FSDP2 full, AdamW", optimizer="adamw", sharding="fsdp"),
-        Strategy("FSDP2 hybrid, AdamW", optimizer="adamw", sharding="fsdp_hybrid"),
+        Strategy("FSDP2 full, AdamW", optimizer="adamw", sharding="fsdp", whole_gradients=False),
+        Strategy("FSDP2 hybrid, AdamW", optimizer="adamw", sharding="fsdp_hybrid", whole_gradients=False),
         Strategy("ZeRO-1, AdamW", optimizer="adamw", sharding="zero1"),
         Strategy("ZeRO-2, AdamW", optimizer="adamw", sharding="zero2"),
         Strategy("ZeRO-3, AdamW", optimizer="adamw", sharding="zero3"),
@@ -103,7 +112,7 @@ class Fixed:
     buffers: int
     """For communication, and units that are gathered while they are used."""
     update: int
-    """Largest temporaries of the update; at another time than activations, except with fused backward."""
+    """Largest temporaries of the update, at another time than activations; with fused backward those of a pass."""
     host: int
 
     @property
@@ -132,35 +141,38 @@ def _8bit_bytes(elements: int) -> int:
 
 
 def fixed_bytes(
-    strategy: Strategy, trained: Mapping[str, Shape], *, frozen_bytes: int, largest_unit_elements: int
+    strategy: Strategy,
+    trained: Mapping[str, Shape],
+    *,
+    beside_elements: int = 0,
+    frozen_bytes: int,
+    largest_unit_elements: int,
 ) -> Fixed:
-    """Return what stays in memory on one rank. largest_unit_elements: of a block that is gathered whole (FSDP, ZeRO-3).
+    """Return what stays in memory on one rank. beside_elements: of what lies untrained in trained networks.
 
-    Frozen networks are not split. Sharded parts are taken to split evenly.
+    largest_unit_elements: of a block that is gathered whole (FSDP, ZeRO-3). Frozen networks are not split. Sharded
+    parts are taken to split evenly.
     """
     shapes = list(trained.values())
-    elements, largest = sum(map(prod, shapes)), max(map(prod, shapes))
-    is_zero = strategy.sharding.startswith("zero")
-    ranks = (
-        min(strategy.num_ranks, strategy.ranks_per_node) if strategy.sharding == "fsdp_hybrid" else strategy.num_ranks
-    )
-    size = 2 if strategy.weights != "fp32" or is_zero else 4
-    state = optimizer_state_bytes(strategy.optimizer, shapes) + 2 * elements * strategy.kahan
+    elements = sum(map(prod, shapes))
+    is_zero, is_fsdp = strategy.sharding.startswith("zero"), strategy.sharding.startswith("fsdp")
+    within_node = strategy.sharding == "fsdp_hybrid"
+    ranks = min(strategy.num_ranks, strategy.ranks_per_node) if within_node else strategy.num_ranks
+    size = 4 if strategy.weights == "fp32" else 2
     stage = int(strategy.sharding[-1]) if is_zero else 0
-    is_fsdp = strategy.sharding.startswith("fsdp")
     weight_ranks = ranks if is_fsdp or stage == 3 else 1
-    gradient_ranks = ranks if is_fsdp or stage >= 2 else 1
+    gradient_ranks = ranks if stage >= 2 or (is_fsdp and not (strategy.whole_gradients and strategy.accumulates)) else 1
     state_ranks = ranks if is_fsdp or is_zero else 1
-    master = 4 * elements // ranks if is_zero else 0
+    state = optimizer_state_bytes(strategy.optimizer, shapes) + 2 * elements * strategy.kahan
     fixed = Fixed(
-        weights=size * elements // weight_ranks,
-        master=master,
+        weights=size * (elements + beside_elements) // weight_ranks,
+        master=4 * elements // ranks if is_zero else 0,
         gradients=0 if strategy.fused_backward else size * elements // gradient_ranks,
         optimizer=state // state_ranks,
         ema=4 * elements // (ranks if is_fsdp else 1) if strategy.ema == "device" else 0,
         frozen=frozen_bytes,
         buffers=_buffers(strategy, elements, size, largest_unit_elements),
-        update=_update_bytes(strategy, largest),
+        update=0 if strategy.fused_backward else _update_peak(strategy, [prod(shape) for shape in shapes]),
         host=4 * elements if strategy.ema == "host" else 0,
     )
     if strategy.offload != "none":
@@ -173,17 +185,31 @@ def fixed_bytes(
 def _buffers(strategy: Strategy, elements: int, size: int, largest_unit: int) -> int:
     if strategy.sharding == "ddp":
         return size * elements  # DDP's buckets, unless gradients are views of them (gradient_as_bucket_view)
-    gathered = 2 * 2 * largest_unit  # bf16, the unit in use and the next one
     if strategy.sharding.startswith("fsdp"):
-        return gathered + 4 * largest_unit  # the unit's gradient before it is split
+        return 2 * 2 * largest_unit + 4 * largest_unit  # bf16, the unit in use and the next; a gradient not yet split
     if strategy.sharding.startswith("zero"):
-        buckets = 2 * 2 * min(ZERO_BUCKET_ELEMENTS, elements)  # reduce and all-gather
-        return buckets + (gathered if strategy.sharding == "zero3" else 0)
+        bucket = 4 * min(ZERO_BUCKET_ELEMENTS, elements)
+        return 2 * (bucket + 4 * largest_unit) if strategy.sharding == "zero3" else bucket
     return 0
 
 
-def _update_bytes(strategy: Strategy, largest: int) -> int:
-    inner = 2 * 4 * largest if strategy.optimizer == "adafactor" else 0  # the update, and its square
-    if strategy.weights != "fp32":
-        return inner + 3 * 4 * largest  # weight and gradient in fp32, random bits or what rounding loses
-    return inner
+def update_bytes(strategy: Strategy) -> int:
+    """Return the bytes per element that an update takes for the time it lasts, beside gradient, weight and state.
+
+    16-bit weights are widened with their gradients, which are freed (`training.optim.one_by_one`).
+    """
+    is_cpu = strategy.device == "cpu"
+    inner = _UPDATE_NUMBERS.get(strategy.optimizer, 0)
+    if strategy.optimizer == "adamw" and is_cpu:
+        inner = 2  # the root and its quotient; on a GPU one fused kernel
+    return 4 * (inner + 2 * (strategy.weights != "fp32"))
+
+
+def _update_peak(strategy: Strategy, sizes: Sequence[int]) -> int:
+    """Return the most that updates take beside weights, state and all gradients: sizes, elements in order."""
+    temporary, gradient = update_bytes(strategy), 0 if strategy.weights == "fp32" else 2
+    peak = freed = 0
+    for size in sizes:
+        freed += gradient * size  # before its update; fp32 gradients stay until all are made
+        peak = max(peak, temporary * size - freed)
+    return peak

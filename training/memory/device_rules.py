@@ -1,12 +1,14 @@
-"""What a GPU does with a network's calls, for networks on the meta device, which has neither autocast nor kernels.
+"""What a device does with a network's calls, for networks on the meta device, which has neither autocast nor kernels.
 
-Autocast: matrix products in bf16 with casts of trained weights kept until the forward ends, norms in fp32
-(torch's lists for CUDA). Attention: one fused kernel that keeps q, k, v, its output and one number per row.
+Autocast: matrix products in 16 bits with casts of trained weights kept until the forward ends; norms in fp32 on a GPU,
+in the format of their input on a CPU (torch's lists). Attention: one fused kernel that keeps q, k, v, its output and
+one number per row; on a CPU with dropout the long way, which keeps probabilities. Dropout keeps one byte per element on
+a GPU, a factor in the input's format on a CPU.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +16,19 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 _IN_BF16 = {F.linear, torch.conv2d, F.conv2d, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
-_IN_FP32 = {F.layer_norm, torch.layer_norm, F.softmax, torch.softmax}
+_IN_FP32_ON_GPU = {F.layer_norm, torch.layer_norm, F.softmax, torch.softmax}
 
 
-class GpuRules(TorchFunctionMode):
-    """Active around the forward pass; blocks that are computed again in the backward pass need `around`.
+Device = Literal["gpu", "cpu"]
 
-    fused_attention off gives the long way, with attention probabilities: torch's on a CPU when there is dropout.
-    """
 
-    def __init__(self, *, autocast: bool, fused_attention: bool) -> None:
+class DeviceRules(TorchFunctionMode):
+    """Active around the forward pass; blocks that are computed again in the backward pass need `around`."""
+
+    def __init__(self, device: Device, *, autocast: bool) -> None:
         super().__init__()
         self.autocast = autocast
-        self.fused_attention = fused_attention
+        self._is_gpu = device == "gpu"
         self._casts: dict[int, Tensor] = {}
         self._is_backward = False
 
@@ -55,12 +57,14 @@ class GpuRules(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and self.fused_attention:
+        if func is F.scaled_dot_product_attention and (self._is_gpu or not kwargs.get("dropout_p")):
             return self._attention(*args, **kwargs)
+        if func is F.dropout and self._is_gpu:
+            return self._dropout(*args, **kwargs)
         if self.autocast and func in _IN_BF16:
             args = tuple(self._cast(value) for value in args)
             kwargs = {name: self._cast(value) for name, value in kwargs.items()}
-        elif self.autocast and func in _IN_FP32:
+        elif self.autocast and self._is_gpu and func in _IN_FP32_ON_GPU:
             args = tuple(value.float() if isinstance(value, Tensor) else value for value in args)
         return func(*args, **kwargs)
 
@@ -69,6 +73,10 @@ class GpuRules(TorchFunctionMode):
         # A mask changes what is computed, not what is kept.
         mixed: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
         return mixed
+
+    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        dropped: Tensor = torch.native_dropout(x, p, True)[0] if training and p else x
+        return dropped
 
     def _cast(self, value: Any) -> Any:
         if not (isinstance(value, Tensor) and value.dtype == torch.float32):
