@@ -338,26 +338,6 @@ def test_encoders_of_what_is_made_ahead_take_no_memory():
     assert 0 < pass_bytes(without, SMALL_PASS).per_image <= pass_bytes(TINY, SMALL_PASS).per_image
 
 
-def test_encoders_of_what_is_made_ahead_take_no_memory():
-    still = {"shuffle": False}
-    plain, ahead, previews = (
-        architecture_of(toy_config(caption=still, latents=latents, **more))
-        for latents, more in (
-            ({}, {}),
-            ({"use": True, "text": True}, {}),
-            ({"use": True, "text": True}, {"preview": {"prompts": [{"text": "a"}]}, "stage_c": {"previewer": "none"}}),
-        )
-    )
-
-    assert (plain.has_effnet, plain.has_text) == (True, True)
-    assert (ahead.has_effnet, ahead.has_text) == (False, False)
-    assert (previews.has_effnet, previews.has_text) == (False, True)
-    without = replace(TINY, has_effnet=False, has_text=False)
-    assert shapes_of(TINY).num_frozen > 0 == shapes_of(without).num_frozen
-    assert shapes_of(without).trained == shapes_of(TINY).trained
-    assert 0 < pass_bytes(without, SMALL_PASS).per_image <= pass_bytes(TINY, SMALL_PASS).per_image
-
-
 def test_the_image_model_is_counted_and_its_mapper_trained_where_pictures_are_shown(tmp_path):
     shapes = {
         "vision_model.embeddings.patch_embedding.weight": (8, 3, 2, 2),
