@@ -94,18 +94,17 @@ def _magnitudes(wanted: Tensor, weight: Tensor) -> Tensor:
     axis = 0 if of_outputs else 1
     found = weight.transpose(0, axis).flatten(1).norm(dim=1)
     ones = [1] * (weight.ndim - 1)
-    return (wanted.reshape(-1) / found).reshape(-1, *ones).transpose(0, axis)
+    factors: Tensor = (wanted.reshape(-1) / found).reshape(-1, *ones).transpose(0, axis)
+    return factors
 
 
 def adapter_of(tensors: Mapping[str, Tensor], alpha: float | None, *, layer: str, rank: int | None = None) -> Adapter:
     """Return the adapter whose tensors these are. alpha: None is the rank, as programs read it that find none.
 
-    rank: where tensors do not tell it.
-
-    Raises AdapterError naming the layer when they are of no known kind, or not complete.
+    rank: where tensors do not tell it. Raises AdapterError naming the layer: tensors of no known kind, or not all.
     """
     names = set(tensors)
-    kind: Kind | None = next((one for one in ("lora", "dora", "loha") if names == TENSORS[one]), None)  # type: ignore[misc]
+    kind: Kind | None = next((one for one in ("lora", "dora", "loha") if names == TENSORS[one]), None)
     if kind is None and _is_lokr(names):
         kind = "lokr"
     if kind is None:

@@ -31,8 +31,8 @@ def freeze_base(module: nn.Module, names: Iterable[str], *, dtype: torch.dtype |
     def not_missing(_: nn.Module, found: Any) -> None:
         found.missing_keys[:] = [name for name in found.missing_keys if name not in left_out]
 
-    module.register_state_dict_post_hook(leave_out)
-    module.register_load_state_dict_post_hook(not_missing)
+    module.register_state_dict_post_hook(leave_out)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(not_missing)  # type: ignore[no-untyped-call]
 
 
 def frozen_base(module: nn.Module) -> frozenset[str]:

@@ -15,7 +15,7 @@ def network_metadata(config: RunConfig, lora: LoraConfig, *, base: str) -> dict[
     Source: kohya-ss/sd-scripts, train_network.py (names and meaning).
     """
     rate, text_rate = config.optimizer.learning_rate, config.optimizer.text_encoder_learning_rate
-    arguments = {"algo": lora.kind} if lora.kind in ("loha", "lokr") else {}
+    arguments: dict[str, str] = {"algo": lora.kind} if lora.kind in ("loha", "lokr") else {}
     arguments |= {"dora_wd": "True"} if lora.kind == "dora" else {}
     is_plain = not any(block.rank or block.alpha for block in lora.blocks)
     return {

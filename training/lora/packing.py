@@ -22,7 +22,8 @@ def packed(parts: Sequence[Adapter]) -> Adapter:
     if len({part.scale for part in parts}) > 1:
         raise AdapterError("adapters of q, k and v with different alpha / rank cannot share one; use the kohya layout")
     rank = sum(down.shape[0] for down in downs)
-    return Adapter("lora", {DOWN: torch.cat(downs), UP: torch.block_diag(*ups)}, first.scale * rank)
+    blocks: Tensor = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
+    return Adapter("lora", {DOWN: torch.cat(downs), UP: blocks}, first.scale * rank)
 
 
 def unpacked(whole: Adapter, num_parts: int = 3) -> list[Adapter]:

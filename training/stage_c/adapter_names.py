@@ -46,7 +46,7 @@ def is_together(patterns: Iterable[str]) -> bool:
 
 def apart(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     """Return adapters of q, k and v, each its own. Raises AdapterError for other kinds than LoRA on `in_proj`."""
-    result = {}
+    result: dict[str, Adapter] = {}
     for name, adapter in adapters.items():
         if name.endswith(_TOGETHER):
             block = name.removesuffix(_TOGETHER)

@@ -28,7 +28,7 @@ def write_tokens(
     metadata: Mapping[str, str],
 ) -> list[WeightsReport]:
     """Write `tokens/NAME.safetensors` with rows (N, width), and `tokenizer/`, which knows the new tokens."""
-    reports = []
+    reports: list[WeightsReport] = []
     for name, number, row in zip(tokens.names, tokens.ids, rows, strict=True):
         path = folder / "tokens" / f"{_file_name(name)}.safetensors"
         if any(report.path == path for report in reports):
