@@ -154,6 +154,12 @@ def adapter_problems(config: Any) -> list[str]:
     lora, tokens, problems = config.lora, config.tokens, []
     if lora is not None and lora.text_encoder is not None and config.stage_c.train_text_encoder:
         problems.append("lora.text_encoder and stage_c.train_text_encoder: train adapters on it, or all of it")
+    given = [] if tokens is None else [tokens.learning_rate]
+    given += [] if lora is None else [block.learning_rate for block in lora.blocks]
+    if config.optimizer.name == "prodigy" and set(given) - {None, config.optimizer.learning_rate}:
+        problems.append(
+            'optimizer.name "prodigy" has one learning rate for all: take those of tokens and lora.blocks out'
+        )
     if tokens is not None and tokens.only and (lora is not None or config.stage_c.train_text_encoder):
         problems.append("tokens.only: take [lora] and stage_c.train_text_encoder out, they train other things")
     in_parts = config.parallel.strategy in ("fsdp2", "zero3")

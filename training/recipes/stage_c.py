@@ -31,6 +31,7 @@ from training.stage_c.modelspec import modelspec
 from training.stage_c.objective import Objective
 from training.stage_c.previewer import Previewer, load_previewer
 from training.stage_c.sampling import draw_latents, picture
+from training.stage_c.text import load_tokenizer
 
 
 class StageC:
@@ -172,7 +173,7 @@ class StageC:
             **metadata,
         }
         network_tensors, text_tensors = _of(weights, "network."), _of(weights, "text.text_model.")
-        text_is_trained = self._model.text is not None
+        text_is_trained, tokenizer = self._model.text is not None, self._conditioning.tokenizer
         files: list[ExportFile] = []
         if adapters is not None:
             files = export_adapters(
@@ -186,11 +187,13 @@ class StageC:
             if self._model.text is not None:
                 text_tensors = adapters.merged_text(weights, dtype=in_16_bits)
             text_is_trained = adapters.changes_text
+            if adapters.tokens is not None and adapters.tokens.num_new:  # a text model has no rows for them
+                tokenizer = load_tokenizer(self._settings.tokenizer)
         needs_text = text_is_trained or set(save.export_formats) != {"original"}
         content = StageCWeights(
             network=self._model.network,
             text_model=self._conditioning.text.text_model if needs_text else None,
-            tokenizer=self._conditioning.tokenizer,
+            tokenizer=tokenizer,
             text_is_trained=text_is_trained,
             network_tensors=network_tensors,
             text_tensors=text_tensors if self._model.text is not None else None,

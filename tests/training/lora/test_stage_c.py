@@ -322,6 +322,13 @@ def test_metadata_says_what_the_adapters_are(paths):
         ({"lora": {"text_encoder": {}}, "stage_c": {"train_text_encoder": True}}, "train adapters on it, or all of it"),
         ({"lora": {"formats": ["merged"]}, "parallel": {"strategy": "fsdp2"}}, "export --merged"),
         ({"lora": {"blocks": [{"name": "a", "targets": ["*"]}] * 2}}, "two are named 'a'"),
+        (
+            {
+                "lora": {"blocks": [{"name": "a", "targets": ["*"], "learning_rate": 0.1}]},
+                "optimizer": {"name": "prodigy", "learning_rate": 1.0},
+            },
+            "take those of tokens and lora.blocks out",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, problem):
