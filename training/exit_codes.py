@@ -26,8 +26,8 @@ def code_of(error: BaseException) -> int:
     if not isinstance(error, ValueError):
         return FAILED
     # These modules import torch: a refused launch should not wait for that.
-    from training.stage_c.weight_files import WeightsError
     from training.state_manifest import StateError
+    from training.weight_files import WeightsError
 
     return BAD_DATA if isinstance(error, WeightsError | StateError) else BAD_USAGE
 

@@ -1,7 +1,7 @@
 """Write and read named tensors as a .safetensors file: streamed, hashed on the way, without a second copy in memory.
 
 The one writer of the project: states use `write_tensors`, weights for other programs go through
-`training.stage_c.weight_files`, which converts them on the way. Any safetensors reader opens the files. Why not the
+`training.weight_files`, which converts them on the way. Any safetensors reader opens the files. Why not the
 library's `save_file` and `load_file`: they build the bytes of all tensors in memory first (before 0.6), order metadata
 differently in every process, the hash would need another pass over tens of gigabytes, and a load by mmap dies with
 SIGBUS when a network file system loses the file. Pure file I/O on CPU tensors, safe in a background thread.

@@ -23,7 +23,7 @@ from training.stage_c.formats import file_in_folder
 from training.stage_c.given_weights import load_given
 from training.stage_c.modelspec import modelspec
 from training.stage_c.previewer import load_previewer
-from training.stage_c.weight_files import open_weights
+from training.weight_files import open_weights
 
 _KEPT_ENTRIES = ("modelspec.", "ss_", "chunkline.run", "chunkline.chunk", "chunkline.global_step", "chunkline.images_")
 

@@ -96,7 +96,7 @@ def _make_network(generator: torch.Generator) -> "StageCNetwork":
 def _write_text_encoder(folder: Path, generator: torch.Generator) -> None:
     """Write a CLIPTextModelWithProjection folder by its published key names, without importing transformers."""
     from training.stage_c.clip_vocabulary import VOCABULARY_SIZE
-    from training.stage_c.weight_files import write_tensors
+    from training.weight_files import write_tensors
 
     shapes: dict[str, tuple[int, ...]] = {
         "text_model.embeddings.token_embedding.weight": (VOCABULARY_SIZE, TEXT_WIDTH),

@@ -14,8 +14,8 @@ from training.errors import BrokenDataError, NonFiniteError
 from training.exit_codes import code_of, is_foreseen
 from training.lock import LockHeldError, LockLostError, RunLock
 from training.run_dir import RunDir
-from training.stage_c.weight_files import WeightsError
 from training.state_manifest import StateError
+from training.weight_files import WeightsError
 
 
 def refusal(capsys, *arguments) -> tuple[int, str]:

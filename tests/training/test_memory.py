@@ -26,7 +26,7 @@ from training.precision import DTYPES
 from training.stage_c.effnet import EffNetConfig
 from training.stage_c.formats import save_stage_c
 from training.stage_c.network import StageCConfig, StageCNetwork
-from training.stage_c.weight_files import read_tensors, write_tensors
+from training.weight_files import read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[2]
 TINY_TEXT = CLIP_BIGG | {
@@ -255,7 +255,7 @@ BIGGER = replace(TINY, network=replace(TINY.network, c_hidden=(512, 512), num_he
 MEASURE = """
 import json, resource, sys, torch
 from training.stage_c.network import StageCConfig, StageCNetwork
-from training.stage_c.weight_files import write_tensors
+from training.weight_files import write_tensors
 
 def peak(num_images):
     # A forward and backward pass on the CPU, fp32, on latents of 16 x 16, gradients kept.

@@ -24,9 +24,9 @@ from training.lock import RunLock
 from training.position import Position
 from training.precision import choose_device
 from training.run_dir import RunDir
-from training.stage_c.weight_files import check_keys
 from training.state import StateSaver, take_snapshot
 from training.trained import Trained, load_trained
+from training.weight_files import check_keys
 
 _NETWORK, _TEXT = "network.", "text.text_model."
 

@@ -15,7 +15,7 @@ from training.stage_c.layouts import ANCHOR as NETWORK_ANCHOR
 from training.stage_c.layouts import to_original
 from training.stage_c.text_files import ANCHOR as TEXT_ANCHOR
 from training.stage_c.text_files import read_text_tensors
-from training.stage_c.weight_files import WeightsError, open_weights, read_tensors
+from training.weight_files import WeightsError, open_weights, read_tensors
 
 _TEXT_SUFFIX = "_text_model"
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")

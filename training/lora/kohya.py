@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from training.lora.adapter import Adapter, AdapterError, adapter_of
-from training.stage_c.weight_files import WeightsReport, read_tensors, write_tensors
+from training.weight_files import WeightsReport, read_tensors, write_tensors
 
 Parts = Mapping[str, Mapping[str, Adapter]]
 """{component: {layer: adapter}}."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from training.lora.adapter import DOWN, UP, Adapter, AdapterError
 from training.lora.kohya import write_cast
-from training.stage_c.weight_files import WeightsReport, read_tensors
+from training.weight_files import WeightsReport, read_tensors
 
 LAYERS_METADATA_KEY = "chunkline.lora_layers"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.lora.adapter import DOWN, MAGNITUDE, UP, Adapter, AdapterError, adapter_of
 from training.lora.kohya import write_cast
-from training.stage_c.weight_files import WeightsReport, read_tensors
+from training.weight_files import WeightsReport, read_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model."

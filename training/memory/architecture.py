@@ -25,7 +25,7 @@ from training.stage_c.text import BOS_ID, EOS_ID
 from training.stage_c.text_files import ANCHOR as TEXT_ANCHOR
 from training.stage_c.text_files import CONFIG_METADATA_KEY as TEXT_CONFIG_METADATA_KEY
 from training.stage_c.text_files import text_file_in_folder
-from training.stage_c.weight_files import TORCH_SUFFIXES, locate_component
+from training.weight_files import TORCH_SUFFIXES, locate_component
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig

@@ -24,7 +24,7 @@ from training.stage_c.adapter_names import (
     to_diffusers,
     together,
 )
-from training.stage_c.weight_files import WeightsError, WeightsReport
+from training.weight_files import WeightsError, WeightsReport
 
 Parts = Mapping[str, Mapping[str, Adapter]]
 

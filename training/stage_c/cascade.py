@@ -25,7 +25,7 @@ from training.stage_c.previewer import Previewer
 from training.stage_c.prior_folder import MODEL_INDEX, SCHEDULER
 from training.stage_c.sampling import picture
 from training.stage_c.text import MAX_TOKENS_CHOICES, TextConditioner, tokenize
-from training.stage_c.weight_files import WeightsError, load_into
+from training.weight_files import WeightsError, load_into
 
 if TYPE_CHECKING:
     from diffusers import StableCascadeDecoderPipeline, StableCascadePriorPipeline, StableCascadeUNet

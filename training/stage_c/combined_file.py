@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.stage_c.weight_files import WeightsReport, write_tensors
+from training.weight_files import WeightsReport, write_tensors
 
 NETWORK_PREFIX = "model.diffusion_model."
 TEXT_PREFIX = "text_encoder.clip_g.transformer."

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.stage_c.weight_files import load_into, naming, read_tensors, write_tensors
+from training.weight_files import load_into, naming, read_tensors, write_tensors
 
 PIXELS_PER_LATENT = 32
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

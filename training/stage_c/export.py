@@ -32,7 +32,7 @@ from training.stage_c.prior_folder import write_prior_folder
 from training.stage_c.text_files import EXPORT_FILE as TEXT_FILE
 from training.stage_c.text_files import config_to_metadata as text_config_to_metadata
 from training.stage_c.text_files import save_text_model
-from training.stage_c.weight_files import WeightsReport
+from training.weight_files import WeightsReport
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase

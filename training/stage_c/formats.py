@@ -20,7 +20,7 @@ from training.stage_c.network_config import (
     config_to_diffusers,
     config_to_metadata,
 )
-from training.stage_c.weight_files import (
+from training.weight_files import (
     WeightsReport,
     check_keys,
     load_into,

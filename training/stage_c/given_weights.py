@@ -12,7 +12,7 @@ from training.stage_c.text import load_tokenizer
 from training.stage_c.text_files import ANCHOR as TEXT_ANCHOR
 from training.stage_c.text_files import EXPORT_FILE as TEXT_FILE
 from training.stage_c.text_files import load_text_model, text_file_in_folder
-from training.stage_c.weight_files import WeightsError, open_weights
+from training.weight_files import WeightsError, open_weights
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase

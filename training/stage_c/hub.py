@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from training.stage_c.weight_files import locate_component
+from training.weight_files import locate_component
 
 Loaded = TypeVar("Loaded")
 

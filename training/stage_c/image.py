@@ -16,8 +16,8 @@ from training.chunk_data import Batch
 from training.config.stage_c import StageCConfig
 from training.randomness import uniform
 from training.stage_c.hub import load_component
-from training.stage_c.weight_files import WeightsError, load_into, read_tensors
 from training.tensor_file import digest_of_tensors
+from training.weight_files import WeightsError, load_into, read_tensors
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from training.stage_c.weight_files import WeightsError
+from training.weight_files import WeightsError
 
 Layout = Literal["original", "kohya", "diffusers"]
 ANCHOR = "clip_txt_mapper.weight"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from training.stage_c.network import StageCConfig
-from training.stage_c.weight_files import WeightsError
+from training.weight_files import WeightsError
 
 CONFIG_METADATA_KEY = "chunkline.stage_c_config"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.stage_c.weight_files import load_into, naming, read_tensors, write_tensors
+from training.weight_files import load_into, naming, read_tensors, write_tensors
 
 UPSAMPLING = 8
 

@@ -18,7 +18,7 @@ from training.stage_c.clip_vocabulary import write_slow_tokenizer_files
 from training.stage_c.formats import save_stage_c
 from training.stage_c.network import StageCNetwork
 from training.stage_c.text_files import save_text_model
-from training.stage_c.weight_files import WeightsReport
+from training.weight_files import WeightsReport
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase

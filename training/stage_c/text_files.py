@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training.stage_c.hub import load_component
 from training.stage_c.text import BOS_ID, EOS_ID
-from training.stage_c.weight_files import (
+from training.weight_files import (
     WeightsError,
     WeightsReport,
     converted,

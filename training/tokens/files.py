@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from training.stage_c.weight_files import WeightsReport, write_tensors
 from training.tokens.choose import ChosenTokens
+from training.weight_files import WeightsReport, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

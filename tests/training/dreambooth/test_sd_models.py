@@ -11,7 +11,7 @@ from training.dreambooth.sd_models.models import load_sd, load_vae
 from training.dreambooth.sd_models.shapes import unet_settings, vae_settings
 from training.dreambooth.single_file.layout import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Parts, original_tensors
 from training.dreambooth.single_file.writing import MARKERS, write_single_file
-from training.stage_c.weight_files import WeightsError
+from training.weight_files import WeightsError
 
 SAYS_V = {"modelspec.prediction_type": "v"}
 

@@ -16,7 +16,7 @@ from training.dreambooth.single_file.text_names import with_prefix
 from training.dreambooth.single_file.unet_names import unet_names
 from training.dreambooth.single_file.vae_names import vae_names
 from training.dreambooth.single_file.writing import MARKERS, write_single_file
-from training.stage_c.weight_files import WeightsError
+from training.weight_files import WeightsError
 
 FULL_SIZE = {
     "sd1": ({"cross_attention_dim": 768, "attention_head_dim": 8}, 686, 859_520_964),

@@ -87,7 +87,7 @@ def test_training_mode_of_a_parent_does_not_reach_the_encoder():
 
 
 def test_a_narrow_encoder_is_read_back_exactly_also_out_of_a_combined_file(tmp_path):
-    from training.stage_c.weight_files import write_tensors
+    from training.weight_files import write_tensors
 
     encoder = EffNetEncoder(TINY)
     save_effnet(encoder, tmp_path / "effnet_encoder.safetensors")

@@ -14,7 +14,7 @@ from training.stage_c.layouts import detect_layout, from_original, to_original
 from training.stage_c.modelspec import modelspec
 from training.stage_c.network import StageCConfig, StageCNetwork
 from training.stage_c.network_config import config_from_diffusers, config_to_diffusers
-from training.stage_c.weight_files import WeightsError, write_tensors
+from training.weight_files import WeightsError, write_tensors
 
 CONFIG = StageCConfig(
     c_cond=24,

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from scripts.demo_models.stage_c import make_stage_c_models
 from sharding.config import load_config
+from training import weight_files
 from training.config import RunConfig
 from training.config.saving import SaveConfig
 from training.inspect_run import inspect_plan
-from training.stage_c import weight_files
 from training.stage_c.effnet import load_effnet
 from training.stage_c.export import StageCWeights, export_stage_c
 from training.stage_c.formats import load_stage_c
@@ -21,7 +21,7 @@ from training.stage_c.layouts import from_original
 from training.stage_c.modelspec import modelspec
 from training.stage_c.previewer import load_previewer
 from training.stage_c.text_files import load_text_model
-from training.stage_c.weight_files import WeightsError, write_tensors
+from training.weight_files import WeightsError, write_tensors
 
 
 @pytest.fixture(scope="module")

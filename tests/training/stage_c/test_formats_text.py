@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from training.stage_c.formats import load_stage_c
 from training.stage_c.layouts import from_original
 from training.stage_c.text_files import load_text_model, save_text_model
-from training.stage_c.weight_files import WeightsError
+from training.weight_files import WeightsError
 
 
 @pytest.fixture(scope="module")

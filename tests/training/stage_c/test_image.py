@@ -12,7 +12,7 @@ from tests.training.toy import toy_config
 from training.memory.architecture import CLIP_L_PARAMETERS
 from training.randomness import SampleIdentity, uniform
 from training.stage_c.image import ImageConditioning, clip_pixels, config_from_shapes, embed, load_image_model
-from training.stage_c.weight_files import WeightsError, write_tensors
+from training.weight_files import WeightsError, write_tensors
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,7 +14,7 @@ from training.stage_c.text import (
     tokenize,
 )
 from training.stage_c.text_files import load_text_model, save_text_model
-from training.stage_c.weight_files import WeightsError, write_tensors
+from training.weight_files import WeightsError, write_tensors
 
 transformers = pytest.importorskip("transformers")
 

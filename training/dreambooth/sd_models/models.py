@@ -15,7 +15,7 @@ from training.dreambooth.single_file.layout import EMA_PREFIX, TEXT_PREFIXES, UN
 from training.dreambooth.single_file.text_names import from_openclip, with_prefix
 from training.dreambooth.single_file.unet_names import unet_names
 from training.dreambooth.single_file.vae_names import vae_names
-from training.stage_c.weight_files import OpenWeights, WeightsError, load_into, open_weights
+from training.weight_files import OpenWeights, WeightsError, load_into, open_weights
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel

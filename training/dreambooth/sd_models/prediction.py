@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from training.dreambooth.single_file.layout import Family
-from training.stage_c.weight_files import OpenWeights, WeightsError
+from training.weight_files import OpenWeights, WeightsError
 
 PredictionType = Literal["epsilon", "v_prediction"]
 _NAMES: Mapping[str, PredictionType] = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from training.dreambooth.single_file.layout import TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Family
-from training.stage_c.weight_files import WeightsError
+from training.weight_files import WeightsError
 
 Shapes = Mapping[str, tuple[int, ...]]
 _HEAD_WIDTH = 64

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from sharding.files import replacing
 from training.dreambooth.single_file.layout import EMA_PREFIX, Family, Parts, filled_up, original_tensors
-from training.stage_c.weight_files import WeightsError, WeightsReport, open_weights, write_tensors
 from training.tensor_file import bytes_of
+from training.weight_files import WeightsError, WeightsReport, open_weights, write_tensors
 
 MARKERS = ("v_pred", "ztsnr")
 """Empty tensors by which ComfyUI, A1111 and Forge know an SDXL that predicts v, or was trained to zero terminal SNR."""
