@@ -82,14 +82,15 @@ def add_adapters(module: nn.Module, layers: Sequence[LayerChoice], *, kind: Kind
 
     shared = {
         "target_modules": f"({'|'.join(re.escape(layer.name) for layer in layers)})",
-        "rank_pattern": {f"^{re.escape(layer.name)}": layer.rank for layer in layers},
-        "alpha_pattern": {f"^{re.escape(layer.name)}": layer.alpha for layer in layers},
+        # Of other layers only: PEFT tries every pattern on every layer.
+        "rank_pattern": {f"^{re.escape(one.name)}": one.rank for one in layers if one.rank != layers[0].rank},
+        "alpha_pattern": {f"^{re.escape(one.name)}": one.alpha for one in layers if one.alpha != layers[0].alpha},
     }
     wanted = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT on models that are not of transformers
         torch.manual_seed(seed)
-        inject_adapter_in_model(_peft_config(kind, shared, dropout), module)
+        inject_adapter_in_model(_peft_config(kind, layers[0], shared, dropout), module)
     for name, parameter in module.named_parameters():
         if name.replace(BASE_LAYER, "") in wanted:  # PEFT freezes all that is not its own
             parameter.requires_grad_(wanted[name.replace(BASE_LAYER, "")])
@@ -97,14 +98,16 @@ def add_adapters(module: nn.Module, layers: Sequence[LayerChoice], *, kind: Kind
             parameter.data = parameter.data.float()
 
 
-def _peft_config(kind: Kind, shared: Mapping[str, Any], dropout: float) -> Any:
+def _peft_config(kind: Kind, first: LayerChoice, shared: Mapping[str, Any], dropout: float) -> Any:
     from peft import LoHaConfig, LoKrConfig, LoraConfig
 
     if kind in ("lora", "dora"):
-        return LoraConfig(**shared, lora_dropout=dropout, use_dora=kind == "dora")
+        return LoraConfig(
+            r=first.rank, lora_alpha=first.alpha, lora_dropout=dropout, use_dora=kind == "dora", **shared,  # type: ignore[arg-type]
+        )  # fmt: skip
     if dropout:
         raise ValueError(f"lora.dropout {dropout:g}: a {kind} has no down projection to drop from; set it to 0")
-    return (LoHaConfig if kind == "loha" else LoKrConfig)(**shared)
+    return (LoHaConfig if kind == "loha" else LoKrConfig)(r=first.rank, alpha=first.alpha, **shared)  # type: ignore[arg-type]
 
 
 def adapter_names(layer: str, names: Iterable[str]) -> dict[str, str]:
