@@ -18,6 +18,7 @@ SEED = SEED_FILE.read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("way", ["argument", "file", "pipe"])
 def test_the_command_may_come_in_three_ways(tmp_path, capsys, monkeypatch, way):
+    monkeypatch.setenv("COLUMNS", "160")  # the width of a table that breaks no flag
     words = {"argument": [SEED], "file": ["--file", str(SEED_FILE)], "pipe": []}[way]
     monkeypatch.setattr(sys, "stdin", io.StringIO(SEED))
     output = tmp_path / "run.toml"
