@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sharding.chunk import HELD_OUT_NAME
-from sharding.files import write_bytes
+from sharding.files import size_text, write_bytes
 from sharding.report import Report
-from sharding.reporting.tables import ReportTable, report_tables, size_text, table_as_markdown
+from sharding.reporting.tables import ReportTable, report_tables, table_as_markdown
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"),
           (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"), (1_000_000_000, "100M<n<1B"))  # fmt: skip

@@ -9,6 +9,7 @@ Paths in a TOML are relative to the current directory: every command starts in t
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -99,6 +100,7 @@ def _explain(error: ValidationError, config_type: type[Config]) -> list[str]:
         if mistake["type"] == "extra_forbidden":
             known = _known_keys(config_type, mistake["loc"][:-1])
             message = "unknown key" + (f"; known here: {', '.join(known)}" if known else "")
+            message += "".join(f"; did you mean {key}?" for key in get_close_matches(str(mistake["loc"][-1]), known, 1))
         elif mistake["type"] == "missing":
             message = "required, but not set"
         elif not isinstance(mistake["input"], Mapping):

@@ -183,6 +183,14 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def size_text(num_bytes: int) -> str:
+    """Return a number of bytes as people read it: `17.9 MB`."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:,.2f} {unit}"
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.0f} kB"
+
+
 def free_bytes(folder: Path) -> int:
     """Return how many bytes are free on the disk of `folder`, which need not exist yet."""
     existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
@@ -195,6 +203,6 @@ def require_free_bytes(folder: Path, num_bytes: int, purpose: str) -> None:
     if free < num_bytes:
         raise DiskFullError(
             errno.ENOSPC,
-            f"{purpose} needs {num_bytes / 1e9:,.2f} GB in {folder}, {free / 1e9:,.2f} GB are free there: "
+            f"{purpose} needs {size_text(num_bytes)} in {folder}, {size_text(free)} are free there: "
             "free some space or choose another folder",
         )

@@ -42,12 +42,13 @@ class ChunkFiles:
     def require_room(self, trained: Trained, prompts: Sequence[Prompt]) -> None:
         """Log the forecast of the run. Raises DiskFullError, on all ranks, when the chunk's own files do not fit."""
         tensors = trained.tensors()
+        updated = {name for parameter, name in trained.names.items() if parameter.requires_grad}
 
         def on_main() -> DiskForecast:
             root, name = self._run_dir.root, self._chunk.name
             forecast = forecast_of(
                 self._rank.config, self._run_dir, chunk=self._chunk, plans=self._plans.plans, tensors=tensors,
-                prompts=prompts,
+                updated=updated, prompts=prompts,
             )  # fmt: skip
             logger.info(forecast.text(free_bytes=free_bytes(root), used_bytes=folder_bytes(root)))
             num_present, keep = len(self._run_dir.state_folders(name)), self._save.keep_states

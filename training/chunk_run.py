@@ -107,8 +107,9 @@ class ChunkRun:
                 "resuming at chunk %s, epoch %d, step %d (global step %s) from %s",
                 position.chunk, position.epoch, position.step, f"{position.global_step:,}", self._state.folder,
             )  # fmt: skip
-        elif self._parent_folder is None:
-            logger.info("chunk %s: starting from the weights that the config names", self._chunk.name)
+        else:
+            origin = self._parent_folder or "the weights that the config names"
+            logger.info("chunk %s: starting from %s", self._chunk.name, origin)
         self._tell_start(trained)
         reason = self._rank.agreed_stop()  # while networks were loading: there is nothing new to save
         if not reason and self._is_resumed and not self._plans.is_over(self.position):

@@ -34,6 +34,10 @@ def main(argv: list[str] | None = None) -> int:
         return BAD_USAGE
     options = _parser().parse_args(argv)
     configure_logging(rank=int(os.environ.get("RANK", "0")), verbose=options.verbose)
+    if not sys.stderr.isatty():
+        os.environ.setdefault(
+            "HF_HUB_DISABLE_PROGRESS_BARS", "1"
+        )  # transformers heeds it, too: its bars fill log files
     try:
         return int(options.run(options))
     except Exception as error:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from training.config.optimizer import EmaConfig
+from training.config.precision import EmaConfig
 from training.optim.averaged import kept_aside, local, schedule_free_average
 from training.tensor_file import NamedTensors, shapes_of
 from training.tensor_parts import InParts, part_of

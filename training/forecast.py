@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from sharding.files import size_text
 from training.config import Prompt, RunConfig
 from training.config.saving import SaveConfig
 
@@ -18,7 +19,6 @@ _BYTES_PER_TENSOR, _BYTES_PER_STATE = 400, 65_536
 _METRICS_BYTES_PER_STEP, _TENSORBOARD_BYTES_PER_STEP, _TRACE_BYTES_PER_IMAGE = 2_500, 4_000, 1_200
 _LEDGER_BYTES_PER_SAVE, _RECORD_BYTES_PER_CHUNK = 1_500, 40_000
 _EXPORT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class DiskForecast:
     def text(self, *, free_bytes: int, used_bytes: int = 0) -> str:
         """Return it in a line. used_bytes: what the run folder holds already."""
         line = (
-            f"the run folder grows to at most {self.total / _GB:,.2f} GB: {self.num_states:,} states of "
-            f"{self.state_bytes / _GB:,.2f} GB, {self.num_exports:,} exports of {self.export_bytes / _GB:,.2f} GB, "
-            f"previews {self.preview_bytes / _GB:,.2f} GB, records {self.record_bytes / _GB:,.2f} GB; it holds "
-            f"{used_bytes / _GB:,.2f} GB, {free_bytes / _GB:,.2f} GB are free"
+            f"the run folder grows to at most {size_text(self.total)}: {self.num_states:,} states of "
+            f"{size_text(self.state_bytes)}, {self.num_exports:,} exports of {size_text(self.export_bytes)}, "
+            f"previews {size_text(self.preview_bytes)}, records {size_text(self.record_bytes)}; it holds "
+            f"{size_text(used_bytes)}, {size_text(free_bytes)} are free"
         )
         if self.total - used_bytes > free_bytes:
             line += "; that does not last to the end: lower save.keep_exports, save.keep_every_chunks or keep_chunks"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from sharding.files import size_text
 from training.batch_plan import BatchPlan
 from training.buckets import Placement
 from training.config import Prompt, RunConfig
@@ -18,8 +19,6 @@ from training.config.latents import latent_problems
 from training.latent_sizes import check_previews, density_text, latent_size, picture_size, previews_text
 from training.plan_checks import Finding, check_plan
 from training.plan_totals import ChunkTotals, RunTotals, chunk_totals
-
-_GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -108,14 +107,14 @@ class PlanReport:
         for reason, (number, first) in self.dropped.items():
             lines.append(f"left out: {number:,} as {reason}, first {first}")
         lines.append(
-            f"to read: {chunk.read_bytes / _GB:.2f} GB an epoch of the chunk, {run.read_bytes / _GB:.2f} GB in the run"
+            f"to read: {size_text(chunk.read_bytes)} an epoch of the chunk, {size_text(run.read_bytes)} in the run"
         )
         lines.append(
-            f"latents, encoded ahead in {self.latents_note}: {chunk.latent_bytes / _GB:.3f} GB for the chunk,"
-            f" {run.latent_bytes / _GB:.2f} GB for the run"
+            f"latents, encoded ahead in {self.latents_note}: {size_text(chunk.latent_bytes)} for the chunk,"
+            f" {size_text(run.latent_bytes)} for the run"
         )
         if self.state is not None:
-            lines.append(f"a state: {self.state[0] / _GB:.2f} GB ({self.state[1]})")
+            lines.append(f"a state: {size_text(self.state[0])} ({self.state[1]})")
         lines.append(
             f"the run: {run.num_chunks:,} chunks, {epochs} each, {run.num_steps:,} steps,"
             f" {run.num_exposures:,} exposures of {run.num_samples - run.num_dropped:,} samples"

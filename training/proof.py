@@ -48,7 +48,10 @@ class Proof:
             lines += [f"{name}: {one}" for one in lost[:_SHOWN]]
             if len(lost) > _SHOWN:
                 lines.append(f"{name}: … and {len(lost) - _SHOWN:,} more (--json lists all)")
-        lines.append(f"trace.jsonl: {self.num_traced_steps:,} steps compared" if self.num_traced_steps else "no trace")
+        compared = (
+            f"{self.num_traced_steps:,} steps compared" if self.num_traced_steps else "none (trackers.trace is off)"
+        )
+        lines.append(f"trace.jsonl: {compared}")
         lines += [f"note: {note}" for note in self.notes] + [f"PROBLEM: {problem}" for problem in self.problems]
         lines.append(f"{len(self.problems)} problems" if self.problems else "everything adds up")
         return "\n".join(lines)

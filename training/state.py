@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sharding.files import TEMPORARY_MARK, fsync_folder, require_free_bytes
+from sharding.files import TEMPORARY_MARK, free_bytes, fsync_folder, require_free_bytes, size_text
 from training.kept_states import being_written, publish, retain
 from training.state_manifest import FACTS, MANIFEST, Manifest, StateError
 from training.tensor_file import WrittenFile, write_file, write_tensors
@@ -78,12 +78,10 @@ def check_room(folder: Path, num_bytes: int, *, keep_last: int, num_present: int
     there. Raises DiskFullError when they do not fit.
     """
     num_states = max(keep_last + 1 - num_present, 1)
-    require_free_bytes(folder, num_states * num_bytes, f"{num_states} more states of {num_bytes / 1e9:,.2f} GB")
-    existing = next(parent for parent in [folder.absolute(), *folder.absolute().parents] if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
+    require_free_bytes(folder, num_states * num_bytes, f"{num_states} more states of {size_text(num_bytes)}")
     return (
-        f"a state takes {num_bytes / 1e9:,.2f} GB on disk and as much memory while it is saved; "
-        f"up to {keep_last + 1} at a time, {free_bytes / 1e9:,.2f} GB free in {existing}"
+        f"a state takes {size_text(num_bytes)} on disk and as much memory while it is saved; "
+        f"up to {keep_last + 1} at a time, {size_text(free_bytes(folder))} free for {folder}"
     )
 
 

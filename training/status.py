@@ -215,6 +215,8 @@ def _eta_text(eta: Eta, *, now: float) -> str:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     days, hours = minutes // 1440, minutes // 60 % 24
     return f"{days} d {hours} h" if days else f"{hours} h {minutes % 60:02d} m" if hours else f"{minutes % 60} m"

@@ -24,12 +24,12 @@ from sharding.files import (
     remove_temporaries,
     require_free_bytes,
     sha256_file,
+    size_text,
     temporary_name,
     write_bytes,
     write_json,
 )
 from sharding.reporting.questions import Questions, rows_of
-from sharding.reporting.tables import size_text
 from sharding.schema import MANIFEST, Workspace
 from sharding.tables import list_parts
 

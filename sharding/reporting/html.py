@@ -12,14 +12,14 @@ from itertools import groupby
 from pathlib import Path
 
 from sharding.config import DatasetConfig
-from sharding.files import write_bytes
+from sharding.files import size_text, write_bytes
 from sharding.report import Report
 from sharding.reporting.census import dataset_order, place_in
 from sharding.reporting.chunk_list import ChunkCount
 from sharding.reporting.duplicate_groups import GroupSample
 from sharding.reporting.sample_pictures import Thumbnail, make_thumbnails, pick_keys
 from sharding.reporting.style import STYLE
-from sharding.reporting.tables import ReportTable, is_number, report_tables, size_text
+from sharding.reporting.tables import ReportTable, is_number, report_tables
 from sharding.schema import Workspace
 
 MAX_PICTURE_BYTES = 3 << 20

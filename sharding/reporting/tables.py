@@ -6,6 +6,7 @@ No counting here, and no HTML.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sharding.files import size_text
 from sharding.report import Report
 from sharding.reporting.chunk_list import ranges
 from sharding.reporting.word_counts import WordGroup
@@ -249,11 +250,3 @@ def _escape(cell: str) -> str:
 def is_number(cell: str) -> bool:
     """Tell whether a cell is a number, which stands right."""
     return cell[:1].isdigit() and not any(letter in cell for letter in ":–") and " to " not in cell
-
-
-def size_text(num_bytes: int) -> str:
-    """Return a number of bytes as people read it: `17.9 MB`."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
-        if num_bytes >= scale:
-            return f"{num_bytes / scale:,.2f} {unit}"
-    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.0f} kB"

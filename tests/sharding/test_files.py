@@ -105,7 +105,7 @@ def test_the_sha256_of_a_file(tmp_path):
 def test_a_forecast_over_the_free_space_is_refused_for_folders_that_do_not_exist_yet(tmp_path):
     require_free_bytes(tmp_path / "not" / "there", 1, "a state")
 
-    with pytest.raises(DiskFullError, match=r"a state needs 1,000,000,000\.00 GB"):
+    with pytest.raises(DiskFullError, match=r"a state needs 1,000,000\.00 TB"):
         require_free_bytes(tmp_path / "not" / "there", 10**18, "a state")
 
 

@@ -38,6 +38,7 @@ def test_a_missing_run_toml_is_named(capsys, tmp_path):
     "override, expected",
     [
         ("optimizer.speed=1", "optimizer.speed: unknown key; known here: "),
+        ("optimizer.learning_rte=1", "; did you mean learning_rate?"),
         ("optimizer.learning_rate='fast'", "optimizer.learning_rate: input should be a valid number"),
         ("optimizer.learning_rate=-1.0", "optimizer.learning_rate: input should be greater than 0, got -1.0"),
         ("batch.batch_size=5", "batch_size 5 is not a multiple of micro_batch_size 2"),
@@ -52,6 +53,14 @@ def test_a_wrong_setting_is_named_with_what_it_may_be(capsys, run_toml, tmp_path
     assert code == 2
     assert expected in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["status", "export"])
+def test_a_folder_without_a_run_is_named(capsys, tmp_path, command):
+    code, line = refusal(capsys, command, "--run-dir", tmp_path / "nowhere")
+
+    assert code == 2
+    assert "so no run was started in" in line
 
 
 def test_a_chunk_that_does_not_exist_is_bad_data(capsys, run_toml, tmp_path):

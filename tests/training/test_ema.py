@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.config.optimizer import EmaConfig
+from training.config.precision import EmaConfig
 from training.ema import Ema, ema_decay, make_ema, weights_to_show
 from training.tensor_parts import whole
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from sharding.config import ConfigError
 from tests.training.toy import ListRecorder, ToyRecipe, toy_batches, toy_config, toy_plan
-from training.config.optimizer import EmaConfig
 from training.config.parallel import IN_PARTS, LIMITS, limits_table
+from training.config.precision import EmaConfig
 from training.ema import make_ema
 from training.engines.choose import make_engine
 from training.engines.plain import PlainEngine

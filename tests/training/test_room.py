@@ -1,15 +1,20 @@
 import errno
 import shutil
 from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from sharding.files import DiskFullError
 from tests.training.toy import toy_config
 from training.exports import write_export
 from training.forecast import DiskForecast, export_bytes
+from training.optimizer_state import optimizer_tensors
+from training.optimizers import make_optimizer
 from training.recipes.base import ExportFile
-from training.room import require_room, require_room_for_export
+from training.room import forecast_of, require_room, require_room_for_export
 
 Usage = namedtuple("Usage", "total used free")
 FORECAST = DiskForecast(
@@ -31,7 +36,7 @@ def test_states_and_the_export_behind_them_must_fit(tmp_path, monkeypatch, num_p
     line = require_room(tmp_path, FORECAST, **settings)
     free(monkeypatch, needed - 1)
 
-    with pytest.raises(DiskFullError, match=r"needs .* GB in .*: free some space or choose another folder"):
+    with pytest.raises(DiskFullError, match=r"needs .* in .*: free some space or choose another folder"):
         require_room(tmp_path, FORECAST, **settings)
 
     assert "a state takes" in line
@@ -44,6 +49,28 @@ def test_an_export_must_fit_when_its_turn_has_come(tmp_path, monkeypatch):
 
     with pytest.raises(DiskFullError, match="the chunk's final state is saved"):
         require_room_for_export(tmp_path, FORECAST)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_before_its_first_step_an_optimizer_is_counted_with_what_it_will_hold(tmp_path, name):
+    module = nn.Linear(300, 200)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    optimizer = make_optimizer(name, {"network": module.parameters()}, learning_rates={"network": 0.1})
+    config = toy_config(optimizer={"name": name})
+    (tmp_path / "index").touch()
+    run_dir, chunk = SimpleNamespace(read_run_json=dict), SimpleNamespace(name="a", index_path=tmp_path / "index")
+
+    def foreseen():
+        tensors = {"model": module.state_dict(), "optimizer": optimizer_tensors(optimizer, names)[0]}
+        updated = set(names.values())
+        return forecast_of(config, run_dir, chunk=chunk, plans=[], tensors=tensors, updated=updated, prompts=[])
+
+    before = foreseen()
+    module(torch.ones(1, 300)).sum().backward()
+    optimizer.step()
+
+    assert before.state_bytes == pytest.approx(foreseen().state_bytes, rel=0.02)
+    assert before.state_bytes >= foreseen().state_bytes
 
 
 def test_every_format_takes_its_own():

@@ -22,6 +22,10 @@ def add_run_arguments(
 def run_config(options: argparse.Namespace) -> RunConfig:
     """Read the given settings, or the run's own frozen ones. Raises ConfigError, FileNotFoundError."""
     path = options.config if options.config is not None else options.run_dir / "run.toml"
+    if options.config is None and not path.exists():
+        raise FileNotFoundError(
+            f"{path}: not there, so no run was started in {options.run_dir}; name another --run-dir"
+        )
     return load_config(path, RunConfig, options.overrides)
 
 

@@ -15,14 +15,13 @@ from training.config.data import BatchConfig, BucketConfig, DataConfig
 from training.config.latents import LatentsConfig, ahead_problems
 from training.config.lora import LoraConfig, TokensConfig, adapter_problems
 from training.config.optimizer import (
-    EmaConfig,
     OptimizerConfig,
-    PrecisionConfig,
     ScheduleConfig,
     fused_backward_problems,
     optimizer_problems,
 )
 from training.config.parallel import ParallelConfig, parallel_problems
+from training.config.precision import EmaConfig, PrecisionConfig
 from training.config.saving import SaveConfig
 from training.config.stage_c import StageCConfig, prompt_problems
 from training.config.watching import PreviewConfig, TrackerConfig, ValidationConfig

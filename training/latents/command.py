@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sharding.config import ConfigError
-from sharding.files import free_bytes, require_free_bytes
+from sharding.files import free_bytes, require_free_bytes, size_text
 from training.config import RunConfig
 from training.latents.parts import LatentsError, problems_of, read_info
 from training.latents.store import root_of
@@ -80,8 +80,7 @@ def _foreseen(works: Iterator[ChunkWork], config: RunConfig) -> Iterator[str]:
         parts = f"{len(work.owned)} parts, {len(missing)} to be made in {work.folder}"
         yield f"{work.name}: {work.num_rows:,} rows in {parts}"
     yield (
-        f"{num_missing:,} parts to be made, {num_bytes / 1e9:.3f} GB; {free_bytes(root) / 1e9:,.2f} GB are "
-        f"free in {root}"
+        f"{num_missing:,} parts to be made, {size_text(num_bytes)}; {size_text(free_bytes(root))} are free in {root}"
     )
 
 

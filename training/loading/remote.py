@@ -25,7 +25,7 @@ from typing import Any
 
 from sharding.chunk import CHUNK_JSON, HELD_OUT_NAME, SHARDS_ELSEWHERE, Chunk, ChunkError, ShardFile, load_chunk
 from sharding.config import ConfigError
-from sharding.files import TEMPORARY_MARK, DiskFullError, locked, replacing, write_bytes
+from sharding.files import TEMPORARY_MARK, DiskFullError, locked, replacing, size_text, write_bytes
 from sharding.schema import Workspace
 from training.config.data import DataConfig
 from training.errors import RemoteError
@@ -181,8 +181,8 @@ class RemoteWorkspace:
         if sum(kept.values()) > self.max_bytes:
             names = " and ".join(dict.fromkeys(one.name for one in beside if one.name != chunk.name))
             raise ConfigError(
-                f"data.cache_gb: {self.max_bytes / 1e9:g} GB is too little for {chunk.name}"
-                f"{f' beside {names}' if names else ''}: {sum(kept.values()) / 1e9:.3g} GB; raise it"
+                f"data.cache_gb: {size_text(self.max_bytes)} is too little for {chunk.name}"
+                f"{f' beside {names}' if names else ''}: {size_text(sum(kept.values()))}; raise it"
             )
         with locked(self.folder):
             _remove_half_files(Workspace(self.folder).chunks)

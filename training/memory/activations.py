@@ -108,7 +108,7 @@ def _prepare(model: StageCModel, settings: Pass, rules: DeviceRules) -> None:
     for block in network.iter_blocks():
         block.forward = functools.partial(recomputable(_ruled(block, rules)), block)
     if text is not None:
-        text.text_model.gradient_checkpointing_enable({"use_reentrant": False})
+        text.enable_checkpointing()
         # Their parts: where in a layer transformers puts its checkpoint differs between releases.
         for part in [part for layer in text.text_model.text_model.encoder.layers for part in layer.children()]:
             part.forward = rules.around(part.forward)

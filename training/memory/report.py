@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.config import load_config
+from sharding.files import size_text
 from training.buckets import Bucket
 from training.config import RunConfig
 from training.memory.architecture import architecture_of, shapes_of
@@ -105,8 +106,8 @@ def state_bytes(config: RunConfig) -> tuple[int, str]:
     optimizer = optimizer_state_bytes(name, list(shapes.trained.values()))
     optimizer += 2 * trained * (precision.weight_rounding == "kahan")
     ema = 4 * trained * config.ema.enabled
-    note = f"{elements:,} {precision.weights} weights {size * elements / _GB:.2f} GB, {name} {optimizer / _GB:.2f} GB"
-    note += f", EMA {ema / _GB:.2f} GB" * config.ema.enabled
+    note = f"{elements:,} {precision.weights} weights {size_text(size * elements)}, {name} {size_text(optimizer)}"
+    note += f", EMA {size_text(ema)}" * config.ema.enabled
     return size * elements + optimizer + ema, "; ".join([note, *(f"not here: {name}" for name in architecture.assumed)])
 
 
@@ -158,7 +159,7 @@ def _breakdown(estimate: Estimate, size: int) -> list[str]:
         "peak of a step": estimate.step_peak(size), "peak while loading": estimate.load_peak,
         "in host memory besides": fixed.host,
     }  # fmt: skip
-    return [f"  {name:<28} {number / _GB:>8.2f} GB" for name, number in parts.items() if number]
+    return [f"  {name:<28} {size_text(number):>11}" for name, number in parts.items() if number]
 
 
 def _row(estimate: Estimate) -> str:

@@ -39,7 +39,7 @@ class Conditioning:
         text = TextConditioner(load_text_model(settings.text_encoder, self._dtype))
         text.to(self._device).train(self.has_gradients).requires_grad_(settings.train_text_encoder)
         if self.has_gradients and settings.gradient_checkpointing:
-            text.text_model.gradient_checkpointing_enable({"use_reentrant": False})
+            text.enable_checkpointing()
         return text
 
     @property

@@ -8,7 +8,7 @@ Making the caption text is not done here; files of the text model are read and w
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,13 @@ class TextConditioner(nn.Module):
                 f"the end token; set it to {EOS_ID} in the model's config.json"
             )
         self.text_model = text_model
+
+    def enable_checkpointing(self) -> None:
+        """Compute activations again in the backward pass. The method's old name goes with transformers 6."""
+        model: Any = self.text_model
+        has_new_name = hasattr(model, "activation_checkpointing_enable")
+        enable = model.activation_checkpointing_enable if has_new_name else model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
     def forward(self, token_windows: Tensor, use_attention_mask: bool = False) -> tuple[Tensor, Tensor]:
         """Return (clip_text, clip_text_pooled) of token windows (B, W, 77); see encode."""

@@ -2,13 +2,12 @@ import pytest
 from pydantic import ValidationError
 
 from training.config.optimizer import (
-    EmaConfig,
     OptimizerConfig,
-    PrecisionConfig,
     ScheduleConfig,
     fused_backward_problems,
     optimizer_problems,
 )
+from training.config.precision import EmaConfig, PrecisionConfig
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ error with its line. For strict text the values are those of `json.loads`.
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +100,9 @@ class _Reader:
     def _pair(self, objects: list[dict[str, Any]], opening: str) -> None:
         """Read `key: value` into the last object, or into a new one where the key comes again."""
         start = self._at
-        key = self._key(self._value(""), start)
+        key = self._value("")
+        if not isinstance(key, str):
+            raise self._error(f"a key must be text, got {key!r}", start)
         if self._peek() != ":":
             raise self._error(f"after the key {key!r} a ':' is missing")
         if not objects or key in objects[-1]:
@@ -149,21 +152,14 @@ class _Reader:
         elif mark and mark not in "]}":
             self._tell("a comma is missing after this", start)
 
-    def _key(self, value: Any, start: int) -> str:
-        if isinstance(value, str):
-            return value
-        raise self._error(f"a key must be text, got {value!r}", start)
-
     def _word(self) -> Any:
         found = _WORD.match(self._text, self._at)
         if found is None:
             raise self._error(f"{self._text[self._at :][:20]!r} is not expected here")
         word, start = found.group(), self._at
         self._at = found.end()
-        try:
+        with suppress(ValueError):
             return json.loads(word)
-        except ValueError:
-            pass
         if word.lower() in _WORDS:
             self._tell(f"{word} is read as {json.dumps(_WORDS[word.lower()])}", start)
             return _WORDS[word.lower()]
@@ -229,12 +225,10 @@ class _Reader:
     def _unicode(raw: str, at: int) -> str:
         """Return the character of one \\uXXXX, or of a surrogate pair."""
         for length in (12, 6):
-            try:
+            with suppress(ValueError):
                 text: str = json.loads(f'"{raw[at : at + length]}"')
-            except ValueError:
-                continue
-            if len(text) == 1:
-                return text
+                if len(text) == 1:
+                    return text
         return raw[at : at + 6]
 
     def _peek(self) -> str:
