@@ -112,12 +112,16 @@ class StepReport:
         }
 
     def log_line(self, plan: BatchPlan) -> str:
-        """Return the step in one line, with the time that is left for the epoch at this step's speed."""
+        """Return the step in one line, with the time that is left for the epoch at this step's speed.
+
+        The rate is the network's, or that of the first part where it is not trained.
+        """
         metrics, left_seconds = self.metrics(), (len(plan.steps) - self.after.step) * self.seconds
+        rate = self.rates.get("network", next(iter(self.rates.values()), math.nan))
         return (
             f"{self.after.chunk} step {self.after.step:,} of {len(plan.steps):,}  global {self.after.global_step:,}  "
             f"images {self.after.images_seen:,}  loss {metrics.get('train/loss', math.nan):.4f}  "
-            f"lr {self.rates.get('network', math.nan):.1e}  {metrics['speed/images_per_second']:.2f} img/s  "
+            f"lr {rate:.1e}  {metrics['speed/images_per_second']:.2f} img/s  "
             f"data {metrics['data/wait_fraction']:.0%}  eta {left_seconds // 60:.0f}m{left_seconds % 60:02.0f}s"
         )
 

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,13 @@ def report(loss, *, num_results=6, step=0):
     position = Position(chunk="toy/0000", step=step)
     after = position.after_step(num_images=6, num_broken=0, is_applied=True, seconds=3.0)
     return StepReport(toy_plan(config).steps[0], position, after, results[:num_results], [], "", {}, 1.0, 3.0, 0.0)
+
+
+def test_the_log_line_has_the_rate_of_what_is_trained():
+    plan, one = toy_plan(toy_config()), report(1.0)
+
+    assert "lr 1.0e-05" in replace(one, rates={"network": 1e-5, "tokens": 5e-4}).log_line(plan)
+    assert "lr 5.0e-04" in replace(one, rates={"tokens": 5e-4}).log_line(plan)
 
 
 def rows(losses):

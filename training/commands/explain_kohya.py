@@ -42,7 +42,10 @@ def run(options: argparse.Namespace) -> int:
         given = given_by_file(options.config_file, script=options.script)
     else:
         raise ConfigError("--config-file stands for a command: give no other")
-    found = explain(given, workspace=options.workspace, chunks=options.chunks, overrides=options.overrides)
+    found = explain(
+        given, workspace=options.workspace, chunks=options.chunks, overrides=options.overrides,
+        run_toml=str(options.output or "run.toml"),
+    )  # fmt: skip
     if options.json:
         print(json.dumps(explanation_values(found), indent=2))
     else:

@@ -64,8 +64,12 @@ class Explanation:
         return tables
 
 
-def explain(given: Given, *, workspace: str, chunks: str, overrides: Sequence[str] = ()) -> Explanation:
+def explain(
+    given: Given, *, workspace: str, chunks: str, overrides: Sequence[str] = (), run_toml: str = "run.toml"
+) -> Explanation:
     """Explain a command. workspace, chunks: what [data] is to name. overrides: `key=value`, over what is found.
+
+    run_toml: the settings' file in the commands that follow.
 
     Raises ConfigError for an override that is none.
     """
@@ -87,7 +91,7 @@ def explain(given: Given, *, workspace: str, chunks: str, overrides: Sequence[st
             *(one for one in found.problems if not changed.keys() & set(one.keys)),
         ),
         notes=tuple(given.notes),
-        commands=tuple(following_commands(given, workspace=workspace, chunks=chunks)),
+        commands=tuple(following_commands(given, workspace=workspace, chunks=chunks, run_toml=run_toml)),
         has_recipe=is_here,
     )
 

@@ -7,12 +7,11 @@ from training.kohya.flag_table import OF_THE_BRANCH
 from training.kohya.given import Given
 from training.kohya.run_settings import run_folder
 
-RUN_TOML = "run.toml"
 _DATASET = "dataset.toml"
 
 
-def following_commands(given: Given, *, workspace: str, chunks: str) -> Iterator[str]:
-    """Yield the commands in their order; those of a recipe to come are left out."""
+def following_commands(given: Given, *, workspace: str, chunks: str, run_toml: str) -> Iterator[str]:
+    """Yield the commands in their order; those of a recipe to come are left out. run_toml: the settings' file."""
     if folder := given.value("train_data_dir") or (given.value("dataset_config") and "."):
         words = ["sharding", "import-kohya", folder, "--output", _DATASET, "--name", chunks.split("/")[0]]
         if given.value("dataset_config"):
@@ -24,17 +23,17 @@ def following_commands(given: Given, *, workspace: str, chunks: str) -> Iterator
     if given.script not in OF_THE_BRANCH:
         return
     if given.has("cache_latents", "cache_latents_to_disk"):
-        yield _module("training", "encode-latents", RUN_TOML)
+        yield _module("training", "encode-latents", run_toml)
     if given.value("resume"):
         run_dir = str(run_folder(given))
-        yield _module("training", "import-state", given.value("resume"), RUN_TOML, "--run-dir", run_dir)
-    yield _run_command(given)
+        yield _module("training", "import-state", given.value("resume"), run_toml, "--run-dir", run_dir)
+    yield _run_command(given, run_toml)
 
 
-def _run_command(given: Given) -> str:
+def _run_command(given: Given, run_toml: str) -> str:
     processes = given.launcher.get("num_processes", 1)
     environment = [f"{name}={shlex.quote(value)}" for name, value in given.environment.items()]
-    own = ["-m", "training", "run", RUN_TOML, "--run-dir", str(run_folder(given))]
+    own = ["-m", "training", "run", run_toml, "--run-dir", str(run_folder(given))]
     words = ["python", *own]
     if processes > 1:
         count = str(processes)

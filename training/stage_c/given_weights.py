@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from training.stage_c.export import COMBINED_FILE, DIFFUSERS_FOLDER
 from training.stage_c.formats import EXPORT_FILE, load_stage_c
 from training.stage_c.network import StageCNetwork
 from training.stage_c.text import load_tokenizer
@@ -61,12 +62,17 @@ def find_text_model(path_or_id: str | Path) -> str | Path | None:
     """Return where the text model of stage C weights is: in the file or folder, beside it, in the hub repository.
 
     Beside NAME.safetensors that is kohya's NAME_text_model.safetensors; beside our stage_c.safetensors,
-    text_model.safetensors. None when there is none.
+    text_model.safetensors. In a folder of our exports without one it is in `diffusers/` or `combined.safetensors`:
+    a text encoder that is not trained is only written there. None when there is none.
     """
     path = Path(path_or_id)
     if path.is_dir():
         inside = text_file_in_folder(path)
-        return inside if inside != path or (path / "text_encoder" / "config.json").is_file() else None
+        if inside != path:
+            return inside
+        folders = (path, path / DIFFUSERS_FOLDER)
+        found = next((folder for folder in folders if (folder / "text_encoder" / "config.json").is_file()), None)
+        return found or next(filter(Path.is_file, [path / COMBINED_FILE]), None)
     if not path.is_file():
         return path_or_id
     with open_weights(path) as file:

@@ -32,6 +32,7 @@ def test_the_command_may_come_in_three_ways(tmp_path, capsys, monkeypatch, way):
     assert "--learning_rate_te1 1e-05" in told.out
     assert "Without a flag, kohya does this, too:" in told.out
     assert f"written: {output}" in told.err
+    assert f"python -m training run {output} " in told.out
 
 
 def test_the_table_has_no_line_that_is_too_long(capsys, monkeypatch):

@@ -1,6 +1,8 @@
 """What an export holds: names, headers, licences, lost values; combined files; what comes with given weights."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,6 +194,18 @@ def test_the_text_model_of_given_weights_is_found_where_each_program_puts_it(wei
         assert given.has_own_text
         assert equal(given.network.state_dict(), weights.network.state_dict())
         assert equal(given.text_model.state_dict(), weights.text_model.state_dict())
+
+
+def test_a_text_model_that_is_not_trained_is_found_in_the_formats_that_hold_one(weights, tmp_path):
+    export(replace(weights, text_is_trained=False), tmp_path, "original", "combined", "diffusers")
+
+    assert find_text_model(tmp_path) == tmp_path / "diffusers"
+    assert equal(load_given(tmp_path).text_model.state_dict(), weights.text_model.state_dict())
+    shutil.rmtree(tmp_path / "diffusers")
+    assert find_text_model(tmp_path) == tmp_path / "combined.safetensors"
+    assert equal(load_given(tmp_path).text_model.state_dict(), weights.text_model.state_dict())
+    (tmp_path / "combined.safetensors").unlink()
+    assert find_text_model(tmp_path) is None
 
 
 def test_a_format_with_text_needs_a_text_model(models, tmp_path):
