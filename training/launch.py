@@ -109,7 +109,10 @@ def _train(
     *,
     stop: StopRequest,
 ) -> int:
+    reached = chunks[0][1].name
+
     def run_session(ledger: Ledger | None, guard: Callable[[], None]) -> int:
+        nonlocal reached
         from training.session import Session  # torch is imported only now: a refused launch answers in a moment
 
         session: Session | None = None
@@ -122,6 +125,9 @@ def _train(
                 position = session.position if session is not None else None
                 _append_failed(ledger, chunks[0][1].name, position, error)
             raise
+        finally:
+            if session is not None and session.position is not None:
+                reached = session.position.chunk
 
     if not _is_main():
         return run_session(None, _no_guard)
@@ -136,7 +142,7 @@ def _train(
         finally:
             with suppress(LockLostError):  # then the file is another launch's
                 lock.check()
-                _write_last_exit(run_dir, code, chunks[-1][1].name)
+                _write_last_exit(run_dir, code, reached)
     return code
 
 

@@ -33,6 +33,8 @@ from training.tracker_feed import TrackerFeed
 
 logger = logging.getLogger(__name__)
 
+_PROBLEMS = {"not_finite": "a loss or gradient is not finite", "no_image": "none of its images could be read"}
+
 
 class Records:
     """The records of one launch. `start_chunk` once the state to start from is known."""
@@ -146,7 +148,8 @@ class Records:
     def _skipped(self, report: StepReport) -> None:
         place, suspects = _step_fields(report.before), report.not_finite_keys
         logger.warning(
-            "%s step %d is passed over: %s%s", place["chunk"], place["step"], report.problem,
+            "%s step %d is passed over: %s%s",
+            place["chunk"], place["step"], _PROBLEMS.get(report.problem, "the run went back because of it"),
             f" ({', '.join(suspects)})" if suspects else "",
         )  # fmt: skip
         self.ledger.append("skipped", **place, keys=report.keys, reason=report.problem, not_finite_keys=suspects)

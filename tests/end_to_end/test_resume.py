@@ -109,13 +109,13 @@ def test_every_image_is_trained_exactly_once_per_epoch(uninterrupted, real_works
 def test_sigterm_saves_and_ends_with_75_and_the_next_launch_goes_on(make_run, uninterrupted, tmp_path):
     run = make_run(tmp_path / "run", "save.every_steps=1000")
 
-    code = run.launch("--chunk", FIRST).kill_when(in_a_step(run), signal.SIGTERM)
+    code = run.launch("--chunks", f"{FIRST}:{SECOND}").kill_when(in_a_step(run), signal.SIGTERM)
     last_exit = json.loads((run.root / "last_exit.json").read_text())
     events = [line["event"] for line in run.rows("ledger.jsonl")]
     run.train_all()
 
     assert code == 75
-    assert last_exit["code"] == 75
+    assert (last_exit["code"], last_exit["chunk"]) == (75, FIRST)
     assert events[-2:] == ["state_saved", "stopped"]
     assert_equal_runs(run, uninterrupted)
 
