@@ -33,6 +33,9 @@ _HASH_BLOCK_BYTES = 4 << 20
 class DiskFullError(OSError):
     """The disk is full, or smaller than a forecast; the message says how much is needed and where."""
 
+    def __str__(self) -> str:
+        return str(self.strerror)  # without OSError's "[Errno 28]"
+
 
 def fsync_folder(folder: Path) -> None:
     """Make a rename inside `folder` durable. A no-op where folders cannot be opened (Windows)."""

@@ -129,7 +129,7 @@ class Records:
         if report.problem:
             self._skipped(report)
         if spike is not None and spike.is_first:
-            logger.warning("%s step %d: %s", report.before.chunk, report.before.step, spike)
+            logger.warning("%s step %d: %s", report.after.chunk, report.after.step, spike)
         metrics = report.metrics()
         metrics |= self._gauges.read(report, metrics, is_spike=spike is not None)
         self._append_row(metrics)
@@ -149,7 +149,7 @@ class Records:
         place, suspects = _step_fields(report.before), report.not_finite_keys
         logger.warning(
             "%s step %d is passed over: %s%s",
-            place["chunk"], place["step"], _PROBLEMS.get(report.problem, "the run went back because of it"),
+            report.after.chunk, report.after.step, _PROBLEMS.get(report.problem, "the run went back because of it"),
             f" ({', '.join(suspects)})" if suspects else "",
         )  # fmt: skip
         self.ledger.append("skipped", **place, keys=report.keys, reason=report.problem, not_finite_keys=suspects)

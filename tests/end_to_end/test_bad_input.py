@@ -215,7 +215,8 @@ def test_a_disk_without_room_for_the_next_states_and_export_is_refused(make_run,
     code = run.train("--chunk", FIRST, prepare=partial(free_bytes_are, 1_000_000))
 
     assert code == last_exit(run) == 1
-    assert "3 more states of" in run.errors()[0] and "0.00 GB are free there: free some space" in run.errors()[0]
+    assert run.errors()[0].startswith("error: 3 more states of")
+    assert "1.0 MB are free there: free some space" in run.errors()[0]
     assert run.rows("metrics.jsonl") == [] and list(run.root.glob("chunks/real/*/state-*")) == []
     assert run.train("--chunk", FIRST) == 0
 
@@ -259,6 +260,7 @@ def test_a_loss_that_is_not_a_number_passes_over_the_step_and_says_so(make_run, 
     (done,) = run.events("chunk_done")
     assert code == 0, run.log.read_text()
     assert (skipped["global_step"], skipped["reason"]) == (2, "not_finite")
+    assert f"{FIRST} step 2 is passed over: a loss or gradient is not finite" in run.log.read_text()
     assert sorted(skipped["keys"]) == sorted(skipped["not_finite_keys"])
     assert done["images_trained"] == 18 - len(skipped["keys"])
     state = load_file(run.root / "chunks" / FIRST / "final" / "model.safetensors")

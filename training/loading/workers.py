@@ -121,9 +121,9 @@ class Loader(Iterator[Batch]):
         if self._restarts > MAX_RESTARTS:
             self.close()
             raise LostWorkerError(
-                f"{how}, for the {self._restarts}th time in this chunk: the machine runs out of memory, or the job's "
-                "limit is too low; lower data.workers or data.prefetch (both are free), or give it more. The last "
-                "saved state is intact: run the same command again"
+                f"{how}, for the {self._restarts}th time in this chunk: see what it printed above; where memory ran "
+                "out or the job's limit is too low, lower data.workers or data.prefetch (both are free), or give it "
+                "more. The last saved state is intact: run the same command again"
             ) from error
         logger.warning(
             "%s; starting workers again at the next micro-batch (%d of %d times)", how, self._restarts, MAX_RESTARTS
