@@ -1,4 +1,4 @@
-"""The network's attention with its projections as layers, so that adapters reach them.
+"""The layers that adapters go on: the network's attention with its projections as layers, their names and shapes.
 
 The checkpoint's stacked `in_proj_weight` is a parameter, not a layer: PEFT would put an adapter on it by computing the
 whole changed weight in every forward. Here it becomes `in_proj`, one linear layer (one adapter for q, k and v, as in
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from training.lora.layers import BASE_LAYER, adaptable
 from training.stage_c.blocks import AttnBlock, PackedAttention
 from training.stage_c.layouts import to_original
 from training.stage_c.network import StageCNetwork
@@ -60,3 +61,29 @@ def layered_to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a layered network's weights (without adapters) in the original layout."""
     renamed = {name.replace(".attn.in_proj.", ".attn.in_proj_"): tensor for name, tensor in state.items()}
     return to_original(renamed)
+
+
+def adaptable_names(module: nn.Module) -> list[str]:
+    """Return names of layers that can have an adapter, as they were before any was there."""
+    return [name.removesuffix(BASE_LAYER) for name in adaptable(module) if not is_adapter(name)]
+
+
+def layer_shapes(network: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a layered network's weights by layer, q, k and v both together and apart."""
+    shapes = {}
+    for name, parameter in network.named_parameters():
+        if not name.endswith(".weight") or is_adapter(name):
+            continue
+        layer, shape = name.replace(BASE_LAYER, "").removesuffix(".weight"), parameter.shape
+        shapes[layer] = shape
+        block = layer.rpartition(".")[0]
+        if layer.endswith(".attn.in_proj"):
+            shapes |= {f"{block}.to_{letter}": torch.Size((shape[0] // 3, shape[1])) for letter in "qkv"}
+        elif layer.endswith(".attn.to_q"):
+            shapes[f"{block}.in_proj"] = torch.Size((shape[0] * 3, shape[1]))
+    return shapes
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter is an adapter's."""
+    return any(mark in name for mark in (".lora_", ".hada_", ".lokr_"))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from training.config import RunConfig
 from training.lora.adapter import Adapter
 from training.lora.frozen_base import freeze_base
-from training.lora.layers import BASE_LAYER, LayerChoice, adaptable, add_adapters, chosen, put_in, taken_out
-from training.stage_c.adaptable import layered_to_original, make_layered
+from training.lora.layers import BASE_LAYER, LayerChoice, add_adapters, chosen, put_in, taken_out
+from training.stage_c.adaptable import adaptable_names, is_adapter, layer_shapes, layered_to_original, make_layered
 from training.stage_c.adapter_files import read_adapters
 from training.stage_c.adapter_names import NETWORK, TEXT, apart, expanded, is_together, official_order, together
 from training.stage_c.model import StageCModel
@@ -133,7 +133,7 @@ class StageCAdapters:
         token_names = {f"{PREFIXES[TEXT]}{_EMBEDDING}.{name}" for name in (CHANGE, INITIAL)}
         for name in self._model.state_dict():
             component = NETWORK if name.startswith(PREFIXES[NETWORK]) else TEXT
-            if frozen[component] and name not in token_names and not _is_adapter(name):
+            if frozen[component] and name not in token_names and not is_adapter(name):
                 yield name
 
     def _module(self, component: str) -> nn.Module:
@@ -229,35 +229,10 @@ class StageCAdapters:
         live = {name: tensor.detach() for name, tensor in [*self._model.named_parameters(), *_buffers(self._model)]}
         state = _of({**live, **(weights or {})}, PREFIXES[component])
         adapters = taken_out(state, self._of(component))
-        plain = {name.replace(BASE_LAYER, ""): tensor for name, tensor in state.items() if not _is_adapter(name)}
+        plain = {name.replace(BASE_LAYER, ""): tensor for name, tensor in state.items() if not is_adapter(name)}
         for name, adapter in adapters.items():
             plain[f"{name}.weight"] = adapter.merged(plain[f"{name}.weight"]).to(dtype)
         return plain
-
-
-def adaptable_names(module: nn.Module) -> list[str]:
-    """Return names of layers that can have an adapter, as they were before any was there."""
-    return [name.removesuffix(BASE_LAYER) for name in adaptable(module) if not _is_adapter(name)]
-
-
-def layer_shapes(network: nn.Module) -> dict[str, torch.Size]:
-    """Return the shapes of a layered network's weights by layer, q, k and v both together and apart."""
-    shapes = {}
-    for name, parameter in network.named_parameters():
-        if not name.endswith(".weight") or _is_adapter(name):
-            continue
-        layer, shape = name.replace(BASE_LAYER, "").removesuffix(".weight"), parameter.shape
-        shapes[layer] = shape
-        block = layer.rpartition(".")[0]
-        if layer.endswith(".attn.in_proj"):
-            shapes |= {f"{block}.to_{letter}": torch.Size((shape[0] // 3, shape[1])) for letter in "qkv"}
-        elif layer.endswith(".attn.to_q"):
-            shapes[f"{block}.in_proj"] = torch.Size((shape[0] * 3, shape[1]))
-    return shapes
-
-
-def _is_adapter(name: str) -> bool:
-    return any(mark in name for mark in (".lora_", ".hada_", ".lokr_"))
 
 
 def _of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

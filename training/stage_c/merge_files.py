@@ -14,10 +14,9 @@ from training.lora.adapter import Adapter, AdapterError
 from training.lora.layers import adaptable
 from training.precision import DTYPES
 from training.recipes.base import ExportFile
-from training.stage_c.adaptable import make_layered
+from training.stage_c.adaptable import layer_shapes, make_layered
 from training.stage_c.adapter_files import AdapterFile, read_adapters
 from training.stage_c.adapter_names import NETWORK, PRESETS, TEXT, apart, clip_layers, official_order
-from training.stage_c.adapters import layer_shapes
 from training.stage_c.export import StageCWeights, export_stage_c
 from training.stage_c.given_weights import GivenWeights, load_given
 from training.stage_c.layouts import from_original

@@ -13,9 +13,9 @@ from tests.training.toy import toy_config
 from training.lora.adapter import AdapterError
 from training.lora.frozen_base import frozen_base
 from training.lora.metadata import network_metadata
+from training.stage_c.adaptable import adaptable_names, layer_shapes
 from training.stage_c.adapter_files import read_adapters, write_adapters
 from training.stage_c.adapter_names import NETWORK, TEXT, apart, official_order, together
-from training.stage_c.adapters import adaptable_names, layer_shapes
 from training.stage_c.formats import load_stage_c, network_from_state_dict
 from training.stage_c.merge_files import merge_files
 from training.stage_c.model import StageCModel
