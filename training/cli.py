@@ -21,6 +21,7 @@ COMMANDS = (
     "merge",
     "preview",
     "import-concepts",
+    "doctor",
     "explain-kohya",
     "import-state",
 )

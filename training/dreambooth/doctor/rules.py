@@ -1,0 +1,137 @@
+"""The doctor's limits, from TOML: what counts as a fault, how bad it is, and the rule of the wiki behind it."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from sharding.config import Config, ConfigError, parse_config, read_toml
+from training.bucket_list import BucketSettings
+
+BUILTIN = Path(__file__).with_name("rules.toml")
+Severity = Literal["fail", "warn", "note"]
+SEVERITIES: tuple[Severity, ...] = ("fail", "warn", "note")
+
+
+class Rule(Config):
+    """One rule: a number is a fault above (or below) a limit."""
+
+    wiki: str
+    """What the wiki says."""
+    below: bool = False
+    """Whether numbers below the limits are the faults."""
+    note: float | None = None
+    """Limit behind which it is mentioned."""
+    warn: float | None = None
+    """Limit behind which it should be looked at."""
+    fail: float | None = None
+    """Limit behind which the data are held to be bad: the exit code is 3."""
+    advice: str = ""
+    """What to do."""
+    off: bool = False
+    """Whether it is left out."""
+
+    def judge(self, number: float) -> tuple[Severity, float] | None:
+        """Return the worst severity whose limit the number breaks, with that limit; None for a good number."""
+        for severity in SEVERITIES:
+            limit: float | None = getattr(self, severity)
+            if limit is not None and not self.off and (number < limit if self.below else number > limit):
+                return severity, limit
+        return None
+
+
+class TrainingRules(Config):
+    """What the run will do with the data."""
+
+    resolution: int = Field(512, ge=64)
+    """Side of a square bucket in pixels."""
+    step: int = Field(64, ge=1)
+    """Sides of buckets are multiples of this."""
+    flip: bool = False
+    """Whether pictures are mirrored at random."""
+
+    @property
+    def buckets(self) -> BucketSettings:
+        """The wiki's ratio table: the long side with every shorter one down to half of it."""
+        return BucketSettings("long_side", self.resolution**2, step=self.step)
+
+
+class Words(Config):
+    """Tags by what they tell, in Danbooru's words."""
+
+    generic: tuple[str, ...]
+    """Say nothing of this concept."""
+    close_up: tuple[str, ...]
+    """Only a part of the figure is seen."""
+    full_body: tuple[str, ...]
+    """Most of the figure is seen."""
+    camera: tuple[str, ...]
+    """Where it is seen from."""
+    direction: tuple[str, ...]
+    """Where the body turns to."""
+    face: tuple[str, ...]
+    """Expressions."""
+    action: tuple[str, ...]
+    """What is done."""
+    clothing: tuple[str, ...]
+    """Last words of clothes: "black shirt" is a shirt."""
+    defaults: tuple[str, ...]
+    """Last words of what belongs to a character always."""
+    text: tuple[str, ...]
+    """There is writing in the picture."""
+
+
+class Rules(Config):
+    """All of them, with their words."""
+
+    training: TrainingRules
+    words: Words
+    rules: dict[str, Rule]
+
+    @model_validator(mode="after")
+    def _all_have_a_limit(self) -> "Rules":
+        for name, rule in self.rules.items():
+            if rule.note is None and rule.warn is None and rule.fail is None:
+                raise ValueError(f"rules.{name}: give one of note, warn and fail")
+        return self
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A number behind its limit. file: None for a concept as a whole."""
+
+    severity: Severity
+    rule: str
+    concept: str
+    file: Path | None
+    number: float
+    limit: float
+    text: str
+    """What was seen."""
+
+
+def load_rules(path: Path | None = None, overrides: Sequence[str] = ()) -> Rules:
+    """Read the rules: the builtin ones with what a file, and `key.path=value` overrides, change of them.
+
+    Raises ConfigError (also for a rule that there is not), FileNotFoundError.
+    """
+    values: dict[str, Any] = tomllib.loads(BUILTIN.read_text(encoding="utf-8"))
+    known = set(values["rules"])
+    if path is not None:
+        values = _merged(values, read_toml(path))
+    rules = parse_config(values, Rules, name=str(path or "rules"), overrides=overrides)
+    if unknown := sorted(set(rules.rules) - known):
+        raise ConfigError(f"{path or 'rules'}: no rule {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    return rules
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(values)
+    for key, value in changes.items():
+        inner = result.get(key)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
+        result[key] = _merged(inner, value) if both and isinstance(inner, Mapping) else value
+    return result
