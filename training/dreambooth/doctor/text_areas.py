@@ -51,7 +51,7 @@ def find_text(image: Image.Image) -> list[TextBox]:
     return [box for strokes in (light, dark) for box in _lines(strokes)]
 
 
-def _extreme(luma: npt.NDArray[np.float32], pick: np.ufunc) -> npt.NDArray[np.float32]:
+def _extreme(luma: npt.NDArray[np.floating], pick: np.ufunc) -> npt.NDArray[np.floating]:
     """Return the smallest or largest luma of the square of _STROKE pixels around each pixel."""
     for axis in (0, 1):
         padding = [(0, 0), (0, 0)]
