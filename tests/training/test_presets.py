@@ -10,7 +10,7 @@ from sharding.config import load_config
 from training.config import RunConfig
 from training.memory.architecture import architecture_of
 from training.memory.planner import Planner, largest_bucket, strategy_of
-from training.memory.report import memory_text, preset_estimate, preset_note, presets
+from training.memory.report import memory_report, preset_estimate, preset_note, presets
 
 FOLDER = Path(__file__).parents[2] / "configs" / "training"
 NAMES = [path.stem for path in presets()]
@@ -72,7 +72,7 @@ def config_elements_beside(planner):
 
 @pytest.mark.slow
 def test_the_report_names_presets_and_what_fits_which_card():
-    text = memory_text(load_config(FOLDER / "stage_c_1b_8gb.toml", RunConfig, []))
+    text = memory_report(load_config(FOLDER / "stage_c_1b_8gb.toml", RunConfig, [])).text()
 
     assert all(f"  {name} " in text for name in NAMES)
     assert "peak while loading" in text and "peak of a step" in text

@@ -93,7 +93,8 @@ def _verified(works: Iterator[ChunkWork]) -> Iterator[str]:
     if problems:
         listing = "\n".join(f"  {problem}" for problem in problems[:20])
         raise LatentsError(
-            f"{len(problems):,} problems:\n{listing}\ndelete the .json beside each damaged file, then encode again"
+            f"{len(problems):,} problems:\n{listing}\nrun the same command without --verify for what is missing; for a "
+            "damaged file, delete the .json beside it first"
         )
     yield "all there, all as written"
 

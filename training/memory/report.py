@@ -90,11 +90,6 @@ def memory_report(config: RunConfig, *, num_processes: int = 1) -> MemoryReport:
     )
 
 
-def memory_text(config: RunConfig, *, num_processes: int = 1) -> str:
-    """Return the memory report as text."""
-    return memory_report(config, num_processes=num_processes).text()
-
-
 def state_bytes(config: RunConfig) -> tuple[int, str]:
     """Return the size of a saved state, and what is in it."""
     architecture = architecture_of(config)
