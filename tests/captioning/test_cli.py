@@ -182,8 +182,12 @@ def test_a_picture_that_vanished_is_counted_and_has_a_row_with_the_reason(lab, d
 def test_ctrl_c_and_sigterm_say_what_to_do(lab, dataset, monkeypatch, capsys, sent):
     monkeypatch.setattr(cli, "_run", lambda *_: signal.raise_signal(sent))
     before = signal.getsignal(signal.SIGTERM)
+    background = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job behind `&` ignores it
 
-    assert run("annotate", dataset, "--workspace", lab.workspace.root) == 1
+    try:
+        assert run("annotate", dataset, "--workspace", lab.workspace.root) == 1
+    finally:
+        signal.signal(signal.SIGINT, background)
     assert the_error(capsys) == "error: stopped; finished parts stay, run the same command again"
     assert signal.getsignal(signal.SIGTERM) == before
 
