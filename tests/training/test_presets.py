@@ -10,7 +10,7 @@ from sharding.config import load_config
 from training.config import RunConfig
 from training.memory.architecture import architecture_of
 from training.memory.planner import Planner, largest_bucket, strategy_of
-from training.memory.report import memory_report, preset_estimate, preset_note, presets
+from training.memory.report import StatedMemory, memory_report, preset_estimate, preset_note, presets
 
 FOLDER = Path(__file__).parents[2] / "configs" / "training"
 NAMES = [path.stem for path in presets()]
@@ -40,16 +40,23 @@ def test_every_card_has_a_preset():
     assert {("1", "8", "80"), ("2", "8", "80")} <= cards
 
 
-@pytest.mark.slow
-def test_presets_state_the_memory_and_time_that_the_planner_sees_and_fit_their_hardware():
-    planners = []
-    for name in NAMES:
-        size, estimate = preset_estimate(FOLDER / f"{name}.toml", planners)
+@pytest.fixture(scope="module")
+def planners():
+    """Those made so far: presets of the same networks and bucket share what was measured."""
+    return []
 
-        for line in preset_note(size, estimate):
-            assert f"# {line}" in text_of(name).splitlines(), name
-        card = int(HARDWARE.search(text_of(name))[3])
-        assert estimate.smallest_card(size) is not None and estimate.smallest_card(size) <= card, name
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_states_the_memory_and_time_that_the_planner_sees_and_fits_its_hardware(name, planners):
+    size, estimate = preset_estimate(FOLDER / f"{name}.toml", planners)
+
+    for line in preset_note(size, estimate):
+        assert f"# {line}" in text_of(name).splitlines()
+    card = int(HARDWARE.search(text_of(name))[3])
+    assert estimate.smallest_card(size) is not None and estimate.smallest_card(size) <= card
+    stated = StatedMemory.of_file(FOLDER / f"{name}.toml")
+    assert stated.smallest_card() == estimate.smallest_card(size)
 
 
 def test_weights_gradients_and_load_in_a_preset_are_those_of_the_published_shapes():

@@ -51,7 +51,7 @@ class PassBytes:
     """Independent of the number of images: casts of weights, mostly."""
     per_image: int
     floor: int
-    """With one image; the update of the largest parameter may be more than activations."""
+    """`released`: with one image, where the update of the largest parameter may be more than activations."""
     flops_per_image: int
     """Operations of forward and backward pass, what is computed again included."""
 
@@ -61,10 +61,12 @@ class PassBytes:
 
 
 def pass_bytes(architecture: Architecture, settings: Pass) -> PassBytes:
-    """Measure with 1, 4 and 8 images, and draw the line through the last two."""
-    one, four, eight = (measured_pass(architecture, settings, number) for number in (1, 4, 8))
+    """Measure with 4 and 8 images, and draw the line through them; with updates inside backward also with one."""
+    four, eight = (measured_pass(architecture, settings, number) for number in (4, 8))
     per_image = (eight.peak - four.peak) // 4
-    return PassBytes(four.peak - 4 * per_image, per_image, one.peak, one.flops)
+    fixed = four.peak - 4 * per_image
+    floor = measured_pass(architecture, settings, 1).peak if settings.gradients == "released" else 0
+    return PassBytes(fixed, per_image, floor, (eight.flops - four.flops) // 4)
 
 
 class Measured(NamedTuple):

@@ -20,6 +20,11 @@ MICRO_BATCH_SIZES = (1, 2, 4, 8, 16)
 _SHARDINGS = {"auto": "ddp", "single": "none", "ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
 
 
+def room_bytes(card_bytes: int) -> float:
+    """Return what a card has for us."""
+    return card_bytes * (1 - ALLOWANCE_FRACTION) - ALLOWANCE_BYTES
+
+
 def strategy_of(config: RunConfig, *, num_processes: int) -> Strategy:
     """Return what a run.toml says, on so many processes."""
     parallel = config.parallel
@@ -63,7 +68,7 @@ class Estimate:
 
     def largest_micro_batch(self, card_bytes: int) -> int:
         """Return how many images fit on a card; 0 when not even one does."""
-        room = card_bytes * (1 - ALLOWANCE_FRACTION) - ALLOWANCE_BYTES
+        room = room_bytes(card_bytes)
         return max((size for size in MICRO_BATCH_SIZES if self.peak(size) <= room), default=0)
 
     def smallest_card(self, micro_batch_size: int) -> int | None:

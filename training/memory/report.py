@@ -17,13 +17,44 @@ from sharding.files import size_text
 from training.buckets import Bucket
 from training.config import RunConfig
 from training.memory.architecture import architecture_of, shapes_of
-from training.memory.planner import CARDS_GIB, Estimate, Planner, largest_bucket, strategy_of
+from training.memory.planner import CARDS_GIB, Estimate, Planner, largest_bucket, room_bytes, strategy_of
 from training.memory.strategies import catalogue, optimizer_state_bytes
 
 _GB = 1e9
 _TERAFLOPS = 100
 """Of bf16 products, that a card is taken to do per second; not measured here."""
 _PRESETS = Path(__file__).parents[2] / "configs" / "training"
+
+
+_STATED = re.compile(
+    r"^# Hardware: (?:(?P<machines>\d+) x )?(?P<cards>\d+) x \d+ GB\.\n"
+    r"# Memory per card, planned: (?P<load>[\d.]+) GB while loading, (?P<step>[\d.]+) GB in a step of micro-batch "
+    r"(?P<size>\d+)\.$",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class StatedMemory:
+    """What a preset says of itself; a test compares it with the planner. Bytes of one card."""
+
+    load_peak: float
+    step_peak: float
+    micro_batch_size: int
+    num_cards: int
+
+    @classmethod
+    def of_file(cls, path: Path) -> "StatedMemory":
+        """Read it from a preset's head. Raises ValueError where a preset does not state it."""
+        found = _STATED.search(path.read_text(encoding="utf-8"))
+        if found is None:
+            raise ValueError(f"{path}: states no hardware and memory as the others do")
+        cards = int(found["machines"] or 1) * int(found["cards"])
+        return cls(_GB * float(found["load"]), _GB * float(found["step"]), int(found["size"]), cards)
+
+    def smallest_card(self) -> int | None:
+        """Return the smallest card, in GiB, that it fits on; None when there is none."""
+        return next((gib for gib in CARDS_GIB if max(self.load_peak, self.step_peak) <= room_bytes(gib << 30)), None)
 
 
 @dataclass(frozen=True)
@@ -38,8 +69,8 @@ class MemoryReport:
     assumed: tuple[str, ...]
     own: Estimate
     others: tuple[Estimate, ...]
-    presets: Mapping[str, tuple[int, Estimate]]
-    """Presets of this repository: micro-batch size and estimate."""
+    presets: Mapping[str, "StatedMemory"]
+    """Presets of this repository, by what they state."""
 
     def text(self) -> str:
         """Return tables for people; sizes in GB of 10^9 bytes, cards in GiB as they are sold."""
@@ -60,7 +91,7 @@ class MemoryReport:
         many = max(estimate.strategy.num_ranks for estimate in self.others)
         lines.append(f"  {many} x 80 GB  {_best(self.others, 80, many=True)}")
         lines += ["", f"{'preset of configs/training':<36} {'load':>7} {'step':>6}  GB per card; fits"]
-        lines += [_preset_row(name, size, estimate) for name, (size, estimate) in self.presets.items()]
+        lines += [_preset_row(name, stated) for name, stated in self.presets.items()]
         lines.append("arithmetic and meta-device measurements; no GPU was used")
         return "\n".join(lines)
 
@@ -86,7 +117,7 @@ def memory_report(config: RunConfig, *, num_processes: int = 1) -> MemoryReport:
         assumed=architecture.assumed,
         own=own,
         others=others,
-        presets=_presets(planner),
+        presets={path.stem: StatedMemory.of_file(path) for path in presets()},
     )
 
 
@@ -137,14 +168,6 @@ def presets() -> list[Path]:
     return [path for path in sorted(_PRESETS.glob("*.toml")) if load_config(path, RunConfig, []).device != "cpu"]
 
 
-def _presets(planner: Planner) -> dict[str, tuple[int, Estimate]]:
-    planners = [planner]
-    found = {}
-    for path in presets():
-        found[path.stem] = preset_estimate(path, planners)
-    return found
-
-
 def _breakdown(estimate: Estimate, size: int) -> list[str]:
     fixed, passing = estimate.fixed, estimate.activations
     parts = {
@@ -169,11 +192,11 @@ def _row(estimate: Estimate) -> str:
     )
 
 
-def _preset_row(name: str, size: int, estimate: Estimate) -> str:
-    smallest = estimate.smallest_card(size)
-    card = f"{estimate.strategy.num_ranks} x {smallest} GB" if smallest else f"no card of up to {CARDS_GIB[-1]} GB"
-    load, step = estimate.load_peak / _GB, estimate.step_peak(size) / _GB
-    return f"  {name:<34} {load:>7.1f} {step:>6.1f}  {card}, micro-batch {size}"
+def _preset_row(name: str, stated: StatedMemory) -> str:
+    smallest = stated.smallest_card()
+    card = f"{stated.num_cards} x {smallest} GB" if smallest else f"no card of up to {CARDS_GIB[-1]} GB"
+    load, step = stated.load_peak / _GB, stated.step_peak / _GB
+    return f"  {name:<34} {load:>7.1f} {step:>6.1f}  {card}, micro-batch {stated.micro_batch_size}"
 
 
 def _best(estimates: Sequence[Estimate], gib: int, *, many: bool) -> str:
