@@ -20,6 +20,8 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from sharding.pictures.colours import is_srgb, to_upright_rgb
 from sharding.pictures.jxl_header import is_jxl, jxl_size
+from sharding.pictures.phash import hash_picture as hash_picture
+from sharding.pictures.phash import is_flat as is_flat
 from sharding.pictures.pillow_limit import pillow_limit
 
 FORMATS = ("jpeg", "png", "webp", "avif", "jxl", "gif", "bmp", "tiff")

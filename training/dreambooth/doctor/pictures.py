@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from sharding.images import ImageError, ImageFacts, decode_rgb, probe
-from sharding.pictures.phash import hash_picture, is_flat
+from sharding.images import ImageError, ImageFacts, decode_rgb, hash_picture, is_flat, probe
 from training.bucket_list import BucketSettings
 from training.buckets import placement
 from training.dreambooth.doctor.captions import Caption, read_caption
