@@ -1,5 +1,6 @@
 """Which saved state a chunk goes on from. For rank 0, which alone reads the ledger; the others are told."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from training.position import Position
 from training.rank import Rank
 from training.state_folder import newest_verified
 from training.state_manifest import StateError, read_manifest
+
+logger = logging.getLogger(__name__)
 
 
 def state_to_start_from(rank: Rank, chunk: str) -> Path | None:
@@ -38,7 +41,8 @@ def state_to_start_from(rank: Rank, chunk: str) -> Path | None:
 def states_before(rank: Rank, chunk: str, *, step: int, reason: str) -> list[Path]:
     """Return the states that do not hold global step `step`, of which one may be gone back to; not yet verified.
 
-    None when this chunk went back for this reason before, and in a run's first chunk before its first state.
+    Empty when this chunk went back for this reason before, and in a run's first chunk before its first state. A damaged
+    one is left out, with a warning.
     """
     if steps_to_pass_over(rank.ledger.lines, chunk, reason=reason):
         return []
@@ -67,7 +71,8 @@ def _parents_states(rank: Rank, chunk: str) -> list[Path] | None:
 def _holds_less_than(folder: Path, step: int) -> bool:
     try:
         return read_manifest(folder).global_step < step
-    except StateError:
+    except StateError as error:
+        logger.warning("not gone back to: %s", error)
         return False
 
 
