@@ -125,9 +125,9 @@ def make_batch_plan(
     epoch: int,
     chunk: str,
 ) -> BatchPlan:
-    """Return the steps of one epoch: every (key, concept, occurrence) with a bucket exactly once.
+    """Return the steps of one epoch: every (key, concept, occurrence) shown in it, with a bucket, exactly once.
 
-    index: columns key, width, height, repeats, loss_weight; a column `concept` is used when there is one.
+    index: see `training.showings.all_showings`.
     remainder: what a bucket has left over becomes a smaller micro-batch (`short`), or moves into free places of the
     buckets with the nearest ratio when all of it can (`merge`). No image then loses more than merge_max_crop_loss of
     its area on top of what its own bucket costs, or goes to a bucket smaller by more than that, and with `no_upscale`
@@ -142,7 +142,7 @@ def make_batch_plan(
         )
     if remainder not in ("short", "merge"):
         raise ValueError(f"remainder: must be short or merge, got {remainder!r}")
-    fits, drops = all_showings(index, bucket_settings, chunk=chunk)
+    fits, drops = all_showings(index, bucket_settings, chunk=chunk, epoch=epoch)
 
     def order(sample: PlannedSample, purpose: str) -> bytes:
         return sample.identity(seed=seed, epoch=epoch, chunk=chunk).digest(purpose)
@@ -150,7 +150,8 @@ def make_batch_plan(
     ordered = sorted(fits, key=lambda sample: order(sample, "order"))
     if not ordered:
         raise ValueError(
-            f"chunk {chunk}: none of its {index.num_rows:,} samples can be trained; {len(drops):,} dropped"
+            f"chunk {chunk}: none of its {index.num_rows:,} samples can be trained in epoch {epoch}; "
+            f"{len(drops):,} dropped"
         )
 
     pools: dict[Bucket, Members] = defaultdict(list)

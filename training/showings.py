@@ -1,10 +1,11 @@
 """The showings of a chunk: every sample of the index as often as it is repeated, each with its place in a bucket.
+Samples that are shown in some epochs only, as class images are, are left out of the others.
 
 A pure function of the index and the buckets. No torch, no files. In which order they are trained is in `batch_plan`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -69,12 +70,33 @@ def fit_or_reason(width: int, height: int, settings: BucketSettings) -> Fit | Bu
         return error.with_traceback(None)
 
 
-def all_showings(
-    index: pa.Table, settings: BucketSettings, *, chunk: str
-) -> tuple[dict[PlannedSample, Fit], list[PlanDrop]]:
-    """Return every showing with its fit, in the index's order, and the samples that have no bucket, sorted by key.
+def shown_epochs(index: pa.Table, *, chunk: str) -> Iterator[tuple[int, int]]:
+    """Yield (every, offset) of each row, which is shown in the epochs e with e % every == offset.
 
-    index: columns key, width, height, repeats, loss_weight; a column `concept` is used when there is one.
+    They are the index's columns every_epochs and epoch_offset; without them every row is shown in all epochs.
+    Raises ValueError for numbers that mean no epoch.
+    """
+    if "every_epochs" not in index.column_names:
+        yield from [(1, 0)] * index.num_rows
+        return
+    names = ("key", "every_epochs", "epoch_offset")
+    for key, every, offset in zip(*(index.column(name).to_pylist() for name in names), strict=True):
+        if not 0 <= offset < every:
+            raise ValueError(
+                f"chunk {chunk}: key {key} has every_epochs {every} and epoch_offset {offset}; the offset must be at "
+                "least 0 and smaller: pack again"
+            )
+        yield every, offset
+
+
+def all_showings(
+    index: pa.Table, settings: BucketSettings, *, chunk: str, epoch: int
+) -> tuple[dict[PlannedSample, Fit], list[PlanDrop]]:
+    """Return every showing of an epoch with its fit, in the index's order, and the samples of the whole index that
+    have no bucket, sorted by key.
+
+    index: columns key, width, height, repeats, loss_weight; used when they are there: concept, and every_epochs with
+    epoch_offset, which leave a sample out of some epochs (`shown_epochs`).
     Raises ValueError for a key that comes twice, a negative number of repeats, or a loss weight that is not a
     number of at least 0.
     """
@@ -85,7 +107,8 @@ def all_showings(
     seen: set[tuple[str, str]] = set()
     showings: dict[PlannedSample, Fit] = {}
     drops = []
-    for row, (key, width, height, repeats, weight, concept) in enumerate(zip(*columns, concepts, strict=True)):
+    rows = zip(*columns, concepts, shown_epochs(index, chunk=chunk), strict=True)
+    for row, (key, width, height, repeats, weight, concept, (every, offset)) in enumerate(rows):
         if (key, concept) in seen:
             raise ValueError(
                 f"chunk {chunk}: key {key}{f' of concept {concept}' * bool(concept)} stands twice; pack again"
@@ -100,6 +123,6 @@ def all_showings(
         if isinstance(own, BucketError):
             drops.append(PlanDrop(key, own.reason, own.detail))
             continue
-        for occurrence in range(repeats):
+        for occurrence in range(repeats if epoch % every == offset else 0):
             showings[PlannedSample(row, key, concept, occurrence, weight)] = own
     return showings, sorted(drops, key=lambda drop: drop.key)

@@ -242,3 +242,65 @@ def test_what_cannot_be_planned_is_refused(rows, changes, message):
 def test_a_rank_beyond_the_world_is_refused():
     with pytest.raises(ValueError, match="rank must be"):
         rank_share(make_plan(many(4)).steps[0], rank=2, world_size=2)
+
+
+# --- samples that are shown in some epochs only ---
+
+turns = st.integers(1, 4).flatmap(lambda every: st.tuples(st.just(every), st.integers(0, every - 1)))
+
+
+def with_turns(index, turns_of_rows):
+    every, offsets = zip(*turns_of_rows, strict=True)
+    index = index.append_column("every_epochs", pa.array(every, pa.int32()))
+    return index.append_column("epoch_offset", pa.array(offsets, pa.int32()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=rows_strategy,
+    turns_of_rows=st.lists(turns, min_size=60, max_size=60),
+    remainder=st.sampled_from(["short", "merge"]),
+    epoch=st.integers(0, 13),
+)
+def test_an_epoch_shows_the_samples_whose_turn_it_is_and_no_others(rows, turns_of_rows, remainder, epoch):
+    turns_of_rows = [(1, 0), *turns_of_rows][: len(rows)]
+    values = {
+        "bucket_settings": SMALL, "micro_batch_size": 3, "micro_batches_per_step": 2, "remainder": remainder,
+        "seed": 0, "epoch": epoch, "chunk": "concepts/01-all",
+    }  # fmt: skip
+
+    plan = make_batch_plan(with_turns(make_index(rows), turns_of_rows), **values)
+
+    shown = [row for row, (every, offset) in zip(rows, turns_of_rows, strict=True) if epoch % every == offset]
+    assert plan.digest == make_batch_plan(make_index(shown), **values).digest
+    assert Counter(showings(plan)) == Counter((key, "", n) for key, _, _, repeats in shown for n in range(repeats))
+    for micro_batch in plan.micro_batches():
+        assert all(rows[sample.row][0] == sample.key for sample in micro_batch.samples)
+
+
+def test_samples_shown_in_every_epoch_give_the_plan_of_an_index_without_turns():
+    index = make_index(many(40, repeats=2))
+
+    values = {"micro_batch_size": 4, "micro_batches_per_step": 3, "seed": 3, "epoch": 1, "chunk": "newest/0000"}
+    plans = [make_batch_plan(one, bucket_settings=SMALL, **values) for one in (index, with_turns(index, [(1, 0)] * 40))]
+
+    assert plans[0].digest == plans[1].digest
+
+
+@pytest.mark.parametrize("turn", [(0, 0), (2, 2), (3, -1), (-1, -2)])
+def test_turns_that_never_come_are_refused(turn):
+    index = with_turns(make_index([("a", 256, 256, 1), ("b", 256, 256, 1)]), [(1, 0), turn])
+
+    with pytest.raises(ValueError, match=f"key b has every_epochs {turn[0]} and epoch_offset {turn[1]}"):
+        make_batch_plan(
+            index, bucket_settings=SMALL, micro_batch_size=1, micro_batches_per_step=1, seed=0, epoch=0, chunk="c/0"
+        )
+
+
+def test_an_epoch_in_which_nothing_is_shown_says_so():
+    index = with_turns(make_index([("a", 256, 256, 1)]), [(2, 1)])
+
+    with pytest.raises(ValueError, match="none of its 1 samples can be trained in epoch 0"):
+        make_batch_plan(
+            index, bucket_settings=SMALL, micro_batch_size=1, micro_batches_per_step=1, seed=0, epoch=0, chunk="c/0"
+        )
