@@ -10,6 +10,7 @@ from training.campaign import read_campaign
 from training.chunk_records import parent_of
 from training.config import RunConfig
 from training.run_dir import RunDir
+from training.stages import epochs_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Found:
 def find_next(config_path: Path, run_dir: Path, overrides: list[str]) -> Found:
     """Look into ledger and workspace. Raises ConfigError, ChunkError, LedgerError, FileNotFoundError."""
     config = load_config(config_path, RunConfig, overrides)
-    campaign = read_campaign(config.data.workspace, config.data.chunks, RunDir(run_dir), epochs=config.data.epochs)
+    campaign = read_campaign(config.data.workspace, config.data.chunks, RunDir(run_dir), epochs=epochs_of(config))
     names, chunk = campaign.names, campaign.next
     if chunk is None:
         return Found(None, f"{run_dir}: all {len(names)} chunks are done; nothing to do.")

@@ -1,7 +1,7 @@
 """The chunks of a run in order, which are done, and which is next. Reads only files; no torch."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,11 @@ from training.ledger import Line
 from training.run_dir import RunDir
 
 
+def once(_chunk: str) -> int:
+    """Return the number of epochs of a run that trains each chunk once."""
+    return 1
+
+
 @dataclass(frozen=True)
 class Campaign:
     """The chunks of a run, in training order, and what the ledger says about them."""
@@ -24,8 +29,8 @@ class Campaign:
     """Those in the workspace."""
     lines: tuple[Line, ...]
     records: Mapping[str, ChunkRecord]
-    epochs: int = 1
-    """Of each chunk. One that is done in fewer, because the run was extended since, is not done."""
+    epochs: Callable[[str], int] = once
+    """Of each chunk, by name. One that is done in fewer, because the run was extended since, is not done."""
 
     @property
     def next(self) -> str | None:
@@ -48,7 +53,9 @@ class Campaign:
         return self.chunks[name]
 
 
-def read_campaign(workspace: Path, patterns: Sequence[str], run_dir: RunDir | None, *, epochs: int = 1) -> Campaign:
+def read_campaign(
+    workspace: Path, patterns: Sequence[str], run_dir: RunDir | None, *, epochs: Callable[[str], int] = once
+) -> Campaign:
     """Return the chunks that match, pattern by pattern, each pattern's sorted by name, none twice.
 
     run_dir: None for a run that does not exist yet. A chunk may be deleted from the workspace once it is done: the
@@ -72,7 +79,9 @@ def read_campaign(workspace: Path, patterns: Sequence[str], run_dir: RunDir | No
     return Campaign(tuple(names), chunks, lines, records, epochs)
 
 
-def next_chunk(names: Sequence[str], records: Mapping[str, ChunkRecord], *, epochs: int = 1) -> str | None:
+def next_chunk(
+    names: Sequence[str], records: Mapping[str, ChunkRecord], *, epochs: Callable[[str], int] = once
+) -> str | None:
     """Return the chunk that is half trained, else the first one that is not done, or None when all are."""
     waiting = [name for name in names if not is_done(name, records, epochs=epochs)]
     return next(iter(in_turn(waiting, records)), None)
@@ -83,9 +92,9 @@ def in_turn(names: Sequence[str], records: Mapping[str, ChunkRecord]) -> list[st
     return sorted(names, key=lambda name: name not in records or records[name].status != "running")
 
 
-def is_done(name: str, records: Mapping[str, ChunkRecord], *, epochs: int = 1) -> bool:
-    """Tell whether the ledger says that a chunk is trained in at least so many epochs."""
-    return name in records and records[name].is_done(epochs)
+def is_done(name: str, records: Mapping[str, ChunkRecord], *, epochs: Callable[[str], int] = once) -> bool:
+    """Tell whether the ledger says that a chunk is trained in all its epochs."""
+    return name in records and records[name].is_done(epochs(name))
 
 
 def chunk_range(names: Sequence[str], span: str) -> list[str]:
@@ -129,7 +138,9 @@ def require_in_campaign(name: str, names: Sequence[str]) -> None:
         raise ChunkError(f"chunk {name}: not in this run's data.chunks; there are {', '.join(names[:5])} …")
 
 
-def require_turn_of(name: str, names: Sequence[str], records: Mapping[str, ChunkRecord], *, epochs: int = 1) -> None:
+def require_turn_of(
+    name: str, names: Sequence[str], records: Mapping[str, ChunkRecord], *, epochs: Callable[[str], int] = once
+) -> None:
     """Raise ChunkError if `name` is not in the campaign, or a chunk before it is not done, or another half trained."""
     require_in_campaign(name, names)
     if next_chunk(names, records, epochs=epochs) == name or is_done(name, records, epochs=epochs):

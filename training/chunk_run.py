@@ -10,9 +10,11 @@ Every rank does all of it; what is written is rank 0's. The rest of a launch is 
 import logging
 
 from sharding.chunk import Chunk, ChunkError
+from training.carry_over import carry_over_to
 from training.chunk_files import ChunkFiles
 from training.chunk_plans import ChunkPlans
 from training.chunk_records import steps_to_pass_over
+from training.config import RunConfig
 from training.errors import LossSpikeError, TroubleError
 from training.exit_codes import DONE, STOPPED
 from training.kept_states import remove_states
@@ -39,7 +41,7 @@ class ChunkRun:
     """
 
     def __init__(self, rank: Rank, chunk: Chunk, number: int, *, after: Position | None = None) -> None:
-        self._rank = rank
+        self._rank = rank = rank.of_chunk(chunk.name)
         self._config = rank.config
         self._run_dir = rank.run_dir
         self._number = number
@@ -61,6 +63,11 @@ class ChunkRun:
         self._files = ChunkFiles(rank, self._chunk, self._plans, number)
         self._watching = Watching(rank, chunk.name)
         self._start_batches()  # workers start while the networks load
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings of this chunk."""
+        return self._config
 
     def _copy_of(self, chunk: Chunk) -> StartedChunk:
         started = self._run_dir.start_chunk(chunk) if self._rank.is_main else None
@@ -101,7 +108,7 @@ class ChunkRun:
         """Train to the end of the chunk and begin to write its final state, or stop with one; return 0 or 75."""
         self._trained = trained
         if self._state is not None:
-            trained.load(self._state)
+            self._load(trained, self._state)
             position = self.position
             logger.info(
                 "resuming at chunk %s, epoch %d, step %d (global step %s) from %s",
@@ -183,10 +190,14 @@ class ChunkRun:
             own = self._run_dir.state_folders(name)
             remove_states([one for one in own if read_manifest(one).global_step > self.position.global_step])
         rank.engine.barrier()
-        trained.load(state)
+        self._load(trained, state)
         self._state = state
         self._watch_losses()
         self._start_batches()
+
+    def _load(self, trained: Trained, state: LoadedState) -> None:
+        state_of = state.facts["position"]["chunk"]
+        trained.load(state, carry_over=carry_over_to(self._config, self._chunk.name, state_of=state_of))
 
     def _finish_stopped(self, reason: str) -> int:
         self._rank.saver.drain()

@@ -43,7 +43,8 @@ def ema_decay(
 class Ema:
     """Averages of parameters, by name. Made from the parameters that an engine has prepared; starts as their copy.
 
-    device: where averages are kept; None: beside the parameters. Of a sharded parameter each process keeps its shard.
+    device: where averages are kept; None: beside the parameters. with_frozen: average those without gradients. Of a
+    sharded parameter each process keeps its shard.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class Ema:
         power: float = 2 / 3,
         update_every: int = 1,
         device: torch.device | str | None = None,
+        with_frozen: bool = False,
     ) -> None:
-        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+        self._parameters = {name: p for name, p in parameters.items() if p.requires_grad or with_frozen}
         self._schedule = {"decay": decay, "min_decay": min_decay, "gamma": gamma, "power": power}
         self._start_step = start_step
         self._update_every = update_every
@@ -112,7 +114,7 @@ class Ema:
             yield
 
 
-def make_ema(settings: EmaConfig, parameters: Mapping[str, Parameter]) -> Ema | None:
+def make_ema(settings: EmaConfig, parameters: Mapping[str, Parameter], *, with_frozen: bool = False) -> Ema | None:
     """Return the average that a config asks for, of prepared parameters by name; None when it asks for none."""
     if not settings.enabled:
         return None
@@ -125,6 +127,7 @@ def make_ema(settings: EmaConfig, parameters: Mapping[str, Parameter]) -> Ema | 
         power=settings.warmup_power,
         update_every=settings.update_every,
         device="cpu" if settings.device == "cpu" else None,
+        with_frozen=with_frozen,
     )
 
 

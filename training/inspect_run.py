@@ -9,7 +9,6 @@ import pyarrow as pa
 from sharding.chunk import Chunk
 from training.campaign import read_campaign
 from training.config import Prompt, RunConfig
-from training.config.stage_c import prompt_problems
 from training.loading.remote import mirror_remote
 from training.packages import missing_packages
 from training.plan_checks import Finding, check_captions
@@ -18,6 +17,7 @@ from training.plan_totals import run_totals
 from training.plans import batch_plan, caption_settings, pixel_settings
 from training.prompt_file import read_prompts
 from training.run_dir import RunDir
+from training.stages import epochs_of, stage_config
 
 
 class PlanRefusedError(ValueError):
@@ -40,7 +40,7 @@ def inspect_plan(
     """
     run_dir = RunDir(root) if root is not None else None
     mirror_remote(config.data, held_out=config.validation.chunk)
-    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=config.data.epochs)
+    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=epochs_of(config))
     name = chunk_name or campaign.next
     if name is None:
         return None
@@ -49,12 +49,13 @@ def inspect_plan(
         started = run_dir.started_chunk(each, check_shards=False) if run_dir is not None else None
         return started or campaign.chunk(each)
 
-    index = chunk_of(name).read_index()
+    index, run = chunk_of(name).read_index(), config
+    config = stage_config(run, name)
     plan = batch_plan(index, name, config=config, epoch=0)
     report = plan_report(
         plan,
         index,
-        run_totals((chunk_of(each) for each in campaign.names), config=config),
+        run_totals((chunk_of(each) for each in campaign.names), config=run),
         config=config,
         num_processes=num_processes,
         state=_state(config) if with_state else None,
@@ -94,7 +95,9 @@ def _not_encoded(config: RunConfig, index: pa.Table, chunk: str) -> Iterator[Fin
 
 def _prompts(config: RunConfig) -> tuple[Prompt, ...]:
     file = config.preview.file
-    return config.preview.prompts + (read_prompts(file, problems=prompt_problems) if file is not None else ())
+    return config.preview.prompts + (
+        read_prompts(file, problems=config.recipe.prompt_problems) if file is not None else ()
+    )
 
 
 def _state(config: RunConfig) -> tuple[int, str]:

@@ -26,6 +26,7 @@ from training.lock import LockLostError, RunLock
 from training.packages import require_packages
 from training.position import Position
 from training.run_dir import RunDir
+from training.stages import epochs_of
 from training.stop import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ def _train(
 
 
 def _campaign(config: RunConfig, run_dir: RunDir) -> Campaign:
-    return read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=config.data.epochs)
+    return read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=epochs_of(config))
 
 
 def _open_run(config: RunConfig, run_dir: RunDir, *, guard: Callable[[], None]) -> Ledger:

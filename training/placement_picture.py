@@ -9,7 +9,8 @@ from sharding.files import replacing
 from sharding.images import decode_rgb
 from training.buckets import BucketError, BucketSettings
 from training.config import RunConfig
-from training.plans import SIDE_MULTIPLE, bucket_settings
+from training.latent_sizes import latent_size
+from training.plans import bucket_settings
 from training.showings import Fit, fit
 
 _DARK, _FRAME, _GAP = 0.3, (255, 64, 64), 16
@@ -60,7 +61,7 @@ def image_text(config: RunConfig, path: Path, *, output: Path | None = None) -> 
     if output is not None:
         with replacing(output) as temporary:
             draw_placement(picture, image).save(temporary, "PNG")
-    return _text(picture, settings, crop=config.data.crop) + (f"\npicture  {output}" if output is not None else "")
+    return _text(picture, settings, config=config) + (f"\npicture  {output}" if output is not None else "")
 
 
 def draw_placement(picture: PlacedPicture, image: Image.Image) -> Image.Image:
@@ -79,12 +80,12 @@ def draw_placement(picture: PlacedPicture, image: Image.Image) -> Image.Image:
     return canvas
 
 
-def _text(picture: PlacedPicture, settings: BucketSettings, *, crop: str) -> str:
+def _text(picture: PlacedPicture, settings: BucketSettings, *, config: RunConfig) -> str:
     placed, bucket = picture.fit.placement, picture.fit.placement.bucket
     spare = (placed.resized_width - bucket.width, placed.resized_height - bucket.height)
     factor = max(placed.resized_width / picture.width, placed.resized_height / picture.height)
+    crop = config.data.crop
     moves = f"; data.crop {crop} moves it within 0–{spare[0]},0–{spare[1]}" if crop != "centre" and any(spare) else ""
-    latent = f"{bucket.width // SIDE_MULTIPLE}x{bucket.height // SIDE_MULTIPLE}"
     lines = [
         f"source   {picture.width}x{picture.height}  {picture.path}",
         f"resize   {placed.resized_width}x{placed.resized_height}  × {factor:.3f}"
@@ -92,6 +93,6 @@ def _text(picture: PlacedPicture, settings: BucketSettings, *, crop: str) -> str
         + ": the picture is enlarged" * (factor > 1),
         f"crop     {bucket} at {picture.left},{picture.top}, {placed.crop_loss_fraction:.1%} cut off{moves}",
         f"bucket   {bucket}  ratio {bucket.width / bucket.height:.3f}, the picture's"
-        f" {picture.width / picture.height:.3f}; latent {latent}; family {settings.family}",
+        f" {picture.width / picture.height:.3f}; latent {latent_size(bucket, config)}; family {settings.family}",
     ]
     return "\n".join(lines)

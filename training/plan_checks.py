@@ -14,7 +14,7 @@ from training.buckets import Bucket
 from training.caption_parts import known_groups
 from training.config import RunConfig
 from training.plan_totals import RunTotals
-from training.plans import SIDE_MULTIPLE, caption_settings
+from training.plans import caption_settings
 from training.schedules import HAS_WARMUP, NEEDS_HORIZON
 
 
@@ -33,7 +33,12 @@ def check_plan(
     plan: BatchPlan, totals: RunTotals, *, config: RunConfig, num_processes: int | None = None
 ) -> tuple[Finding, ...]:
     """Return what is wrong with a run, refusals first. num_processes: ranks it will run on, when they are known."""
-    found = [*_schedule(totals, config), *_batches(totals, config), *_sides(plan), *_intervals(plan, totals, config)]
+    found = [
+        *_schedule(totals, config),
+        *_batches(totals, config),
+        *_sides(plan, config),
+        *_intervals(plan, totals, config),
+    ]
     if num_processes is not None:
         found += _ranks(plan, num_processes)
     return tuple(sorted(found, key=lambda finding: finding.severity != "refused"))
@@ -97,15 +102,17 @@ def _batches(totals: RunTotals, config: RunConfig) -> Iterator[Finding]:
         )
 
 
-def _sides(plan: BatchPlan) -> Iterator[Finding]:
+def _sides(plan: BatchPlan, config: RunConfig) -> Iterator[Finding]:
+    multiple = config.recipe.side_multiple
+
     def fits(bucket: Bucket) -> bool:
-        return bucket.width % SIDE_MULTIPLE == bucket.height % SIDE_MULTIPLE == 0
+        return bucket.width % multiple == bucket.height % multiple == 0
 
     if wrong := [str(bucket) for bucket in plan.images_per_bucket if not fits(bucket)]:
         yield Finding(
             "refused",
-            f"{len(wrong)} buckets have sides that are no multiple of {SIDE_MULTIPLE}, which the recipe's image encoder"
-            f" needs, first {wrong[0]}; set buckets.step to a multiple of {SIDE_MULTIPLE}",
+            f"{len(wrong)} buckets have sides that are no multiple of {multiple}, which the recipe's image encoder"
+            f" needs, first {wrong[0]}; set buckets.step to a multiple of {multiple}",
         )
 
 

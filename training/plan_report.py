@@ -97,6 +97,8 @@ class PlanReport:
         """Return the report for people."""
         chunk, run = self.totals, self.run
         epochs = f"{run.epochs} epoch{'s' * (run.epochs > 1)}"
+        if run.most_epochs > run.epochs:
+            epochs = f"{run.epochs} to {run.most_epochs} epochs"
         weights = "–".join(f"{weight:g}" for weight in sorted(set(self.loss_weights)))
         lines = [self.density, *[self.previews] * bool(self.previews), _HEADER, *map(str, self.rows)]
         lines.append(
@@ -157,7 +159,7 @@ def plan_report(
         digest=plan.digest,
         density=density_text(config),
         previews=previews_text(prompts, config),
-        rows=_rows(plan, index, encode_scale=config.stage_c.encode_scale),
+        rows=_rows(plan, index, config=config),
         num_steps=len(plan.steps),
         micro_batches_per_step=plan.micro_batches_per_step,
         micro_batch_size=plan.micro_batch_size,
@@ -177,7 +179,7 @@ def plan_report(
     )
 
 
-def _rows(plan: BatchPlan, index: pa.Table, *, encode_scale: float) -> tuple[BucketRow, ...]:
+def _rows(plan: BatchPlan, index: pa.Table, *, config: RunConfig) -> tuple[BucketRow, ...]:
     widths: list[int] = index.column("width").to_pylist()
     heights: list[int] = index.column("height").to_pylist()
     losses: dict[str, list[float]] = defaultdict(list)
@@ -195,7 +197,7 @@ def _rows(plan: BatchPlan, index: pa.Table, *, encode_scale: float) -> tuple[Buc
                 is_enlarged(sample.row, placed)
                 for sample, placed in zip(micro_batch.samples, micro_batch.placements, strict=True)
             )
-    sizes = {str(each): (latent_size(each), picture_size(each, encode_scale)) for each in plan.images_per_bucket}
+    sizes = {str(each): (latent_size(each, config), picture_size(each, config)) for each in plan.images_per_bucket}
     return tuple(
         BucketRow(
             bucket=name,

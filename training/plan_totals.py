@@ -17,6 +17,7 @@ from training.buckets import Bucket, BucketError
 from training.config import RunConfig
 from training.plans import batch_plan, bucket_settings, latent_bytes
 from training.showings import fit_or_reason
+from training.stages import epochs_of, stage_config
 
 _COLUMNS = ["key", "width", "height", "repeats", "loss_weight", "image_bytes", "mask_bytes"]
 
@@ -46,6 +47,8 @@ class RunTotals:
 
     num_chunks: int
     epochs: int
+    """Of the chunk with the fewest."""
+    most_epochs: int
     num_samples: int
     num_dropped: int
     num_exposures: int
@@ -79,7 +82,7 @@ def chunk_totals(index: pa.Table, chunk: str, *, config: RunConfig) -> ChunkTota
             continue
         bucket = own.placement.bucket
         showings[bucket] += int(times)
-        latents += latent_bytes(bucket, config.latents.dtype) * int(shown) * variants
+        latents += latent_bytes(bucket, config=config) * int(shown) * variants
     stored = sum(np.asarray(index.column(name), np.int64) for name in ("image_bytes", "mask_bytes"))
     return ChunkTotals(
         name=chunk,
@@ -104,19 +107,21 @@ def _num_steps(index: pa.Table, chunk: str, showings: Counter[Bucket], config: R
 
 def run_totals(chunks: Iterable[Chunk], *, config: RunConfig) -> RunTotals:
     """Return the sums over the chunks of a run. Raises ChunkError when an index cannot be read, or there is none."""
-    every = [chunk_totals(_columns(chunk), chunk.name, config=config) for chunk in chunks]
+    every = [chunk_totals(_columns(chunk), chunk.name, config=stage_config(config, chunk.name)) for chunk in chunks]
     if not every:
         raise ChunkError("this run has no chunk; check data.workspace and data.chunks")
-    epochs = config.data.epochs
-    per_epoch = [(total.num_exposures // epochs, total.name) for total in every]
+    epochs_of_chunk = epochs_of(config)
+    per_epoch = [(total.num_exposures // epochs_of_chunk(total.name), total.name) for total in every]
+    epochs = [epochs_of_chunk(total.name) for total in every]
     return RunTotals(
         num_chunks=len(every),
-        epochs=epochs,
+        epochs=min(epochs),
+        most_epochs=max(epochs),
         num_samples=sum(total.num_samples for total in every),
         num_dropped=sum(total.num_dropped for total in every),
         num_exposures=sum(total.num_exposures for total in every),
         num_steps=sum(total.num_steps for total in every),
-        read_bytes=epochs * sum(total.read_bytes for total in every),
+        read_bytes=sum(number * total.read_bytes for number, total in zip(epochs, every, strict=True)),
         latent_bytes=sum(total.latent_bytes for total in every),
         smallest_epoch=min(per_epoch)[::-1],
         largest_epoch=max(per_epoch)[::-1],

@@ -13,15 +13,11 @@ from training.config import RunConfig
 if TYPE_CHECKING:
     from training.chunk_data import PixelSettings
 
-SIDE_MULTIPLE = 32
-"""Sides of a bucket must be multiples of this: pixels that the image encoder makes one latent position of."""
-LATENT_CHANNELS = 16
-
 
 def bucket_settings(config: RunConfig) -> BucketSettings:
     """Return the bucket rule. Sizes of pictures are scaled by the recipe's encode_scale before a bucket is chosen."""
     width, height = config.buckets.resolution
-    scale = config.stage_c.encode_scale
+    scale = config.recipe.encode_scale
     return BucketSettings(
         family=config.buckets.family,
         resolution_area=round(width * scale) * round(height * scale),
@@ -88,10 +84,11 @@ def still_pixel_settings(config: RunConfig) -> "PixelSettings":
     return PixelSettings(with_masks=config.data.masks)
 
 
-def latent_bytes(bucket: Bucket, dtype: str) -> int:
-    """Return the size of the latent of an image in this bucket. dtype: fp16, bf16 or fp32."""
-    cells = (bucket.width // SIDE_MULTIPLE) * (bucket.height // SIDE_MULTIPLE)
-    return LATENT_CHANNELS * cells * bytes_per_value(dtype)
+def latent_bytes(bucket: Bucket, *, config: RunConfig) -> int:
+    """Return the size of the latent of an image in this bucket, encoded ahead in latents.dtype."""
+    recipe = config.recipe
+    cells = (bucket.width // recipe.side_multiple) * (bucket.height // recipe.side_multiple)
+    return recipe.latent_channels * cells * bytes_per_value(config.latents.dtype)
 
 
 def bytes_per_value(dtype: str) -> int:

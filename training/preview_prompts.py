@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from training.caption_text import training_caption
 from training.config import Prompt, RunConfig
-from training.config.stage_c import prompt_problems
 from training.plans import still_caption_settings
 from training.prompt_file import read_prompts
 from training.randomness import SampleIdentity
@@ -26,7 +25,7 @@ def preview_prompts(config: RunConfig, run_dir: RunDir, *, chunk: str | None = N
     """
     prompts = config.preview.prompts
     if config.preview.file is not None:
-        prompts += read_prompts(config.preview.file, problems=prompt_problems)
+        prompts += read_prompts(config.preview.file, problems=config.recipe.prompt_problems)
     if not any(FILEWORDS in prompt.text + prompt.negative for prompt in prompts):
         return prompts
     name = next((line.fields["chunk"] for line in run_dir.read_ledger() if line.event == "started"), chunk)

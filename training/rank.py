@@ -1,7 +1,7 @@
 """One rank of a launch: what all chunks that it trains share."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from training.config import RunConfig
@@ -9,6 +9,7 @@ from training.engines.base import Engine
 from training.ledger import Ledger
 from training.records import Records
 from training.run_dir import RunDir
+from training.stages import stage_config
 from training.state import StateSaver
 from training.stop import StopRequest
 
@@ -37,6 +38,10 @@ class Rank:
         """The ledger; rank 0 only."""
         assert self.records is not None
         return self.records.ledger
+
+    def of_chunk(self, chunk: str) -> "Rank":
+        """Return the same with the settings of a chunk: those of its stage, if it is one."""
+        return replace(self, config=stage_config(self.config, chunk))
 
     def from_main(self, ask: Callable[[], Value]) -> Value:
         """Return what `ask` gives on rank 0, on every rank. If it raises there, the others raise RuntimeError."""

@@ -7,7 +7,6 @@ written is rank 0's. What happens to a chunk is in `training.chunk_run`.
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import cached_property
 
 from sharding.chunk import Chunk
 from sharding.config import ConfigError
@@ -23,6 +22,7 @@ from training.precision import choose_device, set_exact
 from training.rank import Rank
 from training.records import Records
 from training.run_dir import RunDir
+from training.stages import stage_config
 from training.state import StateSaver
 from training.state_manifest import StateError
 from training.stop import StopRequest
@@ -62,6 +62,7 @@ class Session:
         )
         self._rank = Rank(config, run_dir, engine, saver, stop, records, machine)
         self._chunk_run: ChunkRun | None = None
+        self._trained: Trained | None = None
 
     @property
     def position(self) -> Position | None:
@@ -71,24 +72,29 @@ class Session:
     def run(self, chunks: Sequence[tuple[int, Chunk]]) -> int:
         """Train chunks, each with its number in the run, one after the other; return 0, or 75 when asked to stop.
 
-        The next chunk's workers start while the last state of the one before is written.
+        The next chunk's workers start while the last state of the one before is written. Where another stage begins,
+        networks and optimizer are made anew, as in a launch of its own.
         """
         self._chunk_run = ChunkRun(self._rank, chunks[0][1], chunks[0][0])
         for coming in [*chunks[1:], None]:
             current = self._chunk_run
-            if code := current.train(self._trained):
+            if code := current.train(self._trained_for(current.config)):
                 return code
             following = None
-            if coming is not None:
+            if coming is not None and stage_config(self._rank.config, coming[1].name) == current.config:
                 following = ChunkRun(self._rank, coming[1], coming[0], after=current.position)
             if code := current.finish():
                 return code
+            if coming is not None and following is None:
+                self._trained = None
+                following = ChunkRun(self._rank, coming[1], coming[0])
             self._chunk_run = following or current
         return DONE
 
-    @cached_property
-    def _trained(self) -> Trained:
-        return load_trained(self._rank.config, self._rank.engine)
+    def _trained_for(self, config: RunConfig) -> Trained:
+        if self._trained is None:
+            self._trained = load_trained(config, self._rank.engine)
+        return self._trained
 
     def close(self) -> None:
         """Finish the state that is being written and let go of trackers; after an error, too."""

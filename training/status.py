@@ -19,6 +19,7 @@ from training.config import RunConfig
 from training.ledger import Line
 from training.lock import HolderState, holder_state
 from training.run_dir import RunDir
+from training.stages import epochs_of
 from training.status_tables import (
     ChunkCounts,
     StatusRow,
@@ -82,7 +83,7 @@ class Status:
 def read_status(config: RunConfig, root: Path) -> Status:
     """Read how far a run is; one that was never launched is at its start. Raises ChunkError, LedgerError."""
     run_dir = RunDir(root)
-    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=config.data.epochs)
+    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=epochs_of(config))
     counts, sums = campaign_counts(campaign, run_dir), totals(campaign.lines)
     records = campaign.records
     return Status(
@@ -134,9 +135,9 @@ def _eta(campaign: Campaign, counts: Mapping[str, ChunkCounts]) -> Eta:
         record = campaign.records.get(name)
         if campaign.is_done(name):
             continue
-        planned, seen = counts[name].showings * campaign.epochs, 0
+        planned, seen = counts[name].showings * campaign.epochs(name), 0
         if record is not None and record.status != "superseded":
-            planned = record.images_planned * campaign.epochs // record.epochs
+            planned = record.images_planned * campaign.epochs(name) // record.epochs
             seen = record.images_trained
         left += max(planned - seen, 0)
     recent = sorted(

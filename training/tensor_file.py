@@ -215,8 +215,9 @@ def read_tensors(path: Path, *, expected_sha256: str | None = None) -> dict[str,
 
 def shapes_of(tensors: NamedTensors) -> dict[str, tuple[int, ...]]:
     """Return shapes by name; of a file without reading a tensor."""
-    if isinstance(tensors, TensorFile):
-        return tensors.shapes
+    shapes: dict[str, tuple[int, ...]] | None = getattr(tensors, "shapes", None)
+    if shapes is not None:
+        return shapes
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

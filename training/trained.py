@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.carry_over import CarryOver, OptimizerState, carried_over
 from training.config import RunConfig
 from training.ema import Ema, make_ema, weights_to_show
 from training.engines.base import Engine
@@ -15,6 +16,7 @@ from training.engines.scaled import ScaledEngine
 from training.optim.from_config import optimizer_from_config
 from training.precision import set_weights
 from training.recipes.base import Recipe, SampleResult, load_recipe
+from training.stages import stages_of
 from training.state_folder import LoadedState
 from training.tensor_parts import InParts
 
@@ -62,10 +64,17 @@ class Trained:
         scale = {"loss_scale": self.engine.loss_scale.facts()} if isinstance(self.engine, ScaledEngine) else {}
         return {"optimizer": optimizer, **scale}
 
-    def load(self, state: LoadedState) -> None:
-        """Take over a state. Raises ValueError or StateError when it does not fit these networks."""
+    def load(self, state: LoadedState, *, carry_over: CarryOver = "all") -> None:
+        """Take over a state. Raises ValueError or StateError when it does not fit these networks.
+
+        carry_over: what of the optimizer's, where the state is of another stage.
+        """
         self.engine.load_model_state(state.tensors("model"))
-        self.engine.load_optimizer_state(state.tensors("optimizer"), state.facts["optimizer"], self.names)
+        optimizer = OptimizerState(state.tensors("optimizer"), state.facts["optimizer"])
+        if carry_over != "all":
+            _, own = self.engine.optimizer_state(self.names)
+            optimizer = carried_over(optimizer, own, is_fresh=carry_over == "fresh")
+        self.engine.load_optimizer_state(optimizer.tensors, optimizer.facts, self.names)
         if "recipe" in state.components:
             self.recipe.load_state_tensors(state.component("recipe"))
         if self.ema is not None:
@@ -86,4 +95,9 @@ def load_trained(config: RunConfig, engine: Engine) -> Trained:
     model = engine.prepare(module, optimizer)
     parameters = dict(module.named_parameters())
     names = {parameter: name for name, parameter in parameters.items()}
-    return Trained(recipe, engine, model, optimizer, names, make_ema(config.ema, parameters))
+    held = parameters
+    if stages_of(config):  # a part that rests now was trained before, and its average is shown, too
+        held = {name: parameter for name, parameter in parameters.items() if name in module.state_dict()}
+    return Trained(
+        recipe, engine, model, optimizer, names, make_ema(config.ema, held, with_frozen=held is not parameters)
+    )

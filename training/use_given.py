@@ -78,8 +78,8 @@ def draw_given(
     Raises FileNotFoundError, WeightsError, ConfigError for the prompt file, ValueError when something is missing.
     """
     prompts = [with_inference_settings(prompt) for prompt in _prompts(config, prompts_file)]
-    if previewer is None and config is not None and config.stage_c.previewer is not None:
-        previewer = Path(config.stage_c.previewer)
+    if previewer is None and config is not None and config.of_stage_c.previewer is not None:
+        previewer = Path(config.of_stage_c.previewer)
     if decoder is None and previewer is None:
         raise ValueError("no picture can be made: name a decoder pipeline with --decoder, or a --previewer")
     device = choose_device(config.device if config is not None else "auto")
@@ -100,7 +100,7 @@ def draw_given(
 def _text_of(config: RunConfig | None, text_encoder: str | None) -> tuple[str | None, str | None]:
     if config is None:
         return text_encoder, None
-    return text_encoder or config.stage_c.text_encoder, config.stage_c.tokenizer
+    return text_encoder or config.of_stage_c.text_encoder, config.of_stage_c.tokenizer
 
 
 def _prompts(config: RunConfig | None, prompts_file: Path | None) -> tuple[Prompt, ...]:

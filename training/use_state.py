@@ -21,6 +21,7 @@ from training.preview import write_pictures
 from training.preview_prompts import preview_prompts
 from training.recipes.base import Recipe, load_recipe
 from training.run_dir import RunDir
+from training.stages import stage_config
 from training.state_folder import LoadedState, load_state, newest_verified
 from training.trained import load_trained
 
@@ -63,6 +64,7 @@ def make_previews(config: RunConfig, root: Path, output: Path, *, chunk_name: st
 def _shown(config: RunConfig, root: Path, chunk_name: str | None) -> Iterator[tuple[LoadedState, Recipe]]:
     folder, _ = newest_verified(RunDir(root).state_folders(chunk_name))
     state = load_state(folder, is_verified=True)
+    config = stage_config(config, state.facts["position"]["chunk"])
     device = choose_device(config.device)
     if config.optimizer.name == "schedule_free":  # its average is made from what the optimizer keeps
         trained = load_trained(config, PlainEngine(Accelerator(cpu=device.type == "cpu"), exact=False))

@@ -44,7 +44,7 @@ class PaperRun:
 
     def campaign(self):
         data = self.config.data
-        return read_campaign(data.workspace, data.chunks, self.run_dir, epochs=data.epochs)
+        return read_campaign(data.workspace, data.chunks, self.run_dir, epochs=lambda _: data.epochs)
 
     def train_all(self):
         campaign = self.campaign()

@@ -50,7 +50,7 @@ def test_a_side_in_latents_is_that_of_the_references(pixels, scale, latents):
 def test_the_plan_says_what_becomes_of_the_resolution(scale, expected):
     config = config_of(scale, {"text": "a"}, {"text": "b", "width": 1536}, {"text": "c"})
     plan, index = plan_of(config)
-    totals = RunTotals(1, 1, 2, 0, 2, 1, 2000, 1, ("made/0000", 2), ("made/0000", 2))
+    totals = RunTotals(1, 1, 1, 2, 0, 2, 1, 2000, 1, ("made/0000", 2), ("made/0000", 2))
 
     report = plan_report(plan, index, totals, config=config, prompts=config.preview.prompts)
 

@@ -43,7 +43,7 @@ def totals_of(index, config, chunk="made/0000"):
     total = chunk_totals(index, chunk, config=config)
     per_epoch = (chunk, total.num_exposures // config.data.epochs)
     return RunTotals(
-        1, config.data.epochs, total.num_samples, total.num_dropped, total.num_exposures, total.num_steps,
+        1, config.data.epochs, config.data.epochs, total.num_samples, total.num_dropped, total.num_exposures, total.num_steps,
         total.read_bytes * config.data.epochs, total.latent_bytes, per_epoch, per_epoch,
     )  # fmt: skip
 

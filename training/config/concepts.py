@@ -6,6 +6,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 
 from sharding.config import Config, Name
+from training.config.dreambooth import SamplerName
 
 FILEWORDS = "[filewords]"
 """Stands in a prompt for the caption beside the image."""
@@ -28,6 +29,8 @@ class ClassImagesConfig(Config):
     """CFG scale of those that are made."""
     steps: int = Field(40, gt=0)
     """Sampling steps of those that are made."""
+    sampler: SamplerName = "ddim"
+    """Of those that are made: ddim, ddpm, euler, euler_a, dpm++_2m or dpm++_2m_karras."""
 
 
 class SampleConfig(Config):

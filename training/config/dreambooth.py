@@ -1,7 +1,7 @@
 """Settings of a run: the recipe `dreambooth`, for Stable Diffusion 1, 2 and XL."""
 
-from typing import Annotated, ClassVar, Literal
 from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,7 +14,7 @@ SAMPLERS: tuple[SamplerName, ...] = ("ddim", "ddpm", "euler", "euler_a", "dpm++_
 SIDE_MULTIPLE = 8
 """Sides of a picture and of a bucket: pixels that the VAE makes one latent position of."""
 PartName = Literal["unet", "text_encoder", "text_encoder_2"]
-TEXT_PARTS = ("text_encoder", "text_encoder_2")
+TEXT_PARTS: tuple[PartName, ...] = ("text_encoder", "text_encoder_2")
 Rate = Annotated[float, Field(gt=0)]
 
 
@@ -69,15 +69,15 @@ class DreamBoothConfig(Config):
     """File of `[[concepts]]`, which `python -m training pack-concepts` packs into `concepts/*`."""
     train: tuple[PartName, ...] = Field(("unet",), min_length=1)
     """What is trained, whole: all layers of each part ("unfreeze"). With [lora], parts that get adapters."""
-    text_encoder_ratio: float = Field(1.0, gt=0, le=1)
+    text_encoder_ratio: float = Field(1.0, ge=0, le=1)
     """Share of the epochs, the first ones, in which text encoders named in `train` are trained; afterwards nothing of
-    them is, and their memory is free."""
+    them is, and their gradients and moments take no memory. The wiki's "step ratio of text encoder training"."""
     text_encoder_2_learning_rate: Rate | None = None
     """Peak rate of SDXL's second text encoder; default: the first one's."""
     freeze_clip_norms: bool = False
     """Keep scales and shifts of the text encoders' layer norms as they are."""
     clip_skip: int = Field(1, ge=1, le=12)
-    """Which text layer is read, as A1111 and kohya count: 1 is the last, 2 the one before. SDXL always reads its own."""
+    """Which text layer is read, as A1111 and kohya count: 1 is the last, 2 the one before. SDXL always has its own."""
     max_tokens: Literal[75, 150, 225] = 75
     """Of a caption, in windows of 75; what does not fit is cut, and counted in the chart `sample_mean/cut_tokens`."""
     strict_tokens: bool = False
@@ -132,13 +132,14 @@ class DreamBoothConfig(Config):
     side_multiple: ClassVar[int] = SIDE_MULTIPLE
     latent_channels: ClassVar[int] = 8
     """Of what is stored ahead: mean and logarithm of the variance, 4 each."""
+    text_key: ClassVar[str] = "dreambooth.train"
     can_preview: ClassVar[bool] = True
 
     @property
     def trained_text(self) -> tuple[PartName, ...]:
         """Text encoders among the parts that are trained, in any stage."""
         named = {*self.train, *(part for stage in self.stages for part in stage.train or ())}
-        return tuple(part for part in ("text_encoder", "text_encoder_2") if part in named)
+        return tuple(part for part in TEXT_PARTS if part in named)
 
     @property
     def train_text_encoder(self) -> bool:
@@ -156,6 +157,15 @@ class DreamBoothConfig(Config):
             if getattr(prompt, name) is not None:
                 problems.append(f"{name} is for the recipe stage_c")
         return problems
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratio_zero_trains_no_text(cls, values: Any) -> Any:
+        """Take text encoders out of `train` where they are never trained, so that no state holds them."""
+        if isinstance(values, dict) and values.get("text_encoder_ratio") == 0 and not values.get("stages"):
+            train = [part for part in values.get("train", ["unet"]) if part not in TEXT_PARTS]
+            return {**{key: value for key, value in values.items() if key != "text_encoder_ratio"}, "train": train}
+        return values
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "DreamBoothConfig":

@@ -35,7 +35,7 @@ def latent_problems(config: "RunConfig") -> list[str]:
         problems.append(
             "data.colour_jitter gives every showing other colours, and a latent is encoded once; leave it out"
         )
-    if config.stage_c.image_embedding_fraction:
+    if config.stage_c is not None and config.stage_c.image_embedding_fraction:
         problems.append(
             "stage_c.image_embedding_fraction shows the network pixels, and there would be none; leave it out"
         )
@@ -61,7 +61,7 @@ def text_problems(config: "RunConfig") -> list[str]:
     if names := [f"caption.{name}" for name, is_on in changing.items() if is_on]:
         problems.append(f"{', '.join(names)}: captions change from showing to showing, a text output is encoded once")
     if config.trains_in_text_encoder:
-        key = "stage_c.train_text_encoder" if config.stage_c.train_text_encoder else "lora.text_encoder or tokens"
+        key = config.recipe.text_key if config.recipe.train_text_encoder else "lora.text_encoder or tokens"
         problems.append(f"{key}: what a trained text encoder gives changes with every step")
     return problems
 

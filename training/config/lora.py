@@ -152,7 +152,10 @@ class TokensConfig(Config):
 def adapter_problems(config: Any) -> list[str]:
     """Return what does not go together with [lora] and [tokens] in a RunConfig, one sentence each."""
     lora, tokens, problems = config.lora, config.tokens, []
-    if lora is not None and lora.text_encoder is not None and config.stage_c.train_text_encoder:
+    recipe = config.recipe
+    if config.dreambooth is not None:
+        problems += _dreambooth_problems(lora, recipe)
+    elif lora is not None and lora.text_encoder is not None and recipe.train_text_encoder:
         problems.append("lora.text_encoder and stage_c.train_text_encoder: train adapters on it, or all of it")
     given = [] if tokens is None else [tokens.learning_rate]
     given += [] if lora is None else [block.learning_rate for block in lora.blocks]
@@ -160,13 +163,13 @@ def adapter_problems(config: Any) -> list[str]:
         problems.append(
             'optimizer.name "prodigy" has one learning rate for all: take those of tokens and lora.blocks out'
         )
-    if tokens is not None and tokens.only and (lora is not None or config.stage_c.train_text_encoder):
-        problems.append("tokens.only: take [lora] and stage_c.train_text_encoder out, they train other things")
+    if tokens is not None and tokens.only and (lora is not None or recipe.train_text_encoder):
+        problems.append(f"tokens.only: take [lora] and {recipe.text_key} out, they train other things")
     in_parts = config.parallel.strategy in ("fsdp2", "zero3")
-    if in_parts and tokens is not None and lora is None and not tokens.only and not config.stage_c.train_text_encoder:
+    if in_parts and tokens is not None and lora is None and not tokens.only and not recipe.train_text_encoder:
         problems.append(
             f'tokens: parallel.strategy "{config.parallel.strategy}" cannot export a frozen text encoder; set '
-            "tokens.only, train adapters, or stage_c.train_text_encoder"
+            f"tokens.only, train adapters, or {recipe.text_key}"
         )
     if lora is not None and "merged" in lora.formats and in_parts:
         problems.append(
@@ -174,3 +177,14 @@ def adapter_problems(config: Any) -> list[str]:
             "use `python -m training export --merged` when the run is over"
         )
     return problems
+
+
+def _dreambooth_problems(lora: LoraConfig | None, recipe: Any) -> list[str]:
+    """Return where [lora] and dreambooth.train, which says what gets adapters, disagree."""
+    if lora is None:
+        return []
+    if recipe.trained_text and lora.text_encoder is None:
+        return [f"dreambooth.train names {recipe.trained_text[0]}: give the table [lora.text_encoder], too"]
+    if lora.text_encoder is not None and not recipe.trained_text:
+        return ["lora.text_encoder: dreambooth.train names no text encoder; add one, or take the table out"]
+    return []

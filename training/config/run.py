@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from sharding.config import Config, Name
 from training.config.captions import CaptionConfig
 from training.config.data import BatchConfig, BucketConfig, DataConfig
+from training.config.dreambooth import DreamBoothConfig
 from training.config.latents import LatentsConfig, ahead_problems
 from training.config.lora import LoraConfig, TokensConfig, adapter_problems
 from training.config.optimizer import (
@@ -23,7 +24,7 @@ from training.config.optimizer import (
 from training.config.parallel import ParallelConfig, parallel_problems
 from training.config.precision import EmaConfig, PrecisionConfig
 from training.config.saving import SaveConfig
-from training.config.stage_c import StageCConfig, prompt_problems
+from training.config.stage_c import StageCConfig
 from training.config.watching import PreviewConfig, TrackerConfig, ValidationConfig
 
 
@@ -57,31 +58,67 @@ class RunConfig(Config):
     preview: PreviewConfig = PreviewConfig()
     validation: ValidationConfig = ValidationConfig()
     trackers: TrackerConfig = TrackerConfig()
-    stage_c: StageCConfig
+    stage_c: StageCConfig | None = None
+    """The recipe `stage_c`; a run has one recipe."""
+    dreambooth: DreamBoothConfig | None = None
+    """The recipe `dreambooth`."""
     lora: LoraConfig | None = None
     """Train adapters, not the networks."""
     tokens: TokensConfig | None = None
     """Train embeddings of single tokens, too."""
 
     @property
+    def recipe(self) -> StageCConfig | DreamBoothConfig:
+        """The table of the run's recipe."""
+        return self.of_stage_c if self.dreambooth is None else self.dreambooth
+
+    @property
+    def of_stage_c(self) -> StageCConfig:
+        """The table [stage_c]. Raises ValueError when the run has another recipe."""
+        if self.stage_c is None:
+            raise ValueError("this is for the recipe stage_c; the run's is dreambooth")
+        return self.stage_c
+
+    @property
+    def of_dreambooth(self) -> DreamBoothConfig:
+        """The table [dreambooth]. Raises ValueError when the run has another recipe."""
+        if self.dreambooth is None:
+            raise ValueError("this is for the recipe dreambooth; the run's is stage_c")
+        return self.dreambooth
+
+    @property
+    def recipe_name(self) -> Literal["stage_c", "dreambooth"]:
+        """Name of the recipe, and of its table."""
+        return "stage_c" if self.dreambooth is None else "dreambooth"
+
+    @property
     def trains_in_text_encoder(self) -> bool:
         """Whether anything in the text encoder is trained: all of it, adapters, or tokens."""
         has_adapters = self.lora is not None and self.lora.text_encoder is not None
-        return self.stage_c.train_text_encoder or has_adapters or self.tokens is not None
+        return self.recipe.train_text_encoder or has_adapters or self.tokens is not None
+
+    @model_validator(mode="after")
+    def _has_one_recipe(self) -> "RunConfig":
+        if (self.stage_c is None) == (self.dreambooth is None):
+            raise ValueError("a run has one recipe: give the table [stage_c] or the table [dreambooth]")
+        return self
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "RunConfig":
-        if self.buckets.step % 32:
-            raise ValueError(f"buckets.step {self.buckets.step} must be a multiple of 32, the encoder's stride")
+        if self.buckets.step % self.recipe.side_multiple:
+            raise ValueError(
+                f"buckets.step {self.buckets.step} must be a multiple of {self.recipe.side_multiple}, the encoder's "
+                "stride"
+            )
         return self
 
     @model_validator(mode="after")
     def _previews_can_be_made(self) -> "RunConfig":
         given = [key for key in ("prompts", "file") if getattr(self.preview, key)]
-        if given and self.stage_c.previewer is None:
+        if given and not self.recipe.can_preview:
             raise ValueError(f"preview.{given[0]} is given, but stage_c.previewer is not: no picture can be made")
         for number, prompt in enumerate(self.preview.prompts):
-            if problems := prompt_problems(prompt):
+            if problems := self.recipe.prompt_problems(prompt):
                 raise ValueError(f"preview.prompts.{number}: {'; '.join(problems)}")
         return self
 

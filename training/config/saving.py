@@ -1,12 +1,24 @@
 """Settings of a run: states, to go on, and weights, to use."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from sharding.config import Config
-from training.stage_c.modelspec import check_entries
+from training.modelspec import check_entries
+
+ExportFormat = Literal["original", "diffusers", "combined", "ckpt"]
+_FORMATS: Mapping[str, tuple[ExportFormat, ...]] = {
+    "stage_c": ("original", "diffusers", "combined"),
+    "dreambooth": ("original", "ckpt", "diffusers"),
+}
+
+
+def formats_of(recipe: str) -> tuple[ExportFormat, ...]:
+    """Return the values of `save.export_formats` that a recipe writes."""
+    return _FORMATS[recipe]
 
 
 class SaveConfig(Config):
@@ -36,8 +48,9 @@ class SaveConfig(Config):
     """Keep the weights of this many of the newest exported chunks; 0 keeps all."""
     export_dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format of exported weights; values that overflow or vanish are counted."""
-    export_formats: tuple[Literal["original", "diffusers", "combined"], ...] = Field(("original",), min_length=1)
-    """Stability's, ComfyUI's and kohya's files; a diffusers prior folder; one file of all for ComfyUI."""
+    export_formats: tuple[ExportFormat, ...] = Field(("original",), min_length=1)
+    """original: Stability's, ComfyUI's and kohya's files; ckpt: the same of Stable Diffusion as a pickle of tensors;
+    diffusers: a folder; combined: one file of all of stage C for ComfyUI."""
     hub_prior: str | None = None
     """Hub id under which the prior folder will be published, for the decoder's README; without it, its path here."""
     hub_decoder: str | None = None

@@ -73,6 +73,24 @@ class StageCConfig(Config):
     preview_shift: float = Field(2.0, gt=0)
     """Noise schedule shift when sampling previews."""
 
+    # --- what every recipe's table answers ---
+
+    side_multiple: ClassVar[int] = 32
+    """Sides of a bucket: pixels that the image encoder makes one latent position of."""
+    latent_channels: ClassVar[int] = 16
+    """Of a latent that is stored ahead."""
+    text_key: ClassVar[str] = "stage_c.train_text_encoder"
+    """The key that says whether a text encoder is trained."""
+
+    @property
+    def can_preview(self) -> bool:
+        """Whether pictures can be drawn."""
+        return self.previewer is not None
+
+    def prompt_problems(self, prompt: Prompt) -> list[str]:
+        """Return why stage C cannot draw a preview; empty when it can."""
+        return prompt_problems(prompt)
+
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "StageCConfig":
         if (self.image_embedding_fraction > 0) != (self.image_encoder is not None):

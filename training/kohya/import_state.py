@@ -174,7 +174,7 @@ def _say_what_is_left(files: KohyaFiles, config: RunConfig, step: int, report: I
     if randoms := [name for name in files.left if name.startswith("random_states")]:
         report.left.append(f"{', '.join(randoms)}: not read; random numbers are counted from seed and key here")
     report.left.append("place in the data: kohya saves none; the run begins with the first step of its first chunk")
-    if config.stage_c.loss_weighting == "adaptive":
+    if config.of_stage_c.loss_weighting == "adaptive":
         report.left.append("adaptive loss table: kohya never saves it; it begins at 1")
 
 

@@ -19,6 +19,7 @@ from training.latents.store import Store, latent_store, text_store
 from training.latents.wanted import Wanted, WantedCaptions, num_parts, wanted_captions, wanted_pictures
 from training.plans import batch_plan, bytes_per_value, caption_settings, latent_bytes
 from training.run_dir import RunDir
+from training.stages import epochs_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ChunkWork:
             num_captions = sum(len(self.wanted.part(number)) for number in numbers)
             return num_captions * values_per_caption(config) * bytes_per_value(self.store.dtype)
         pictures = (one for number in numbers for one in self.wanted.part(number))
-        num_bytes = sum(latent_bytes(one.placement.bucket, self.store.dtype) for one in pictures)
+        num_bytes = sum(latent_bytes(one.placement.bucket, config=config) for one in pictures)
         return num_bytes * (2 if self.wanted.with_flips else 1)
 
 
@@ -69,7 +70,7 @@ def chunks_to_encode(
 
     A chunk that the run has started is the run's copy. Raises ConfigError, ChunkError.
     """
-    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=config.data.epochs)
+    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=epochs_of(config))
     held_out = config.validation.chunk
     if chunk_name is not None and chunks is not None:
         raise ConfigError("--chunk and --chunks exclude each other")

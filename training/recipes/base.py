@@ -103,6 +103,10 @@ class Recipe(Protocol):
 
 def load_recipe(config: RunConfig) -> Recipe:
     """Return the recipe that the run's config names, not yet loaded."""
+    if config.recipe_name == "dreambooth":
+        from training.recipes.dreambooth import DreamBooth
+
+        return DreamBooth(config)
     from training.recipes.stage_c import StageC
 
     return StageC(config)

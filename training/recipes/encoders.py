@@ -48,24 +48,24 @@ def load_image_encoder(config: RunConfig, device: torch.device) -> ImageEncoder:
     """Load the frozen image encoder. Raises FileNotFoundError, WeightsError."""
     from training.stage_c.latents import LatentEncoder
 
-    return LatentEncoder(config.stage_c, device=device)
+    return LatentEncoder(config.of_stage_c, device=device)
 
 
 def load_text_encoder(config: RunConfig, device: torch.device) -> TextEncoder:
     """Load the frozen text encoder. Raises FileNotFoundError, WeightsError."""
     from training.stage_c.conditioning import Conditioning
 
-    return Conditioning(config.stage_c, device=device, dtype=torch.float32)
+    return Conditioning(config.of_stage_c, device=device, dtype=torch.float32)
 
 
 def image_rule(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide what a picture's latent is, besides its size, for JSON."""
-    return {"effnet_dtype": config.stage_c.effnet_dtype}
+    return {"effnet_dtype": config.of_stage_c.effnet_dtype}
 
 
 def caption_rule(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide what a caption's output is, for JSON."""
-    settings = config.stage_c
+    settings = config.of_stage_c
     return {"max_tokens": settings.max_tokens, "attention_mask": settings.attention_mask}
 
 
@@ -73,5 +73,5 @@ def values_per_caption(config: RunConfig) -> int:
     """Return how many numbers a caption's output has, from the shapes of the encoder alone."""
     from training.memory.architecture import architecture_of
 
-    text, settings = architecture_of(config).text, config.stage_c
+    text, settings = architecture_of(config).text, config.of_stage_c
     return int((settings.max_tokens + 2) * text.hidden_size + text.projection_dim)

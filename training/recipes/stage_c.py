@@ -39,7 +39,7 @@ class StageC:
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
-        self._settings = config.stage_c
+        self._settings = config.of_stage_c
         self._objective = Objective(self._settings)
 
     # --- networks ---

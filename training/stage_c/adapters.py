@@ -49,7 +49,7 @@ class StageCAdapters:
         self._level = logging.DEBUG if is_empty else logging.INFO
         self._network, self._text = model.network, None if model.text is None else model.text.text_model
         self._freezes_network = config.lora is not None or (config.tokens is not None and config.tokens.only)
-        self._freezes_text = self._text is not None and not config.stage_c.train_text_encoder
+        self._freezes_text = self._text is not None and not config.of_stage_c.train_text_encoder
         self.digests = {} if is_empty else self._digests()
         """SHA-256 of frozen networks as they were loaded, by config key."""
         self.tokens: ChosenTokens | None = None
