@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from training.config.concepts import ConceptConfig
 from training.dreambooth.concepts.imported import pictures_in
 from training.dreambooth.doctor.concept_checks import check_concept, check_together
+from training.dreambooth.doctor.detector import Detector
 from training.dreambooth.doctor.likeness import check_likeness
 from training.dreambooth.doctor.patients import Notes, Patient
 from training.dreambooth.doctor.picture_checks import check_picture
@@ -27,9 +28,12 @@ class Examination:
         return sum(finding.severity == severity for finding in self.findings)
 
 
-def examine(concepts: Sequence[ConceptConfig], rules: Rules) -> Examination:
-    """Read all pictures of all concepts and judge them. Raises OSError for files that cannot be opened."""
-    patients = tuple(_read(concept, rules) for concept in concepts)
+def examine(concepts: Sequence[ConceptConfig], rules: Rules, *, detector: Detector | None = None) -> Examination:
+    """Read all pictures of all concepts and judge them. Raises OSError for files that cannot be opened.
+
+    detector: says who is in a picture; without it, tags do.
+    """
+    patients = tuple(_read(concept, rules, detector) for concept in concepts)
     notes = Notes(rules)
     for patient in patients:
         for picture in patient.pictures:
@@ -41,12 +45,12 @@ def examine(concepts: Sequence[ConceptConfig], rules: Rules) -> Examination:
     return Examination(patients, rules, tuple(_sorted(notes.found)))
 
 
-def _read(concept: ConceptConfig, rules: Rules) -> Patient:
+def _read(concept: ConceptConfig, rules: Rules, detector: Detector | None) -> Patient:
     buckets = rules.training.buckets
     return Patient(
         concept,
         tuple(
-            read_picture(path, caption_extension=concept.caption_extension, buckets=buckets)
+            read_picture(path, caption_extension=concept.caption_extension, buckets=buckets, detector=detector)
             for path in pictures_in(concept.folder)
         ),
     )

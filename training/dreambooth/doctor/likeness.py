@@ -5,6 +5,7 @@ from itertools import combinations
 
 import numpy as np
 
+from training.dreambooth.doctor.fix.levels import raw_name
 from training.dreambooth.doctor.patients import Notes, Patient
 from training.dreambooth.doctor.pictures import Picture
 
@@ -17,12 +18,17 @@ def check_likeness(patients: Sequence[Patient], notes: Notes) -> None:
     placed = [(patient.name, picture) for patient in patients for picture in patient.pictures]
     for (name, one), (other_name, other) in combinations(placed, 2):
         distance = _distance(one, other)
-        if distance is None:
+        if distance is None or _are_meant(one, other):
             continue
         rule, where = ("repeated", "") if name == other_name else ("leak", f" of {other_name}")
         notes.ask(rule, distance, name, f"{distance} of 64 bits from {other.path.name}{where}", file=one.path)
     for patient in patients:
         _check_background(patient, notes)
+
+
+def _are_meant(one: Picture, other: Picture) -> bool:
+    """Tell whether they are one picture with and without its levels changed, side by side, as `--fix` writes them."""
+    return raw_name(one.path) == raw_name(other.path)
 
 
 def _distance(one: Picture, other: Picture) -> int | None:

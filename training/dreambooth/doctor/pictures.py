@@ -11,7 +11,9 @@ from PIL import Image
 from sharding.images import ImageError, ImageFacts, decode_rgb, hash_picture, is_flat, probe
 from training.bucket_list import BucketSettings
 from training.buckets import placement
+from training.dreambooth.doctor.boxes import FACE, PERSON, Box
 from training.dreambooth.doctor.captions import Caption, read_caption
+from training.dreambooth.doctor.detector import Detector
 from training.dreambooth.doctor.pixels import Bars, PixelNumbers, find_bars, measure
 from training.dreambooth.doctor.text_areas import TextBox, find_text
 
@@ -19,6 +21,7 @@ THUMBNAIL_SIDE = 200
 
 # Pixels of DV, DVD and HDV, which are not square: film that was not stretched back.
 _ANAMORPHIC = {(720, 480), (720, 576), (1440, 1080), (704, 480), (704, 576), (352, 288), (352, 240)}
+_ORIENTATION = 0x0112
 _RING = 0.18  # share of each side that is taken for background
 _RING_CELLS = 24
 
@@ -44,6 +47,13 @@ class Measured:
     """Brighter or darker than its neighbour, around the border; None when that is flat."""
     thumbnail: bytes
     """WebP."""
+    boxes: tuple[Box, ...] | None = None
+    """What a detector found; None without one."""
+
+    @property
+    def figures(self) -> tuple[Box, ...]:
+        """Persons and faces that were found."""
+        return tuple(box for box in self.boxes or () if box.label in (PERSON, FACE))
 
 
 @dataclass(frozen=True)
@@ -56,12 +66,14 @@ class Picture:
     error: str = ""
 
 
-def read_picture(path: Path, *, caption_extension: str, buckets: BucketSettings) -> Picture:
+def read_picture(
+    path: Path, *, caption_extension: str, buckets: BucketSettings, detector: Detector | None = None
+) -> Picture:
     """Read a picture and the caption beside it. What cannot be decoded has `error`; raises OSError if unreadable."""
     caption = read_caption(path.with_suffix(caption_extension))
     data = path.read_bytes()
     try:
-        return Picture(path, caption, _measured(data, buckets))
+        return Picture(path, caption, _measured(data, buckets, detector))
     except ImageError as error:
         return Picture(path, caption, None, str(error))
 
@@ -71,7 +83,7 @@ def is_anamorphic(width: int, height: int) -> bool:
     return (width, height) in _ANAMORPHIC
 
 
-def _measured(data: bytes, buckets: BucketSettings) -> Measured:
+def _measured(data: bytes, buckets: BucketSettings, detector: Detector | None) -> Measured:
     facts = probe(data)
     image = decode_rgb(data)
     place = placement(*image.size, settings=buckets)
@@ -87,17 +99,25 @@ def _measured(data: bytes, buckets: BucketSettings) -> Measured:
         upscale=place.resized_width / image.width,
         crop_loss=place.crop_loss_fraction,
         bucket=str(bucket),
-        pixel_aspect=_pixel_aspect(data),
+        pixel_aspect=pixel_aspect(data),
         phash=_phash(image),
         ring=_ring(image),
         thumbnail=_thumbnail(image),
+        boxes=None if detector is None else tuple(detector(image)),
     )
 
 
-def _pixel_aspect(data: bytes) -> float:
+def pixel_aspect(data: bytes) -> float:
+    """Return the width of a pixel by its height, as the file says; 1 when it says nothing."""
     with Image.open(io.BytesIO(data)) as image:
         across, down = image.info.get("jfif_density") or image.info.get("dpi") or (1, 1)
     return float(down) / float(across) if across and down else 1.0
+
+
+def orientation(data: bytes) -> int:
+    """Return EXIF's number of how the picture is turned; 1 is upright, and so is what says nothing."""
+    with Image.open(io.BytesIO(data)) as image:
+        return int(image.getexif().get(_ORIENTATION, 1))
 
 
 def _phash(image: Image.Image) -> int | None:

@@ -148,7 +148,7 @@ def _bar_rows(rgb: Plane) -> int:
     count = int(np.argmin(is_bar)) if not is_bar.all() else 0
     if count == 0:
         return 0
-    # Resizing and compression blur the edge over a few rows.
+    # Resizing and compression blur the edge over a few rows. Of a drawn sky's gradient no row leaves the one before.
     inside = rgb[min(count + 3, len(rgb) - 1)]
-    differs = np.abs(inside - means[0]).max(axis=1) > _BAR_EDGE
+    differs = np.abs(inside - means[count - 1]).max(axis=1) > _BAR_EDGE
     return count if differs.mean() > _BAR_EDGE_SHARE else 0

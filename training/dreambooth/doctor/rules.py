@@ -59,6 +59,37 @@ class TrainingRules(Config):
         return BucketSettings("long_side", self.resolution**2, step=self.step)
 
 
+class FixRules(Config):
+    """What `--fix` does to its copies, besides what loses nothing: upright, alpha laid on white, bars cut off."""
+
+    levels: Literal["no", "beside", "replace"] = "no"
+    """Auto level and auto contrast: not at all, as further copies beside the raw one (the wiki mixes them), or auto
+    level in its place."""
+    levels_change: float = Field(0.03, ge=0)
+    """Mean difference, of 1, that levels must make; less is left as it is."""
+    stitch: bool = False
+    """Whether frames of one pan become one picture, which takes their place."""
+    upscale: float = Field(1.0, ge=1, le=2)
+    """Times a picture is enlarged by the upscaler, if one is given; 1 only cleans it."""
+    max_crop: float = Field(0.2, ge=0, lt=1)
+    """Share of a picture that the crop to the wiki's ratios may cut off; one that would lose more keeps its shape."""
+    long_side: int = Field(1080, ge=0)
+    """Pixels of the longer side that larger copies are brought down to; 0 leaves them large."""
+
+
+class DetectorRules(Config):
+    """How the answers of an ONNX detector are read (`--detector`); a Python plug-in answers in these labels itself."""
+
+    labels: tuple[str, ...] = ("person",)
+    """Of its classes, in order, when the file itself does not name them; "person" and "face" are asked for."""
+    renamed: dict[str, str] = Field(default_factory=dict)
+    """The file's own names → "person" or "face"."""
+    score: float = Field(0.35, ge=0, le=1)
+    """Boxes of which it is less sure are left out."""
+    overlap: float = Field(0.5, gt=0, le=1)
+    """Of two boxes of one label that share more than this of both together, the less sure one is left out."""
+
+
 class Words(Config):
     """Tags by what they tell, in Danbooru's words."""
 
@@ -88,6 +119,8 @@ class Rules(Config):
     """All of them, with their words."""
 
     training: TrainingRules
+    fix: FixRules
+    detector: DetectorRules
     words: Words
     rules: dict[str, Rule]
 

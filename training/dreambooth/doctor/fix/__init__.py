@@ -1,0 +1,1 @@
+"""Repaired copies of a DreamBooth data set; originals are never touched."""
