@@ -7,7 +7,11 @@ from pydantic import Field, field_validator, model_validator
 
 from sharding.config import Config, Name
 
-LoraFormat = Literal["kohya", "official", "peft", "merged"]
+LoraFormat = Literal["kohya", "official", "peft", "diffusers", "merged"]
+_FORMATS_OF = {
+    "stage_c": ("kohya", "official", "peft", "merged"),
+    "dreambooth": ("kohya", "diffusers", "merged"),
+}
 
 
 class LoraBlockConfig(Config):
@@ -46,10 +50,15 @@ class LoraConfig(Config):
 
     kind: Literal["lora", "dora", "loha", "lokr"] = "lora"
     """How the change of a weight is factored."""
-    targets: tuple[str, ...] = Field(("official",), min_length=1)
-    """Layers that get one. "official": q, k and v together, and the output, of every attention. "kohya": every linear
-    layer and 1×1 convolution but that of the image, with q, k and v apart. Patterns that name `in_proj` keep q, k and v
-    together, too."""
+    targets: tuple[str, ...] = Field(("default",), min_length=1)
+    """Layers that get one; "default" is stage C's "official", and "kohya" of Stable Diffusion.
+
+    Stage C: "official" is q, k and v together, and the output, of every attention. "kohya": every linear layer and 1×1
+    convolution but that of the image, with q, k and v apart. Patterns that name `in_proj` keep q, k and v together.
+
+    Stable Diffusion: "kohya" is every linear layer and 1×1 convolution of the UNet's transformers, "attention" q, k, v
+    and the output only, "kohya_conv" all of the transformers, ResNets and down- and upsamplers, 3×3 convolutions among
+    them; "conv_3x3" is those alone, for a block with a rank of their own."""
     rank: int = Field(4, gt=0)
     """Inner dimension; official 4."""
     alpha: float = Field(1.0, gt=0)
@@ -57,7 +66,7 @@ class LoraConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Of what goes into a LoRA's or DoRA's first factor."""
     init: str | None = None
-    """Start from this file: kohya's or the official layout, or a folder of PEFT's."""
+    """Start from this file: kohya's, the official or diffusers' layout, or a folder of PEFT's."""
     base_weights: Literal["fp32", "bf16"] = "bf16"
     """Format of the frozen base in memory; published weights lose nothing in bf16."""
     blocks: tuple[LoraBlockConfig, ...] = ()
@@ -65,8 +74,8 @@ class LoraConfig(Config):
     text_encoder: LoraTextConfig | None = None
     """Table: adapters on the text encoder."""
     formats: tuple[LoraFormat, ...] = Field(("kohya",), min_length=1)
-    """What an export writes: `kohya` (ComfyUI reads it), `official` (StableCascade's code), `peft` (folders for
-    diffusers and transformers), `merged` (whole weights)."""
+    """What an export writes: `kohya` (ComfyUI and A1111 read it), `merged` (whole weights); of stage C `official`
+    (StableCascade's code) and `peft` (folders for diffusers and transformers), of Stable Diffusion `diffusers`."""
 
     def block_values(self, block: LoraBlockConfig) -> tuple[int, float]:
         """Return (rank, alpha) of a block."""
@@ -153,6 +162,7 @@ def adapter_problems(config: Any) -> list[str]:
     """Return what does not go together with [lora] and [tokens] in a RunConfig, one sentence each."""
     lora, tokens, problems = config.lora, config.tokens, []
     recipe = config.recipe
+    problems += _recipe_problems(lora, config.recipe_name)
     if config.dreambooth is not None:
         problems += _dreambooth_problems(lora, recipe)
     elif lora is not None and lora.text_encoder is not None and recipe.train_text_encoder:
@@ -176,6 +186,26 @@ def adapter_problems(config: Any) -> list[str]:
             f'lora.formats: "merged" needs whole weights, parallel.strategy "{config.parallel.strategy}" has parts; '
             "use `python -m training export --merged` when the run is over"
         )
+    return problems
+
+
+def _recipe_problems(lora: LoraConfig | None, recipe_name: str) -> list[str]:
+    """Return what of [lora] the recipe does not have."""
+    if lora is None:
+        return []
+    known = _FORMATS_OF[recipe_name]
+    problems = [
+        f"lora.formats: {one!r} is not for the recipe {recipe_name}; choose from {', '.join(known)}"
+        for one in lora.formats
+        if one not in known
+    ]
+    if recipe_name == "stage_c" and lora.kind != "lora" and "default" in lora.targets:
+        problems.append(
+            f'lora.kind "{lora.kind}" needs q, k and v apart to be read by other programs; the default targets have '
+            'them together: set targets = ["kohya"], or patterns that name to_q, to_k, to_v'
+        )
+    if recipe_name == "dreambooth" and "diffusers" in lora.formats and lora.kind not in ("lora", "dora"):
+        problems.append(f'lora.formats: "diffusers" holds LoRA and DoRA only, kind is "{lora.kind}"')
     return problems
 
 

@@ -43,6 +43,16 @@ def adaptable(module: nn.Module) -> list[str]:
     ]
 
 
+def adaptable_names(module: nn.Module) -> list[str]:
+    """Return names of layers that can have an adapter, as they were before any was there."""
+    return [name.removesuffix(BASE_LAYER) for name in adaptable(module) if not is_adapter(name)]
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter is an adapter's."""
+    return any(mark in name for mark in (".lora_", ".hada_", ".lokr_"))
+
+
 def chosen(
     module: nn.Module,
     targets: Sequence[str],

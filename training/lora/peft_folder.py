@@ -78,25 +78,26 @@ def read_peft(folder: Path) -> dict[str, Adapter]:
         layer, name = _split(key.removeprefix(_ROOT))
         if not name:
             raise AdapterError(f"{folder}: {key!r} is no tensor of a LoRA, DoRA, LoHa or LoKr")
-        found.setdefault(layer, {})[name] = _as_rows(tensor) if name == MAGNITUDE else tensor
+        found.setdefault(layer, {})[name] = as_rows(tensor) if name == MAGNITUDE else tensor
     alphas, ranks = config.get("alpha_pattern") or {}, config.get("rank_pattern") or {}
     alpha = float(config.get("lora_alpha", config.get("alpha", 1.0)))
     return {
         layer: adapter_of(
             tensors,
-            float(_pattern_value(alphas, layer, alpha)),
+            float(pattern_value(alphas, layer, alpha)),
             layer=f"{folder}: {layer}",
-            rank=int(_pattern_value(ranks, layer, config["r"])),
+            rank=int(pattern_value(ranks, layer, config["r"])),
         )
         for layer, tensors in found.items()
     }
 
 
-def _as_rows(magnitude: Tensor) -> Tensor:
+def as_rows(magnitude: Tensor) -> Tensor:
+    """Return a magnitude of PEFT's, flat or (1, out, …) of a convolution, as (out, 1, …)."""
     return magnitude.reshape(-1, 1) if magnitude.ndim == 1 else magnitude.transpose(0, 1)
 
 
-def _pattern_value(patterns: Mapping[str, float], layer: str, default: float) -> float:
+def pattern_value(patterns: Mapping[str, float], layer: str, default: float) -> float:
     """Return what PEFT's pattern says for a layer: a regular expression for its name, or the end of it."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), default)
 

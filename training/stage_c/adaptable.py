@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from training.lora.layers import BASE_LAYER, adaptable
+from training.lora.layers import BASE_LAYER, is_adapter
 from training.stage_c.blocks import AttnBlock, PackedAttention
 from training.stage_c.layouts import to_original
 from training.stage_c.network import StageCNetwork
@@ -63,11 +63,6 @@ def layered_to_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return to_original(renamed)
 
 
-def adaptable_names(module: nn.Module) -> list[str]:
-    """Return names of layers that can have an adapter, as they were before any was there."""
-    return [name.removesuffix(BASE_LAYER) for name in adaptable(module) if not is_adapter(name)]
-
-
 def layer_shapes(network: nn.Module) -> dict[str, torch.Size]:
     """Return the shapes of a layered network's weights by layer, q, k and v both together and apart."""
     shapes = {}
@@ -82,8 +77,3 @@ def layer_shapes(network: nn.Module) -> dict[str, torch.Size]:
         elif layer.endswith(".attn.to_q"):
             shapes[f"{block}.in_proj"] = torch.Size((shape[0] * 3, shape[1]))
     return shapes
-
-
-def is_adapter(name: str) -> bool:
-    """Return whether a parameter is an adapter's."""
-    return any(mark in name for mark in (".lora_", ".hada_", ".lokr_"))

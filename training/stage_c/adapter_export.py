@@ -12,7 +12,7 @@ from training.lora.metadata import network_metadata
 from training.recipes.base import ExportFile
 from training.stage_c.adapter_files import write_adapters
 from training.stage_c.adapters import StageCAdapters
-from training.tokens.files import write_tokens
+from training.tokens.files import CLIP_G, write_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def export_adapters(
     if adapters.tokens is not None:
         tokens = (adapters.tokens.ids, adapters.token_changes(weights))
         own = {**header, "modelspec.architecture": "stable-cascade/textual-inversion"}
-        rows = adapters.token_rows(weights)
+        rows = {CLIP_G: adapters.token_rows(weights)}
         reports += write_tokens(folder, adapters.tokens, rows, tokenizer=tokenizer, dtype=dtype, metadata=own)
     if lora is not None:
         own = {**header, "modelspec.architecture": "stable-cascade/lora"}

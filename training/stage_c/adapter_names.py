@@ -10,9 +10,11 @@ from training.lora.adapter import Adapter, AdapterError
 from training.lora.packing import packed, unpacked
 
 NETWORK, TEXT = "network", "text_encoder"
+_OFFICIAL = ("*.attention.attn.in_proj", "*.attention.attn.out_proj")
 PRESETS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     NETWORK: {
-        "official": ("*.attention.attn.in_proj", "*.attention.attn.out_proj"),
+        "default": _OFFICIAL,
+        "official": _OFFICIAL,
         "kohya": ("re:^(?!clip_img_mapper$)",),
     },
     TEXT: {"kohya": ("*.self_attn.*_proj", "*.mlp.fc?")},

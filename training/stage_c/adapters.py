@@ -16,8 +16,18 @@ from torch import Tensor, nn
 from training.config import RunConfig
 from training.lora.adapter import Adapter
 from training.lora.frozen_base import freeze_base
-from training.lora.layers import BASE_LAYER, LayerChoice, add_adapters, chosen, put_in, taken_out
-from training.stage_c.adaptable import adaptable_names, is_adapter, layer_shapes, layered_to_original, make_layered
+from training.lora.layers import (
+    BASE_LAYER,
+    LayerChoice,
+    adaptable_names,
+    add_adapters,
+    chosen,
+    is_adapter,
+    put_in,
+    taken_out,
+)
+from training.lora.merging import merged_state
+from training.stage_c.adaptable import layer_shapes, layered_to_original, make_layered
 from training.stage_c.adapter_files import read_adapters
 from training.stage_c.adapter_names import NETWORK, TEXT, apart, expanded, is_together, official_order, together
 from training.stage_c.model import StageCModel
@@ -228,11 +238,7 @@ class StageCAdapters:
     def _merged(self, component: str, weights: Mapping[str, Tensor] | None, dtype: torch.dtype) -> dict[str, Tensor]:
         live = {name: tensor.detach() for name, tensor in [*self._model.named_parameters(), *_buffers(self._model)]}
         state = _of({**live, **(weights or {})}, PREFIXES[component])
-        adapters = taken_out(state, self._of(component))
-        plain = {name.replace(BASE_LAYER, ""): tensor for name, tensor in state.items() if not is_adapter(name)}
-        for name, adapter in adapters.items():
-            plain[f"{name}.weight"] = adapter.merged(plain[f"{name}.weight"]).to(dtype)
-        return plain
+        return merged_state(state, self._of(component), dtype=dtype)
 
 
 def _of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -3,15 +3,15 @@
 Weights are changed in place, layer by layer: the peak is one copy of them in fp32.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from training.config.saving import SaveConfig
-from training.lora.adapter import Adapter, AdapterError
+from training.lora.adapter import AdapterError
 from training.lora.layers import adaptable
+from training.lora.merging import merge_into
 from training.precision import DTYPES
 from training.recipes.base import ExportFile
 from training.stage_c.adaptable import layer_shapes, make_layered
@@ -65,16 +65,6 @@ def _read(path: Path, given: GivenWeights) -> AdapterFile:
 
 def _ends(preset: str) -> list[str]:
     return [pattern.removeprefix("*") for pattern in PRESETS[NETWORK][preset]]
-
-
-@torch.no_grad()
-def merge_into(state: Mapping[str, Tensor], adapters: Mapping[str, Adapter], *, scale: float, source: str) -> None:
-    """Change weights in place. Raises AdapterError for a layer that is not there."""
-    for name, adapter in adapters.items():
-        weight = state.get(f"{name}.weight")
-        if weight is None:
-            raise AdapterError(f"{source}: {name} is no layer of these weights")
-        weight.copy_(adapter.merged(weight, strength=scale))
 
 
 def _has_known_tokens(found: AdapterFile, given: GivenWeights) -> bool:

@@ -6,7 +6,7 @@ of the embeddings that a regular expression finds in the vocabulary, or at 0; an
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +41,7 @@ def choose_tokens(
 
     Raises ValueError for an expression that finds nothing, and for a new token that the tokenizer has or cuts up.
     """
-    vocabulary: dict[str, int] = {name: number for name, number in tokenizer.get_vocab().items() if number < len(table)}
+    vocabulary = _vocabulary(tokenizer, table)
     rows: dict[int, tuple[str, Tensor]] = {}
     num_new = 0
     for number, one in enumerate(train):
@@ -53,15 +53,37 @@ def choose_tokens(
         assert one.token is not None
         if one.token in tokenizer.get_vocab():
             raise ValueError(f"{key}.token: {one.token!r} is in the tokenizer; train it with existing")
-        start = torch.zeros(table.shape[1], device=table.device)
-        if one.initialise is not None:
-            found = [vocabulary[name] for name in _found(vocabulary, one.initialise, f"{key}.initialise")]
-            start = table[found].float().mean(dim=0)
+        start = _start(one, vocabulary, table, key)
         rows[_added(tokenizer, one.token, key)] = (one.token, start)
         num_new += 1
     ids = tuple(sorted(rows))
     initial = torch.stack([rows[number][1] for number in ids])
     return ChosenTokens(tuple(rows[number][0] for number in ids), ids, initial, num_new)
+
+
+def in_another_table(
+    tokens: ChosenTokens, tokenizer: "PreTrainedTokenizerBase", table: Tensor, train: Sequence[TrainedTokenConfig]
+) -> ChosenTokens:
+    """Return the same tokens as they start in a second text model's table; tokenizer and train: as they were chosen."""
+    vocabulary = _vocabulary(tokenizer, table)
+    new = {one.token: (one, f"tokens.train.{number}") for number, one in enumerate(train) if one.token is not None}
+    rows = [
+        _start(new[name][0], vocabulary, table, new[name][1]) if name in new else table[number].float()
+        for name, number in zip(tokens.names, tokens.ids, strict=True)
+    ]
+    return replace(tokens, initial=torch.stack(rows))
+
+
+def _vocabulary(tokenizer: "PreTrainedTokenizerBase", table: Tensor) -> dict[str, int]:
+    """Return the tokens that the table has a row for."""
+    return {name: number for name, number in tokenizer.get_vocab().items() if number < len(table)}
+
+
+def _start(one: TrainedTokenConfig, vocabulary: dict[str, int], table: Tensor, key: str) -> Tensor:
+    if one.initialise is None:
+        return torch.zeros(table.shape[1], device=table.device)
+    found = [vocabulary[name] for name in _found(vocabulary, one.initialise, f"{key}.initialise")]
+    return table[found].float().mean(dim=0)
 
 
 def _found(vocabulary: dict[str, int], pattern: str, key: str) -> list[str]:

@@ -14,28 +14,31 @@ from training.weight_files import WeightsReport, write_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CLIP_G = "clip_g"
-"""The key of CLIP bigG in embeddings of SDXL."""
+CLIP_L, CLIP_G = "clip_l", "clip_g"
+"""Keys of CLIP-L and CLIP bigG in embeddings of SDXL."""
+EMB_PARAMS = "emb_params"
+"""The one key in embeddings of SD 1 and SD 2."""
 
 
 def write_tokens(
     folder: Path,
     tokens: ChosenTokens,
-    rows: Tensor,
+    rows: Mapping[str, Tensor],
     *,
     tokenizer: "PreTrainedTokenizerBase",
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> list[WeightsReport]:
-    """Write `tokens/NAME.safetensors` with rows (N, width), and `tokenizer/`, which knows the new tokens."""
+    """Write `tokens/NAME.safetensors` with rows {key: (N, width)}, and `tokenizer/`, which knows the new tokens."""
     reports: list[WeightsReport] = []
-    for name, number, row in zip(tokens.names, tokens.ids, rows, strict=True):
+    for place, (name, number) in enumerate(zip(tokens.names, tokens.ids, strict=True)):
         path = folder / "tokens" / f"{_file_name(name)}.safetensors"
         if any(report.path == path for report in reports):
             path = path.with_stem(f"{path.stem}-{number}")
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {**metadata, "chunkline.token": name, "chunkline.token_id": str(number)}
-        reports.append(write_tensors(path, {CLIP_G: row[None]}, dtype=dtype, metadata=header))
+        own = {key: table[place][None] for key, table in rows.items()}
+        reports.append(write_tensors(path, own, dtype=dtype, metadata=header))
     tokenizer.save_pretrained(folder / "tokenizer")
     return reports
 

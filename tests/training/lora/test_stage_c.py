@@ -12,8 +12,9 @@ from tests.training.lora.models import adapted, predict, shake
 from tests.training.toy import toy_config
 from training.lora.adapter import AdapterError
 from training.lora.frozen_base import frozen_base
+from training.lora.layers import adaptable_names
 from training.lora.metadata import network_metadata
-from training.stage_c.adaptable import adaptable_names, layer_shapes
+from training.stage_c.adaptable import layer_shapes
 from training.stage_c.adapter_files import read_adapters, write_adapters
 from training.stage_c.adapter_names import NETWORK, TEXT, apart, official_order, together
 from training.stage_c.formats import load_stage_c, network_from_state_dict
