@@ -5,8 +5,9 @@ tested; with `remainder = "merge"`, where they depend on the order, the real pla
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,15 +17,17 @@ from sharding.chunk import Chunk, ChunkError
 from training.buckets import Bucket, BucketError
 from training.config import RunConfig
 from training.plans import batch_plan, bucket_settings, latent_bytes
-from training.showings import fit_or_reason
+from training.showings import fit_or_reason, shown_epochs
 from training.stages import epochs_of, stage_config
 
 _COLUMNS = ["key", "width", "height", "repeats", "loss_weight", "image_bytes", "mask_bytes"]
+_OF_TURNS = ["every_epochs", "epoch_offset"]
+"""Columns that an index may lack."""
 
 
 @dataclass(frozen=True)
 class ChunkTotals:
-    """What one chunk amounts to. Bytes are of one epoch."""
+    """What one chunk amounts to. Bytes are of one epoch, on average."""
 
     name: str
     num_samples: int
@@ -32,7 +35,7 @@ class ChunkTotals:
     num_dropped: int
     """Samples without a bucket."""
     num_exposures: int
-    """Of all epochs: repeats × epochs, summed."""
+    """Of all epochs: repeats × epochs in which a sample is shown, summed."""
     num_steps: int
     """Of all epochs."""
     read_bytes: int
@@ -64,45 +67,68 @@ class RunTotals:
 def chunk_totals(index: pa.Table, chunk: str, *, config: RunConfig) -> ChunkTotals:
     """Return the totals of a chunk. index: at least key, width, height, repeats, loss_weight, image_bytes, mask_bytes.
 
-    A chunk of which nothing can be trained has 0 steps; the plan itself would raise.
+    every_epochs and epoch_offset are used when they are there. A chunk of which nothing can be trained has 0 steps;
+    the plan itself would raise.
     """
     settings = bucket_settings(config)
     width, height, repeats = (np.asarray(index.column(name), np.int64) for name in ("width", "height", "repeats"))
     sizes, size_of_row = np.unique(width << 32 | height, return_inverse=True)
-    showings: Counter[Bucket] = Counter()
-    num_dropped = latents = 0
+    fits = [fit_or_reason(size >> 32, size & 0xFFFFFFFF, settings) for size in sizes.tolist()]
+    buckets = [None if isinstance(own, BucketError) else own.placement.bucket for own in fits]
+    is_kept = np.array([bucket is not None for bucket in buckets], bool)[size_of_row]
+    turns = _turns(index, chunk, config.data.epochs)
+    exposures = repeats * is_kept * sum((number * is_shown for is_shown, number in turns), np.zeros_like(repeats))
+    showings = []
+    for is_shown, number in turns:
+        counts: Counter[Bucket] = Counter()
+        for bucket, times in zip(buckets, _sums(size_of_row, repeats * is_shown, len(sizes)), strict=True):
+            if bucket is not None:
+                counts[bucket] += times
+        showings.append((counts, number))
     variants = 2 if config.data.horizontal_flip else 1
-    is_kept = np.ones(len(sizes), bool)
-    per_size = (np.bincount(size_of_row, weights, len(sizes)).astype(int) for weights in (None, repeats, repeats > 0))
-    for number, (size, rows, times, shown) in enumerate(zip(sizes.tolist(), *per_size, strict=True)):
-        own = fit_or_reason(size >> 32, size & 0xFFFFFFFF, settings)
-        if isinstance(own, BucketError):
-            num_dropped += int(rows)
-            is_kept[number] = False
-            continue
-        bucket = own.placement.bucket
-        showings[bucket] += int(times)
-        latents += latent_bytes(bucket, config=config) * int(shown) * variants
+    latents = sum(
+        latent_bytes(bucket, config=config) * times * variants
+        for bucket, times in zip(buckets, _sums(size_of_row, exposures > 0, len(sizes)), strict=True)
+        if bucket is not None
+    )
     stored = sum(np.asarray(index.column(name), np.int64) for name in ("image_bytes", "mask_bytes"))
     return ChunkTotals(
         name=chunk,
         num_samples=index.num_rows,
-        num_dropped=num_dropped,
-        num_exposures=config.data.epochs * showings.total(),
+        num_dropped=int((~is_kept).sum()),
+        num_exposures=int(exposures.sum()),
         num_steps=_num_steps(index, chunk, showings, config),
-        read_bytes=int((stored * repeats * is_kept[size_of_row]).sum()),
+        read_bytes=int((stored * exposures).sum()) // config.data.epochs,
         latent_bytes=latents,
     )
 
 
-def _num_steps(index: pa.Table, chunk: str, showings: Counter[Bucket], config: RunConfig) -> int:
-    if not showings.total():
+def _turns(index: pa.Table, chunk: str, epochs: int) -> list[tuple[np.ndarray[Any, Any], int]]:
+    """Return each different choice of rows that an epoch shows, as bools, and the number of epochs that show it."""
+    if _OF_TURNS[0] not in index.column_names:
+        return [(np.ones(index.num_rows, bool), epochs)]
+    rows = np.array(list(shown_epochs(index, chunk=chunk)), np.int64).reshape(-1, 2)
+    turns, turn_of_row = np.unique(rows, axis=0, return_inverse=True)
+    shown = Counter(tuple((epoch % turns[:, 0] == turns[:, 1]).tolist()) for epoch in range(epochs))
+    return [(np.array(is_shown, bool)[turn_of_row], number) for is_shown, number in shown.items()]
+
+
+def _sums(size_of_row: np.ndarray[Any, Any], weights: np.ndarray[Any, Any], num_sizes: int) -> list[int]:
+    sums: list[int] = np.bincount(size_of_row, weights, num_sizes).astype(int).tolist()
+    return sums
+
+
+def _num_steps(index: pa.Table, chunk: str, showings: Sequence[tuple[Counter[Bucket], int]], config: RunConfig) -> int:
+    if not any(counts.total() for counts, _ in showings):
         return 0
     if config.batch.remainder == "merge":
         plans = (batch_plan(index, chunk, config=config, epoch=epoch) for epoch in range(config.data.epochs))
         return sum(len(plan.steps) for plan in plans)
-    num_micro_batches = sum(-(-number // config.batch.micro_batch_size) for number in showings.values())
-    return config.data.epochs * -(-num_micro_batches // config.batch.micro_batches_per_step)
+    num_steps = 0
+    for counts, number in showings:
+        num_micro_batches = sum(-(-times // config.batch.micro_batch_size) for times in counts.values())
+        num_steps += number * -(-num_micro_batches // config.batch.micro_batches_per_step)
+    return num_steps
 
 
 def run_totals(chunks: Iterable[Chunk], *, config: RunConfig) -> RunTotals:
@@ -130,6 +156,8 @@ def run_totals(chunks: Iterable[Chunk], *, config: RunConfig) -> RunTotals:
 
 def _columns(chunk: Chunk) -> pa.Table:
     try:
-        return pq.read_table(chunk.index_path, columns=_COLUMNS, memory_map=True)
+        there = pq.read_schema(chunk.index_path).names
+        names = [*_COLUMNS, *(name for name in _OF_TURNS if name in there)]
+        return pq.read_table(chunk.index_path, columns=names, memory_map=True)
     except (OSError, pa.ArrowException) as error:
         raise ChunkError(f"{chunk.index_path}: cannot be read ({error}); run `python -m sharding verify`") from error

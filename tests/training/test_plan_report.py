@@ -11,6 +11,7 @@ from sharding.schema import Workspace
 from tests.training.toy import toy_config
 from training.config import RunConfig
 from training.inspect_run import PlanRefusedError, inspect_plan, plan_text
+from training.latents.wanted import wanted_pictures
 from training.plan_checks import check_captions
 from training.plan_report import plan_report
 from training.plan_totals import RunTotals, chunk_totals, run_totals
@@ -43,8 +44,8 @@ def totals_of(index, config, chunk="made/0000"):
     total = chunk_totals(index, chunk, config=config)
     per_epoch = (chunk, total.num_exposures // config.data.epochs)
     return RunTotals(
-        1, config.data.epochs, config.data.epochs, total.num_samples, total.num_dropped, total.num_exposures, total.num_steps,
-        total.read_bytes * config.data.epochs, total.latent_bytes, per_epoch, per_epoch,
+        1, config.data.epochs, config.data.epochs, total.num_samples, total.num_dropped, total.num_exposures,
+        total.num_steps, total.read_bytes * config.data.epochs, total.latent_bytes, per_epoch, per_epoch,
     )  # fmt: skip
 
 
@@ -97,10 +98,15 @@ def test_what_is_enlarged_is_counted_in_stored_pixels():
     remainder=st.sampled_from(["short", "merge"]),
     family=st.sampled_from(["no_upscale", "area", "ratios", "long_side"]),
     micro_batch_size=st.integers(1, 4),
-    epochs=st.integers(1, 3),
+    epochs=st.integers(1, 4),
+    turns=st.none() | st.lists(st.sampled_from([(1, 0), (2, 0), (2, 1), (3, 2)]), min_size=40, max_size=40),
 )
-def test_totals_are_those_of_the_real_plans(sizes, remainder, family, micro_batch_size, epochs):
+def test_totals_are_those_of_the_real_plans(sizes, remainder, family, micro_batch_size, epochs, turns):
     index = make_index([(256, 256, 1, 1.0), *sizes])
+    if turns is not None:
+        every, offsets = zip((1, 0), *turns[: len(sizes)], strict=True)
+        index = index.append_column("every_epochs", pa.array(every, pa.int32()))
+        index = index.append_column("epoch_offset", pa.array(offsets, pa.int32()))
     config = config_of(
         batch={"micro_batch_size": micro_batch_size, "batch_size": 2 * micro_batch_size, "remainder": remainder},
         data={"epochs": epochs}, buckets={**BUCKETS, "family": family, "min_side": 64},
@@ -111,7 +117,16 @@ def test_totals_are_those_of_the_real_plans(sizes, remainder, family, micro_batc
     plans = [batch_plan(index, "made/0000", config=config, epoch=epoch) for epoch in range(epochs)]
     assert total.num_steps == sum(len(plan.steps) for plan in plans)
     assert total.num_exposures == sum(plan.num_images for plan in plans)
+    assert total.read_bytes == 1010 * total.num_exposures // epochs
     assert total.num_dropped == len(plans[0].drops)
+    wanted = wanted_pictures(with_content(index), plans, with_flips=False, with_masks=False)
+    if remainder == "short":
+        buckets = [picture.placement.bucket for picture in wanted.pictures]
+        assert total.latent_bytes == sum(16 * bucket.width * bucket.height // 32**2 * 2 for bucket in buckets)
+
+
+def with_content(index):
+    return index.append_column("sha256", index.column("key")).append_column("shard_sha256", index.column("key"))
 
 
 TEN_STEPS = make_index([(256, 256, 1, 1.0)] * 40)
