@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sharding.files import TEMPORARY_MARK, replacing, sha256_file, write_json
-from sharding.schema import HELD_OUT, INDEX, SCHEMA_VERSION
+from sharding.schema import HELD_OUT, INDEX, SCHEMA_VERSION, index_schema
 from sharding.shards import (
     DIGEST_LENGTH,
     ChunkError,
@@ -149,7 +149,7 @@ def read_index(path: Path, *, expected_sha256: str | None = None) -> pa.Table:
         raise ChunkError(f"{path}: the index is missing; run `python -m sharding pack`") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise ChunkError(f"{path}: not a readable index ({error}); {_REMAKE}") from error
-    if difference := schema_mismatch(table, INDEX):
+    if difference := schema_mismatch(table, index_schema(table.column_names)):
         raise ChunkError(f"{path}: not an index of this version: {difference}")
     return table
 
@@ -281,12 +281,14 @@ def commit_chunk(
 ) -> Chunk:
     """Write the index under a name with its digest, then replace chunk.json: from then on this is the chunk.
 
-    rows: complete index rows in training order (schema.INDEX); a key may stand only once (ChunkError).
+    rows: complete index rows in training order (schema.INDEX; a table may have columns of OF_CONCEPTS, too); a key may
+    stand only once (ChunkError).
     Files that only the previous chunk.json named are left for `remove_unnamed`.
     """
     if not isinstance(rows, pa.Table):
         rows = pa.Table.from_pylist([dict(row) for row in rows], schema=INDEX)
-    table = rows.select(INDEX.names).cast(INDEX).replace_schema_metadata(None).combine_chunks()
+    schema = index_schema(rows.column_names)
+    table = rows.select(schema.names).cast(schema).replace_schema_metadata(None).combine_chunks()
     keys = table.column("key").to_pylist()
     if len(set(keys)) != len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)

@@ -3,7 +3,7 @@
 Nothing here reads or writes files; `tables` does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,19 @@ INDEX = pa.schema(
         ("sha256", pa.string()),  # of the stored image bytes
     ]
 )
+
+OF_CONCEPTS = pa.schema(  # columns that the index of packed concepts has, too
+    [
+        ("concept", pa.string()),  # the concept's name; of a class image NAME/class
+        ("every_epochs", pa.int32()),  # shown in the epochs e with e % every_epochs == epoch_offset
+        ("epoch_offset", pa.int32()),
+    ]
+)
+
+
+def index_schema(names: Collection[str]) -> pa.Schema:
+    """Return the schema of an index with these columns: INDEX, and those of OF_CONCEPTS that it has."""
+    return pa.schema([*INDEX, *(field for field in OF_CONCEPTS if field.name in names)])
 
 
 def drop_row(

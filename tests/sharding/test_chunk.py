@@ -203,3 +203,22 @@ def test_the_captions_digest_depends_on_keys_captions_and_order():
     }
 
     assert len(digests) == 4
+
+
+def test_columns_of_concepts_stay_in_the_index_and_have_their_types(tmp_path):
+    folder = tmp_path / "concepts" / "01-all"
+    index = commit(tmp_path / "d" / "0000").read_index()
+    of_concepts = {"concept": ["cat"] * 5, "every_epochs": [2] * 5, "epoch_offset": [1] * 5, "note": ["x"] * 5}
+    values = {"name": "concepts/01-all", "shards": [], "policy": "p", "shard_policy": "p", "made_from": "m", "seed": 0}
+
+    chunk = commit_chunk(
+        folder, pa.table({**dict(zip(index.column_names, index.columns, strict=True)), **of_concepts}), **values
+    )
+    read = chunk.read_index()
+    damaged = read.set_column(read.column_names.index("every_epochs"), "every_epochs", pa.array(["2"] * 5))
+    pq.write_table(damaged, tmp_path / "damaged.parquet")
+
+    assert read.column_names == [*index.column_names, "concept", "every_epochs", "epoch_offset"]
+    assert read.schema.field("every_epochs").type == pa.int32() and read["epoch_offset"].to_pylist() == [1] * 5
+    with pytest.raises(ChunkError, match="column every_epochs is string, expected int32"):
+        read_index(tmp_path / "damaged.parquet")
