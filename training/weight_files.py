@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
 
 from sharding.files import replacing
-from training.tensor_file import TensorFile, bytes_of, header_of, write_file
+from training.tensor_file import TensorFile, bytes_of, header_of, shapes_of, write_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 NUM_KEYS_SHOWN = 8
@@ -61,9 +62,14 @@ class OpenWeights:
     """A weights file whose tensors are read one by one, each into memory of its own. keys: as in the file."""
 
     path: Path
-    keys: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    """By key; of a safetensors file no tensor is read for them."""
     metadata: Mapping[str, str]
     tensor: Callable[[str], Tensor]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self.shapes)
 
     def prefix(self, anchor: str) -> str:
         """Return what stands before `anchor`, a key that every file of one model has: "" where it also stands alone.
@@ -92,10 +98,16 @@ def open_weights(path: Path) -> Iterator[OpenWeights]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
     if path.suffix in TORCH_SUFFIXES:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            raise WeightsError(
+                f"{path}: holds more than tensors, or is damaged ({str(error).splitlines()[0]}); only tensors are "
+                "read, because the rest of a pickle is a program: get the model as .safetensors"
+            ) from error
         loaded = loaded.get("state_dict", loaded)
         tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
-        yield OpenWeights(path, tuple(tensors), {}, lambda key: tensors[key].clone())
+        yield OpenWeights(path, shapes_of(tensors), {}, lambda key: tensors[key].clone())
         return
     if path.suffix != ".safetensors":
         raise WeightsError(f"{path}: expected .safetensors or one of {', '.join(TORCH_SUFFIXES)}")
@@ -104,9 +116,10 @@ def open_weights(path: Path) -> Iterator[OpenWeights]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            keys, metadata = tuple(file.keys()), dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
         # Not by the library's map of the file: until it is closed, the whole file counts as memory of this process.
-        yield OpenWeights(path, keys, metadata, TensorFile(path).tensor)
+        tensors_there = TensorFile(path)
+        yield OpenWeights(path, tensors_there.shapes, metadata, tensors_there.tensor)
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
 

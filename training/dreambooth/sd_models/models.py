@@ -1,27 +1,41 @@
-"""Load a Stable Diffusion model whole: UNet, VAE, text models and tokenizers, with what it predicts."""
+"""Load a Stable Diffusion model whole: UNet, VAE and text models, with what it predicts."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
-from training.dreambooth.sd_models.prediction import Prediction, prediction_of_file, prediction_of_scheduler
-from training.dreambooth.sd_models.shapes import Shapes, detect_family, text_settings, unet_settings, vae_settings
-from training.dreambooth.single_file.layout import EMA_PREFIX, TEXT_PREFIXES, UNET_PREFIX, VAE_PREFIX, Family
-from training.dreambooth.single_file.text_names import from_openclip, with_prefix
-from training.dreambooth.single_file.unet_names import unet_names
-from training.dreambooth.single_file.vae_names import vae_names
-from training.weight_files import OpenWeights, WeightsError, load_into, open_weights
+from training.dreambooth.sd_models.file_parts import text_of, unet_of, vae_of, vae_of_file
+from training.dreambooth.sd_models.folders import (
+    family_of,
+    folder_texts,
+    folder_unet,
+    folder_vae,
+    scheduler_config,
+)
+from training.dreambooth.sd_models.prediction import (
+    Prediction,
+    PredictionType,
+    prediction_of_file,
+    prediction_of_scheduler,
+)
+from training.dreambooth.sd_models.shapes import LATENT_SCALE, detect_family
+from training.dreambooth.single_file.layout import TEXT_PREFIXES, Family
+from training.dreambooth.single_file.reading import open_single_file
+from training.dreambooth.single_file.text_names import with_prefix
+from training.dreambooth.single_file.text_names import with_prefix_name as with_prefix_name
+from training.tensor_file import digest_of_tensors
+from training.weight_files import WeightsError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-ModuleType = TypeVar("ModuleType", bound=nn.Module)
+NAMED_VAES: Mapping[str, str] = {"sdxl-fp16-fix": "madebyollin/sdxl-vae-fp16-fix"}
+"""Hub ids of VAEs that may be given by a name."""
+TEXT_NAMES = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -37,190 +51,119 @@ class SdModel:
     """The single file it came from: exports are laid over it."""
     metadata: Mapping[str, str]
     """Of that file."""
+    name: str = ""
+    """The file, folder or hub id, as it was given."""
+    is_average: bool = False
+    """The UNet is the source's running average, not its plain weights."""
+    has_own_vae: bool = True
+    """The VAE is the source's; False: another was given."""
 
 
-def load_sd(path_or_id: str, *, dtype: torch.dtype = torch.float32, extract_ema: bool = False) -> SdModel:
+def load_sd(
+    path_or_id: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    extract_ema: bool = False,
+    vae: str | None = None,
+    prediction: PredictionType | None = None,
+    zero_terminal_snr: bool | None = None,
+) -> SdModel:
     """Load a single file (.safetensors, .ckpt), a diffusers folder, or a hub id. Needs no network but for a hub id.
 
-    extract_ema: take the file's running average in place of the plain UNet. Raises WeightsError or FileNotFoundError
-    saying what is wrong with it.
+    extract_ema: take the running average in place of the plain UNet. vae: in place of the model's own, see `load_vae`.
+    prediction, zero_terminal_snr: in place of what the model says; an SD 2 file may say nothing. Raises WeightsError or
+    FileNotFoundError saying what is wrong with it.
     """
-    path = Path(path_or_id)
-    if path.is_file():
-        return _load_file(path, dtype, extract_ema=extract_ema)
-    if extract_ema:
-        raise WeightsError(f"{path_or_id}: a diffusers folder keeps its average apart; name that folder instead")
-    return _load_folder(path_or_id, dtype)
+    load = _load_file if Path(path_or_id).is_file() else _load_folder
+    model = load(path_or_id, dtype, average=extract_ema, vae=vae, prediction=prediction)
+    if zero_terminal_snr is None:
+        return model
+    return replace(model, prediction=replace(model.prediction, zero_terminal_snr=zero_terminal_snr))
 
 
 def load_vae(path_or_id: str, *, like: SdModel, dtype: torch.dtype = torch.float32) -> "AutoencoderKL":
-    """Load another VAE for `like`: a bare or whole single file, a diffusers folder, or a hub id."""
-    from diffusers import AutoencoderKL
+    """Load another VAE for `like`: a bare or whole single file, a diffusers folder, a hub id, or one of NAMED_VAES.
 
+    Raises FileNotFoundError when it is not there (without a network: not in the hub's cache), WeightsError when it is
+    of another family.
+    """
+    return _given_vae(path_or_id, like.family, dtype)
+
+
+def load_average(model: SdModel, *, dtype: torch.dtype = torch.float32) -> "UNet2DConditionModel":
+    """Return the running average that the model's file or folder holds. Raises WeightsError when it holds none."""
+    if model.source is None:
+        return folder_unet(model.name, dtype, average=True)
+    with open_single_file(model.source) as file:
+        return unet_of(file, model.family, dtype, average=True)
+
+
+def model_digest(model: SdModel) -> str:
+    """Return the SHA-256 (hex) of all weights as they are in memory now: UNet, VAE, text models, by diffusers' names.
+
+    The same for a file and a folder of the same weights. Reads every byte: 14 GB of an SDXL in fp32.
+    """
+    tensors = {f"unet.{key}": tensor for key, tensor in model.unet.state_dict().items()}
+    tensors |= {f"vae.{key}": tensor for key, tensor in model.vae.state_dict().items()}
+    for name, text in zip(TEXT_NAMES, model.texts, strict=False):
+        tensors |= {f"{name}.{key}": tensor for key, tensor in with_prefix(text.state_dict()).items()}
+    return digest_of_tensors(tensors)
+
+
+def _load_file(
+    path_or_id: str, dtype: torch.dtype, *, average: bool, vae: str | None, prediction: PredictionType | None
+) -> SdModel:
     path = Path(path_or_id)
-    if not path.is_file():
-        with _naming(path_or_id):
-            return AutoencoderKL.from_pretrained(path_or_id, torch_dtype=dtype).eval()
-    with open_weights(path) as file:
-        bare = not any(key.startswith(VAE_PREFIX) for key in file.keys)
-        renamed = replace(
-            file,
-            keys=tuple(VAE_PREFIX + key for key in file.keys) if bare else file.keys,
-            tensor=(lambda key: file.tensor(key.removeprefix(VAE_PREFIX))) if bare else file.tensor,
-        )
-        return _vae(renamed, _shapes(renamed), like.family, dtype)
-
-
-# --- a single file ---
-
-
-def _load_file(path: Path, dtype: torch.dtype, *, extract_ema: bool) -> SdModel:
-    with open_weights(path) as file:
-        family = detect_family(file.keys, name=str(path))
-        shapes = _shapes(file)
+    with open_single_file(path) as file:
+        family = detect_family(file.shapes, name=path_or_id)
+        said = prediction_of_file(file, family, given=prediction)
         return SdModel(
             family=family,
-            unet=_unet(file, shapes, family, dtype, extract_ema=extract_ema),
-            vae=_vae(file, shapes, family, dtype),
-            texts=tuple(_text(file, shapes, family, prefix, dtype) for prefix, _ in TEXT_PREFIXES[family]),
-            prediction=prediction_of_file(file, family),
+            unet=unet_of(file, family, dtype, average=average),
+            vae=vae_of(file, family, dtype) if vae is None else _given_vae(vae, family, dtype),
+            texts=tuple(text_of(file, family, prefix, dtype) for prefix, _ in TEXT_PREFIXES[family]),
+            prediction=said,
             source=path,
             metadata=dict(file.metadata),
+            name=path_or_id,
+            is_average=average,
+            has_own_vae=vae is None,
         )
 
 
-def _shapes(file: OpenWeights) -> Shapes:
-    return {key: tuple(file.tensor(key).shape) for key in file.keys}
+def _load_folder(
+    path_or_id: str, dtype: torch.dtype, *, average: bool, vae: str | None, prediction: PredictionType | None
+) -> SdModel:
+    unet = folder_unet(path_or_id, dtype, average=average)
+    family = family_of(unet)
+    return SdModel(
+        family=family,
+        unet=unet,
+        vae=folder_vae(path_or_id, dtype) if vae is None else _given_vae(vae, family, dtype),
+        texts=folder_texts(path_or_id, family, dtype),
+        prediction=prediction_of_scheduler(scheduler_config(path_or_id), given=prediction),
+        source=None,
+        metadata={},
+        name=path_or_id,
+        is_average=average,
+        has_own_vae=vae is None,
+    )
 
 
-def _unet(
-    file: OpenWeights, shapes: Shapes, family: Family, dtype: torch.dtype, *, extract_ema: bool
-) -> "UNet2DConditionModel":
-    from diffusers import UNet2DConditionModel
-
-    def original(name: str) -> str:
-        return _ema_key(file, name) if extract_ema else UNET_PREFIX + name
-
-    with _naming(file.path):
-        settings = unet_settings(shapes, family)
-    unet = _empty(lambda: UNet2DConditionModel(**settings))
-    names = unet_names(unet.state_dict())
-    return _filled(unet, {key: original(name) for key, name in names.items()}, file, dtype)
-
-
-def _ema_key(file: OpenWeights, name: str) -> str:
-    """Return where a file keeps a parameter's average: without dots, as LDM writes it; d8ahazard's variant, too."""
-    plain = name.replace(".", "")
-    for key in (f"{EMA_PREFIX}diffusion_model{plain}", f"{EMA_PREFIX}{plain}"):
-        if key in file.keys:
-            return key
-    raise WeightsError(f"{file.path}: no running average of {name} in it; load it without extract_ema")
-
-
-def _vae(file: OpenWeights, shapes: Shapes, family: Family, dtype: torch.dtype) -> "AutoencoderKL":
-    from diffusers import AutoencoderKL
-
-    with _naming(file.path):
-        settings = vae_settings(shapes, family)
-    vae = _empty(lambda: AutoencoderKL(**settings))
-    names = vae_names(vae.state_dict())
-    return _filled(vae, {key: VAE_PREFIX + name for key, name in names.items()}, file, dtype)
-
-
-def _text(
-    file: OpenWeights, shapes: Shapes, family: Family, prefix: str, dtype: torch.dtype
-) -> "CLIPTextModel | CLIPTextModelWithProjection":
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    is_second = prefix != TEXT_PREFIXES[family][0][0]
-    config = CLIPTextConfig(**text_settings(shapes, prefix, skips_last_layer=family == "sd2"))
-    model = _empty(lambda: (CLIPTextModelWithProjection if is_second else CLIPTextModel)(config))
-    own = {key.removeprefix(prefix): file.tensor(key) for key in file.keys if key.startswith(prefix)}
-    tensors = from_openclip(own) if "positional_embedding" in own else with_prefix(own)
-    state = model.state_dict()
-    wanted = {with_prefix_name(key): key for key in state}
-    found = {wanted[key]: tensor.to(dtype, copy=True) for key, tensor in tensors.items() if key in wanted}
-    load_into(model, _with_buffers(state, found), source=file.path)
-    return model.eval()
-
-
-def with_prefix_name(key: str) -> str:
-    """Return a live CLIP text model's parameter name as files have it."""
-    return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
-
-
-def _with_buffers(state: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the found tensors with position numbers, where a module keeps them in its state."""
-    numbers = {
-        key: torch.arange(tensor.shape[-1]).unsqueeze(0)
-        for key, tensor in state.items()
-        if key.endswith("position_ids")
-    }
-    return {**numbers, **found}
-
-
-def _empty(make: Callable[[], ModuleType]) -> ModuleType:
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
-        return make()
-
-
-def _filled(module: ModuleType, names: Mapping[str, str], file: OpenWeights, dtype: torch.dtype) -> ModuleType:
-    """Fill a module from a file. names: {parameter: key in the file}. Raises WeightsError naming missing keys."""
-    there = set(file.keys)
-    if missing := sorted(name for name in names.values() if name not in there):
-        raise WeightsError(f"{file.path}: {len(missing)} of {len(names)} keys are missing, first {missing[0]}")
-    shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
-    tensors = {key: file.tensor(name).to(dtype, copy=True).reshape(shapes[key]) for key, name in names.items()}
-    load_into(module, tensors, source=file.path)
-    return module.eval()
-
-
-# --- a folder ---
-
-
-def _load_folder(path_or_id: str, dtype: torch.dtype) -> SdModel:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-
-    with _naming(path_or_id):
-        unet = UNet2DConditionModel.from_pretrained(path_or_id, subfolder="unet", torch_dtype=dtype)
-        vae = AutoencoderKL.from_pretrained(path_or_id, subfolder="vae", torch_dtype=dtype)
-        texts = [CLIPTextModel.from_pretrained(path_or_id, subfolder="text_encoder", dtype=dtype)]
-        if is_sdxl := unet.config.addition_embed_type == "text_time":
-            second = CLIPTextModelWithProjection.from_pretrained(path_or_id, subfolder="text_encoder_2", dtype=dtype)
-            texts.append(second)
-    family: Family = "sdxl" if is_sdxl else "sd2" if unet.config.use_linear_projection else "sd1"
-    prediction = prediction_of_scheduler(_scheduler_config(path_or_id))
-    for module in (unet, vae, *texts):
-        module.eval()
-    return SdModel(family, unet, vae, tuple(texts), prediction, None, {})
-
-
-def _scheduler_config(path_or_id: str) -> dict[str, Any]:
-    path = Path(path_or_id) / "scheduler" / "scheduler_config.json"
-    if not Path(path_or_id).is_dir():
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(path_or_id, "scheduler/scheduler_config.json"))
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return values
-
-
-class _naming:
-    """Turn what libraries raise into an error that names the model and says what may be given."""
-
-    def __init__(self, source: Path | str) -> None:
-        self._source = source
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError):
-            raise FileNotFoundError(
-                f"{self._source}: {error}; give a single file, a diffusers folder or a hub id owner/name"
-            ) from error
-        if isinstance(error, WeightsError):
-            raise WeightsError(f"{self._source}: {error}") from error
+def _given_vae(path_or_id: str, family: Family, dtype: torch.dtype) -> "AutoencoderKL":
+    if Path(path_or_id).is_file():
+        return vae_of_file(Path(path_or_id), family, dtype)
+    source = NAMED_VAES.get(path_or_id, path_or_id)
+    try:
+        vae = folder_vae(source, dtype)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"VAE {path_or_id!r} is neither here nor, as {source}, in the hub's cache, and could not be downloaded "
+            f"({str(error).splitlines()[0]}); give a file, a folder or a hub id, or once: hf download {source}"
+        ) from error
+    if vae.config.scaling_factor != LATENT_SCALE[family]:
+        raise WeightsError(
+            f"VAE {path_or_id!r}: its latents are scaled by {vae.config.scaling_factor}, those of {family} by "
+            f"{LATENT_SCALE[family]}: it belongs to another family"
+        )
+    return vae

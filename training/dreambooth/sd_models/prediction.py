@@ -20,14 +20,16 @@ class Prediction:
     said_by: str
 
 
-def prediction_of_file(file: OpenWeights, family: Family) -> Prediction:
+def prediction_of_file(file: OpenWeights, family: Family, *, given: PredictionType | None = None) -> Prediction:
     """Return what a single file says: its marker tensors `v_pred` and `ztsnr`, else ModelSpec, else its family.
 
     Raises WeightsError for an SD 2 that says nothing: 2.0-base and 2.1-base predict noise, 2.0 and 2.1 v, and no key
-    tells them apart.
+    tells them apart. given: by the user, who is believed.
     """
-    has_zero_snr = "ztsnr" in file.keys
-    if "v_pred" in file.keys:
+    has_zero_snr = "ztsnr" in file.shapes
+    if given is not None:
+        return Prediction(given, has_zero_snr and given == "v_prediction", "dreambooth.prediction")
+    if "v_pred" in file.shapes:
         return Prediction("v_prediction", has_zero_snr, "the file's tensor v_pred")
     said = file.metadata.get("modelspec.prediction_type", "").lower()
     if said in _NAMES:
@@ -43,11 +45,14 @@ def prediction_of_file(file: OpenWeights, family: Family) -> Prediction:
     )
 
 
-def prediction_of_scheduler(config: Mapping[str, Any]) -> Prediction:
-    """Return what a diffusers folder's scheduler_config.json says."""
+def prediction_of_scheduler(config: Mapping[str, Any], *, given: PredictionType | None = None) -> Prediction:
+    """Return what a diffusers folder's scheduler_config.json says. given: by the user, who is believed."""
+    has_zero_snr = bool(config.get("rescale_betas_zero_snr", False))
+    if given is not None:
+        return Prediction(given, has_zero_snr and given == "v_prediction", "dreambooth.prediction")
     said = str(config.get("prediction_type", "epsilon"))
     if said not in _NAMES:
         raise WeightsError(
             f"scheduler_config.json: prediction_type {said!r}: epsilon and v_prediction are trained here"
         )
-    return Prediction(_NAMES[said], bool(config.get("rescale_betas_zero_snr", False)), "the folder's scheduler")
+    return Prediction(_NAMES[said], has_zero_snr, "the folder's scheduler")

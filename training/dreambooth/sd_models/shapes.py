@@ -13,14 +13,24 @@ from training.weight_files import WeightsError
 Shapes = Mapping[str, tuple[int, ...]]
 _HEAD_WIDTH = 64
 _SD1_HEADS = 8
-_LATENT_SCALE: Mapping[Family, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
+LATENT_SCALE: Mapping[Family, float] = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 _SAMPLE_SIZE: Mapping[Family, int] = {"sd1": 64, "sd2": 96, "sdxl": 128}
 _BOS, _EOS = 49406, 49407
+_OTHERS: Mapping[str, str] = {
+    "a Stable Diffusion 3": "joint_blocks.0.x_block.",
+    "a Flux": "double_blocks.0.img_attn.",
+    "a Stable Cascade (recipe stage_c)": "down_blocks.0.0.channelwise.",
+    "SDXL's refiner": "conditioner.embedders.0.model.",
+}
+"""Part of a key by which models of other families are known."""
 
 
 def detect_family(keys: Iterable[str], *, name: str) -> Family:
     """Return the family of a single file by its text models. Raises WeightsError when it is none of the three."""
     known = list(keys)
+    for kind, sign in _OTHERS.items():
+        if any(sign in key for key in known):
+            raise WeightsError(f"{name}: {kind}, which is not trained here: Stable Diffusion 1, 2 and XL are")
     for family in ("sdxl", "sd2", "sd1"):
         prefixes = [prefix for prefix, _ in TEXT_PREFIXES[family]]
         if all(any(key.startswith(prefix) for key in known) for prefix in prefixes):
@@ -85,7 +95,7 @@ def vae_settings(shapes: Shapes, family: Family) -> dict[str, Any]:
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "sample_size": 8 * _SAMPLE_SIZE[family],
-        "scaling_factor": _LATENT_SCALE[family],
+        "scaling_factor": LATENT_SCALE[family],
     }
 
 

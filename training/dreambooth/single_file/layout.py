@@ -34,6 +34,8 @@ class Parts:
     unet: Mapping[str, Tensor] | None = None
     vae: Mapping[str, Tensor] | None = None
     texts: tuple[Mapping[str, Tensor] | None, ...] = ()
+    average: Mapping[str, Tensor] | None = None
+    """The UNet's running average, written beside it."""
 
 
 def original_tensors(family: Family, parts: Parts) -> dict[str, Tensor]:
@@ -45,6 +47,9 @@ def original_tensors(family: Family, parts: Parts) -> dict[str, Tensor]:
     if parts.unet is not None:
         names = unet_names(parts.unet)
         found |= {UNET_PREFIX + names[key]: tensor for key, tensor in parts.unet.items()}
+    if parts.average is not None:
+        names = unet_names(parts.average)
+        found |= {average_key(names[key]): tensor for key, tensor in parts.average.items()}
     if parts.vae is not None:
         names = vae_names(parts.vae)
         found |= {VAE_PREFIX + names[key]: vae_tensor(names[key], tensor) for key, tensor in parts.vae.items()}
@@ -53,6 +58,11 @@ def original_tensors(family: Family, parts: Parts) -> dict[str, Tensor]:
             tensors = with_prefix(text) if form == _CLIP else openclip_text(text)
             found |= {prefix + key: tensor for key, tensor in tensors.items()}
     return found
+
+
+def average_key(name: str) -> str:
+    """Return where a file keeps the average of a UNet's parameter, an original name: without dots, as LDM writes it."""
+    return f"{EMA_PREFIX}diffusion_model{name.replace('.', '')}"
 
 
 def filled_up(family: Family, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,11 +29,12 @@ def with_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     transformers 5.6 and later leave `text_model.` out of a CLIPTextModel's names in memory; files keep it.
     """
-    return {
-        key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}": tensor
-        for key, tensor in state_dict.items()
-        if not key.endswith("position_ids")
-    }
+    return {with_prefix_name(key): tensor for key, tensor in state_dict.items() if not key.endswith("position_ids")}
+
+
+def with_prefix_name(key: str) -> str:
+    """Return a live CLIP text model's parameter name as files have it."""
+    return key if key.startswith(("text_model.", "text_projection.")) else f"text_model.{key}"
 
 
 def openclip_text(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
