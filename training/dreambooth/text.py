@@ -72,11 +72,21 @@ class SdText(nn.Module):
             layers = _inner(text).encoder.layers
             if not 1 <= self.clip_skip <= len(layers):
                 raise ValueError(f"dreambooth.clip_skip {self.clip_skip}: the text model has {len(layers)} layers")
-            if not hasattr(text, "text_projection"):
-                for layer in layers[len(layers) - self.clip_skip + 1 :]:
-                    layer.requires_grad_(False)
-                if family == "sdxl":
-                    _inner(text).final_layer_norm.requires_grad_(False)
+            self._freeze_unread(text)
+
+    def unfreeze(self, text: nn.Module) -> None:
+        """Let gradients reach all of one text model that is read."""
+        text.requires_grad_(True)
+        self._freeze_unread(text)
+
+    def _freeze_unread(self, text: nn.Module) -> None:
+        if hasattr(text, "text_projection"):
+            return
+        layers = _inner(text).encoder.layers
+        for layer in layers[len(layers) - self.clip_skip + 1 :]:
+            layer.requires_grad_(False)
+        if self.family == "sdxl":
+            _inner(text).final_layer_norm.requires_grad_(False)
 
     def forward(self, *windows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the states (B, 75 W + 2, C) for cross attention and, of SDXL, the pooled vector (B, P).

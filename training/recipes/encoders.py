@@ -46,6 +46,10 @@ class TextEncoder(Protocol):
 
 def load_image_encoder(config: RunConfig, device: torch.device) -> ImageEncoder:
     """Load the frozen image encoder. Raises FileNotFoundError, WeightsError."""
+    if config.dreambooth is not None:
+        from training.dreambooth.latents import VaeEncoder
+
+        return VaeEncoder(config.dreambooth, device=device)
     from training.stage_c.latents import LatentEncoder
 
     return LatentEncoder(config.of_stage_c, device=device)
@@ -53,6 +57,10 @@ def load_image_encoder(config: RunConfig, device: torch.device) -> ImageEncoder:
 
 def load_text_encoder(config: RunConfig, device: torch.device) -> TextEncoder:
     """Load the frozen text encoder. Raises FileNotFoundError, WeightsError."""
+    if config.dreambooth is not None:
+        from training.dreambooth.networks import load_conditioning
+
+        return load_conditioning(config.dreambooth, device=device)
     from training.stage_c.conditioning import Conditioning
 
     return Conditioning(config.of_stage_c, device=device, dtype=torch.float32)
@@ -60,18 +68,28 @@ def load_text_encoder(config: RunConfig, device: torch.device) -> TextEncoder:
 
 def image_rule(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide what a picture's latent is, besides its size, for JSON."""
+    if config.dreambooth is not None:
+        return {"vae_dtype": config.dreambooth.vae_dtype}
     return {"effnet_dtype": config.of_stage_c.effnet_dtype}
 
 
 def caption_rule(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide what a caption's output is, for JSON."""
-    settings = config.of_stage_c
-    return {"max_tokens": settings.max_tokens, "attention_mask": settings.attention_mask}
+    of_stage_c, of_dreambooth = ("max_tokens", "attention_mask"), ("max_tokens", "strict_tokens", "clip_skip")
+    names: tuple[str, ...] = of_stage_c if config.dreambooth is None else of_dreambooth
+    return {name: getattr(config.recipe, name) for name in names}
 
 
 def values_per_caption(config: RunConfig) -> int:
     """Return how many numbers a caption's output has, from the shapes of the encoder alone."""
-    from training.memory.architecture import architecture_of
+    num_states = config.recipe.max_tokens + 2
+    if config.dreambooth is not None:
+        from training.memory.sd_architecture import sd_architecture
 
-    text, settings = architecture_of(config).text, config.of_stage_c
-    return int((settings.max_tokens + 2) * text.hidden_size + text.projection_dim)
+        texts = sd_architecture(config).texts
+        pooled = texts[-1]["projection_dim"] if len(texts) > 1 else 0
+        return int(num_states * sum(text["hidden_size"] for text in texts) + pooled)
+    from training.memory.stage_c_architecture import stage_c_architecture
+
+    text = stage_c_architecture(config).text
+    return int(num_states * text.hidden_size + text.projection_dim)
