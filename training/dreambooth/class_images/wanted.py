@@ -3,11 +3,10 @@
 Pure; no torch. A class image is wanted by all that makes it, so two wishes for the same are one file.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from sharding.files import digest_of
 from training.config import Prompt
 from training.config.concepts import ConceptConfig
 from training.dreambooth.class_images.prompts import class_prompt
@@ -48,8 +47,7 @@ class Instance:
 
 def key(image: ClassImage, model_digest: str) -> str:
     """Return the SHA-256 of all that makes a class image. model_digest: see `model.digest`."""
-    made_by = {"method": METHOD, "model": model_digest, **asdict(image), "guidance": float(image.guidance)}
-    return hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()
+    return digest_of({"method": METHOD, "model": model_digest, **asdict(image), "guidance": float(image.guidance)})
 
 
 def class_images_of(concept: ConceptConfig, instances: Sequence[Instance], *, seed: int) -> list[ClassImage]:
@@ -78,5 +76,4 @@ def class_images_of(concept: ConceptConfig, instances: Sequence[Instance], *, se
 
 def _seed(*parts: int | str) -> int:
     """Return 32 bits, so that a web UI can be given the seed, too."""
-    digest = hashlib.sha256(json.dumps(["class image", *parts]).encode()).digest()
-    return int.from_bytes(digest[:4], "big")
+    return int(digest_of(["class image", *parts])[:8], 16)

@@ -34,8 +34,8 @@ def draw_pictures(prompts: Sequence[Prompt], *, networks: SdPictures, batch_size
     size = batch_size if networks.device.type != "cpu" else 1
     for batch in batches(prompts, size=size):
         latents = draw_latents(batch, networks=networks)
-        for one in latents.split(1):
-            yield decode(one, networks=networks)
+        for number in range(len(batch)):
+            yield decode(latents[number : number + 1], networks=networks)
 
 
 def batches(prompts: Sequence[Prompt], *, size: int) -> Iterator[list[Prompt]]:
@@ -64,9 +64,7 @@ def draw_latents(prompts: Sequence[Prompt], *, networks: SdPictures) -> Tensor:
             with in_fp32(networks.unet, networks.text):
                 latents = _sample(prompts, networks)
     if not latents.isfinite().all():
-        raise NotFiniteError(
-            f"preview {prompts[0].text!r}: the model gives no numbers, in fp32, too; its weights broke"
-        )
+        raise NotFiniteError(f"{prompts[0].text!r}: the model draws no numbers, in fp32, too: its weights are broken")
     return latents
 
 
@@ -106,6 +104,7 @@ def _sample(prompts: Sequence[Prompt], networks: SdPictures) -> Tensor:
             rescale = GUIDANCE_RESCALE if networks.prediction.zero_terminal_snr else 0.0
             predicted = guided(*predicted.chunk(2), guidance=first.guidance, rescale=rescale)
         latents = scheduler.step(predicted, t, latents, generator=generators, return_dict=False)[0]
+    assert isinstance(latents, Tensor)
     return latents
 
 

@@ -35,13 +35,14 @@ class SdPictures:
     @property
     def device(self) -> torch.device:
         """Where pictures are drawn."""
-        return self.unet.device
+        device: torch.device = self.unet.device
+        return device
 
     @property
     def pixels_per_latent(self) -> int:
         """Side of the square that one latent position stands for: 8 in Stable Diffusion."""
-        levels: int = len(self.vae.config["block_out_channels"])
-        return 2 ** (levels - 1)
+        num_levels = len(self.vae.config["block_out_channels"])
+        return 1 << (num_levels - 1)
 
 
 @contextmanager
