@@ -119,7 +119,9 @@ class ChunkRun:
             logger.info("chunk %s: starting from %s", self._chunk.name, origin)
         self._tell_start(trained)
         reason = self._rank.agreed_stop()  # while networks were loading: there is nothing new to save
-        if not reason and self._is_resumed and not self._plans.is_over(self.position):
+        if not reason and not self._is_resumed:
+            reason = self._watching.begin(trained, self.position)
+        elif not reason and not self._plans.is_over(self.position):
             reason = self._watching.make(trained, self.position)  # a stop or a kill may have come before
         if reason:
             return self._finish_stopped(reason)

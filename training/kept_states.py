@@ -15,6 +15,8 @@ from training.state_manifest import StateError, read_manifest, verify_state
 logger = logging.getLogger(__name__)
 
 _REPLACED_MARK = ".replaced-"
+BEST_MARK = "best"
+"""A file beside states, with the name of the one that is kept because it is the run's best."""
 
 being_written: set[Path] = set()
 """Partial folders that this process is writing."""
@@ -52,7 +54,7 @@ def retain_states(folders: Iterable[Path], *, keep_last: int, trusted: Container
     """Remove all but the `keep_last` newest of these states; return the removed ones.
 
     Nothing goes before that many newer ones verify (`trusted`: see `verify_state`). A damaged one in the way is not
-    counted, reported and kept for a person to look at. keep_last: at least 1.
+    counted, reported and kept for a person to look at; the run's best one is kept. keep_last: at least 1.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last: must be at least 1, got {keep_last}")
@@ -68,6 +70,8 @@ def retain_states(folders: Iterable[Path], *, keep_last: int, trusted: Container
     removed: list[Path] = []
     for _, folder in sorted(states, key=age, reverse=True):
         if num_kept == keep_last:
+            if is_best(folder):
+                continue
             _remove(folder)
             removed.append(folder)
             continue
@@ -77,6 +81,14 @@ def retain_states(folders: Iterable[Path], *, keep_last: int, trusted: Container
         except StateError as error:
             logger.warning("%s", error)
     return removed
+
+
+def is_best(folder: Path) -> bool:
+    """Tell whether a state is marked as the run's best."""
+    try:
+        return (folder.parent / BEST_MARK).read_text(encoding="utf-8") == folder.name
+    except FileNotFoundError:
+        return False
 
 
 def remove_partials(folder: Path) -> list[Path]:

@@ -110,7 +110,7 @@ class Records:
         for row in read_metrics(self._run_dir.metrics_path):
             if "validation/loss" in row:
                 self._validated_step = row["global_step"]
-            else:
+            elif "step" in row:
                 last.append(row)
         self._gauges.go_on_after(last)
 
@@ -185,8 +185,12 @@ class Records:
 
     def validated(self, position: Position, values: Mapping[str, Any]) -> None:
         """Append the losses of held-out pictures to metrics.jsonl, as a row of their own."""
-        self._append_row({"global_step": position.global_step, "chunk": position.chunk, **values})
+        self.measured(position, values)
         self._validated_step = position.global_step
+
+    def measured(self, position: Position, values: Mapping[str, Any]) -> None:
+        """Append what was measured beside the steps to metrics.jsonl, as a row of its own."""
+        self._append_row({"global_step": position.global_step, "chunk": position.chunk, **values})
 
     def before_save(self) -> None:
         """Make the metrics of all steps so far durable: a state must not be ahead of them."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sharding.files import TEMPORARY_MARK
 from training.chunk_history import ChunkRecord
-from training.kept_states import delete_folder, remove_partials, retain_states
+from training.kept_states import delete_folder, is_best, remove_partials, retain_states
 from training.run_dir import RunDir
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ def is_milestone(position_in_run: int, keep_every_chunks: int) -> bool:
 
 
 def retain_exports(records: Mapping[str, ChunkRecord], run_dir: RunDir, *, keep_exports: int) -> list[Path]:
-    """Keep the weights of the newest `keep_exports` chunks that have some; 0 keeps all. Return what went.
+    """Keep the weights of the newest `keep_exports` chunks that have some, and those of the run's best state; 0 keeps
+    all. Return what went.
 
     Weights that a person put elsewhere, or wrote with `training export`, are not looked at.
     """
@@ -57,7 +58,8 @@ def retain_exports(records: Mapping[str, ChunkRecord], run_dir: RunDir, *, keep_
         key=lambda record: record.last_state.global_step if record.last_state is not None else 0,
     )
     folders = [folder for record in done if (folder := run_dir.weights_folder(record.chunk)).is_dir()]
-    removed = folders[:-keep_exports] if keep_exports else []
+    older = folders[:-keep_exports] if keep_exports else []
+    removed = [folder for folder in older if not is_best(folder.with_name("final"))]
     for folder in removed:
         doomed = folder.with_name(f"{folder.name}{TEMPORARY_MARK}removed-{os.getpid()}")
         os.replace(folder, doomed)

@@ -8,7 +8,7 @@ number drawn, no table updated, no counter moved.
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,10 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """One picture's loss."""
+class Measured:
+    """One picture's loss. concept: its concept, or its dataset."""
 
     key: str
+    concept: str
     timestep: float
     loss: float
 
@@ -54,7 +55,7 @@ class Validation:
         self._data: ChunkData | None = None
         if self._config.validation.chunk is None:
             return
-        chunk = _held_out(self._config, self._config.validation.chunk)
+        chunk = held_out_chunk(self._config, self._config.validation.chunk)
         index, config = chunk.read_index(), self._config
         plan = validation_plan(index, chunk.name, config=config)
         pixels, captions = still_pixel_settings(config), still_caption_settings(config)
@@ -81,30 +82,16 @@ class Validation:
         if self._data is None or rank.from_main(lambda: rank.records.is_validated(position)):  # type: ignore[union-attr]
             return ""
         started = time.monotonic()
-        measured: list[_Measured] = []
-        broken: list[tuple[str, str]] = []
-        batches = make_loader(self._data, workers=self._config.data.workers, prefetch=self._config.data.prefetch)
-        with trained.shown(), eval_mode(trained.model), torch.no_grad():
-            for batch in batches:
-                if reason := rank.agreed_stop():
-                    return reason
-                timesteps = [fixed_timestep(identity) for identity in batch.identities]
-                with rank.engine.autocast():
-                    losses = trained.recipe.loss(trained.model, batch, timesteps=timesteps)
-                batch = batch.without(losses.broken)
-                measured += _measured(batch, timesteps, losses.per_sample)
-                broken += batch.broken
-        gathered = rank.engine.gather((measured, broken))
+        measured, reason = fixed_losses(rank, trained, self._data, timestep=fixed_timestep)
+        if reason:
+            return reason
         if rank.records is not None:
-            seconds = time.monotonic() - started
-            row = metrics([one for part, _ in gathered for one in part], seconds=seconds)
-            for key, reason in sorted(image for _, part in gathered for image in part):
-                logger.warning("%s: image %s is left out: %s", self._config.validation.chunk, key, reason)
+            row = metrics(measured, seconds=time.monotonic() - started)
             rank.records.validated(position, row)
             logger.info(
                 "%s at global step %s: validation loss %.4f over %d images of %s in %.1f s",
                 position.chunk, f"{position.global_step:,}", row["validation/loss"], row["validation/num_images"],
-                self._config.validation.chunk, seconds,
+                self._config.validation.chunk, row["speed/validation_seconds"],
             )  # fmt: skip
         rank.engine.barrier()
         return ""
@@ -121,12 +108,44 @@ class Validation:
         run_dir.update_run_json(validation=plan.digest)
 
 
-def _measured(batch: Batch, timesteps: Sequence[float], losses: torch.Tensor) -> list[_Measured]:
+def fixed_losses(
+    rank: Rank, trained: Trained, data: ChunkData, *, timestep: Callable[[SampleIdentity], float]
+) -> tuple[list[Measured], str]:
+    """Return the losses of the weights that are shown, of all ranks' pictures, and why the ranks agreed to stop, or "".
+
+    data: this rank's share. Every rank has to call it. Pictures that cannot be used are left out, with a warning.
+    """
+    config = rank.config.data
+    own: list[Measured] = []
+    broken: list[tuple[str, str]] = []
+    with trained.shown(), eval_mode(trained.model), torch.no_grad():
+        for batch in make_loader(data, workers=config.workers, prefetch=config.prefetch):
+            if reason := rank.agreed_stop():
+                return [], reason
+            timesteps = [timestep(identity) for identity in batch.identities]
+            with rank.engine.autocast():
+                losses = trained.recipe.loss(trained.model, batch, timesteps=timesteps)
+            batch = batch.without(losses.broken)
+            own += _measured(batch, timesteps, losses.per_sample)
+            broken += batch.broken
+    gathered = rank.engine.gather((own, broken))
+    for key, reason in sorted({image for _, part in gathered for image in part}) if rank.is_main else ():
+        logger.warning("measured without image %s: %s", key, reason)
+    return [one for part, _ in gathered for one in part], ""
+
+
+def _measured(batch: Batch, timesteps: Sequence[float], losses: torch.Tensor) -> list[Measured]:
     """Return the losses (B,) of a batch that count."""
     if batch.is_padding:
         return []
-    slots = zip(batch.identities, timesteps, losses.double().tolist(), batch.is_broken.tolist(), strict=True)
-    return [_Measured(identity.key, timestep, loss) for identity, timestep, loss, broken in slots if not broken]
+    slots = zip(
+        batch.identities, batch.datasets, timesteps, losses.double().tolist(), batch.is_broken.tolist(), strict=True
+    )
+    return [
+        Measured(identity.key, identity.concept or dataset, timestep, loss)
+        for identity, dataset, timestep, loss, broken in slots
+        if not broken
+    ]
 
 
 def validation_plan(index: pa.Table, chunk: str, *, config: RunConfig) -> BatchPlan:
@@ -162,7 +181,7 @@ def fixed_timestep(identity: SampleIdentity) -> float:
     return centre(int.from_bytes(identity.digest("validation timestep"), "little") % NUM_BANDS)
 
 
-def metrics(measured: Sequence[_Measured], *, seconds: float) -> dict[str, Any]:
+def metrics(measured: Sequence[Measured], *, seconds: float) -> dict[str, Any]:
     """Return what metrics.jsonl gets; sums do not depend on the order. NaN when no picture could be read."""
     total = math.fsum(one.loss for one in measured)
     return {
@@ -185,11 +204,12 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             each.training = was_training
 
 
-def _held_out(config: RunConfig, name: str) -> Chunk:
+def held_out_chunk(config: RunConfig, name: str) -> Chunk:
+    """Return a chunk of the workspace. Raises ConfigError when it is not held out, ChunkError when it is not there."""
     chunk = open_chunk(Workspace(config.data.workspace).chunks / name)
     if not chunk.info.is_held_out:
         raise ConfigError(
-            f"validation.chunk {name}: is not held out, so it may be trained; set plan.held_out when building the "
+            f"chunk {name}: is not held out, so it may be trained; set plan.held_out when building the "
             "workspace, and name a chunk DATASET/held-out"
         )
     return chunk

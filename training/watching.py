@@ -1,7 +1,8 @@
-"""What people look at while a chunk is trained: previews, and the loss of held-out pictures; when each is due.
+"""What people look at while a chunk is trained: previews, the loss of held-out pictures, the verdict; when each is due.
 
-Both are due at steps by the config, and at the end of a chunk. What was due in a step whose launch was stopped or
-killed is made by the next one, before it goes on; what is there already is not made again.
+The first two are due at steps by the config, and at the end of a chunk. The verdict (recipe `dreambooth`) comes with
+either, and at the start of each chunk, for what later ones are compared with. What was due in a step whose launch was
+stopped or killed is made by the next one, before it goes on; what is there already is not made again.
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from typing import Literal
 
 from training.config import Prompt
 from training.config.watching import PreviewConfig, ValidationConfig
+from training.dreambooth.verdict.prompts import sanity_prompt
+from training.dreambooth.verdict.watch import VerdictWatch
 from training.position import Position
 from training.preview import is_drawn, write_pictures
 from training.preview_prompts import preview_prompts
@@ -26,6 +29,20 @@ class Watching:
             lambda: preview_prompts(rank.config, rank.run_dir, chunk=chunk)
         )
         self._validation = Validation(rank)
+        self._verdict: VerdictWatch | None = None
+        if rank.config.dreambooth is not None:
+            sanity = sanity_prompt(rank.config)
+            self.prompts += (sanity,) if sanity is not None else ()
+            self._verdict = VerdictWatch(rank, chunk, self.prompts)
+
+    def begin(self, trained: Trained, position: Position) -> str:
+        """Make what later verdicts are compared with, before the chunk's first update: with that of the run's first
+        chunk, previews, too. Return as `make`; every rank has to call it.
+        """
+        if self._verdict is None:
+            return ""
+        is_drawn = position.global_step == 0 and bool(self.prompts)
+        return (is_drawn and self._preview(trained, position)) or self._verdict.run(trained, position)
 
     def make(self, trained: Trained, position: Position, *, at_end: bool = False) -> str:
         """Make what is due at `position` and not there; return why the ranks agreed to stop meanwhile, or "".
@@ -33,7 +50,13 @@ class Watching:
         at_end: the chunk ends there. Every rank has to call it.
         """
         for what in self._due(position, at_end=at_end):
-            reason = self._preview(trained, position) if what == "preview" else self._validation.run(trained, position)
+            if what == "preview":
+                reason = self._preview(trained, position)
+            elif what == "validation":
+                reason = self._validation.run(trained, position)
+            else:
+                assert self._verdict is not None
+                reason = self._verdict.run(trained, position, at_end=at_end)
             if reason:
                 return reason
         return ""
@@ -42,14 +65,21 @@ class Watching:
         """Tell whether everything that is due at `position` is there; rank 0 only."""
         assert self._rank.records is not None
         is_there = {"preview": self._is_drawn(position), "validation": self._rank.records.is_validated(position)}
+        if self._verdict is not None:
+            is_there["verdict"] = self._verdict.is_there(position)
         return all(is_there[what] for what in self._due(position, at_end=at_end))
 
-    def _due(self, position: Position, *, at_end: bool) -> Iterator[Literal["preview", "validation"]]:
+    def _due(self, position: Position, *, at_end: bool) -> Iterator[Literal["preview", "validation", "verdict"]]:
         config = self._rank.config
-        if self.prompts and _is_due(config.preview, position, at_end=at_end):
+        is_preview, is_validation = (
+            _is_due(settings, position, at_end=at_end) for settings in (config.preview, config.validation)
+        )
+        if self.prompts and is_preview:
             yield "preview"
-        if config.validation.chunk is not None and _is_due(config.validation, position, at_end=at_end):
+        if config.validation.chunk is not None and is_validation:
             yield "validation"
+        if self._verdict is not None and (is_preview or is_validation):
+            yield "verdict"
 
     def _preview(self, trained: Trained, position: Position) -> str:
         """Draw on every rank, in eval mode and the run's compute format; rank 0 writes when all pictures are made."""
