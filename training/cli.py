@@ -20,6 +20,7 @@ COMMANDS = (
     "export",
     "merge",
     "preview",
+    "create-model",
     "import-concepts",
     "doctor",
     "explain-kohya",

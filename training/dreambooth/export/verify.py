@@ -6,7 +6,8 @@ lost shows, and rounding does not. In fp32 on the CPU, one part at a time.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,9 +101,10 @@ def _read_file(path: Path, content: SdWeights, dtype: torch.dtype) -> _ReadBack:
 def _read_folder(path: Path, content: SdWeights, dtype: torch.dtype) -> _ReadBack:
     import diffusers
 
-    pipeline = getattr(diffusers, PIPELINES[content.model.family]).from_pretrained(
-        path, torch_dtype=dtype, local_files_only=True
-    )
+    with _quiet():
+        pipeline = getattr(diffusers, PIPELINES[content.model.family]).from_pretrained(
+            path, torch_dtype=dtype, local_files_only=True
+        )
     modules = {name: getattr(pipeline, name) for name in _modules(content.model)}
     if content.average is not None:
         modules[AVERAGE_FOLDER] = folder_unet(str(path), dtype, average=True)
@@ -112,6 +114,22 @@ def _read_folder(path: Path, content: SdWeights, dtype: torch.dtype) -> _ReadBac
         Prediction(settings["prediction_type"], settings["rescale_betas_zero_snr"], "the folder"),
         tuple(getattr(pipeline, name) for name in TOKENIZER_NAMES[: len(content.model.texts)]),
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Show no progress bars: their lines fill log files."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = [one for one in (diffusers.utils.logging, transformers.utils.logging) if one.is_progress_bar_enabled()]
+    for one in libraries:
+        one.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for one in libraries:
+            one.enable_progress_bar()
 
 
 def _modules(model: SdModel) -> dict[str, nn.Module]:
@@ -163,8 +181,8 @@ def _maker(settings: nn.Module) -> Callable[[], nn.Module]:
     kind: Any = type(settings)
     if hasattr(kind, "load_config"):  # diffusers
         values = {key: value for key, value in settings.config.items() if not key.startswith("_")}  # type: ignore[union-attr, operator]
-        return lambda: kind(**values)  # type: ignore[no-any-return]
-    return lambda: kind(settings.config)  # type: ignore[no-any-return]
+        return lambda: kind(**values)
+    return lambda: kind(settings.config)
 
 
 def _outputs(module: Any) -> list[Tensor]:
