@@ -13,6 +13,7 @@ from pathlib import Path
 BENCHES = {
     "scan": "read once (SHA-256, size, perceptual hash) against naive Pillow + imagehash and czkawka",
     "neighbours": "the search for near hashes against brute force",
+    "doctor": "the data set doctor: precision and recall of each rule on planted faults, quiet on clean pictures",
     "dedupe": "precision and recall per kind of change, beside the peers'",
     "increment": "adding new pictures to a scanned and deduped set",
     "plan": "a plan of many rows: time and memory",

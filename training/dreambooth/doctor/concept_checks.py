@@ -20,9 +20,29 @@ def check_concept(patient: Patient, notes: Notes) -> None:
     if count:
         plan = f"{count} pictures: {epochs_for(count)} epochs ({epochs_for(count) * count:,} exposures)"
         notes.ask("epochs", count, patient.name, plan)
+    if count and notes.rules.training.epochs:
+        share = notes.rules.training.epochs / epochs_for(count)
+        plan = f"{notes.rules.training.epochs} epochs are planned, {epochs_for(count)} fit {count} pictures"
+        notes.ask("epochs_many", share, patient.name, plan)
+        notes.ask("epochs_few", share, patient.name, plan)
+    _check_token(patient, notes)
     name = name_of(patient)
     pieces = pieces_of(name)
     notes.ask("name_pieces", len(pieces), patient.name, f"{name!r} is {len(pieces)} pieces: {' '.join(pieces)}")
+
+
+def _check_token(patient: Patient, notes: Notes) -> None:
+    """A token of one piece is a word that the model knows; one that stands nowhere is never trained."""
+    concept = patient.concept
+    if not concept.token:
+        return
+    is_known = len(pieces_of(concept.token)) == 1
+    notes.ask("token_common", float(is_known), patient.name, f"{concept.token!r} is one piece of CLIP's vocabulary")
+    replaced = [word.lower() for word in (concept.token, concept.class_images.token) if word]
+    texts = [concept.prompt, *(picture.caption.text for picture in patient.pictures if picture.caption)]
+    is_absent = not any(word in text.lower() for text in texts for word in replaced)
+    text = f"{concept.token!r} is neither in the prompt nor in a caption"
+    notes.ask("token_absent", float(is_absent), patient.name, text)
 
 
 def epochs_for(num_images: int) -> int:

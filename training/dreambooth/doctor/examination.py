@@ -7,11 +7,14 @@ from training.config.concepts import ConceptConfig
 from training.dreambooth.concepts.imported import pictures_in
 from training.dreambooth.doctor.concept_checks import check_concept, check_together
 from training.dreambooth.doctor.detector import Detector
+from training.dreambooth.doctor.figure_checks import check_figures
 from training.dreambooth.doctor.likeness import check_likeness
 from training.dreambooth.doctor.patients import Notes, Patient
 from training.dreambooth.doctor.picture_checks import check_picture
 from training.dreambooth.doctor.pictures import read_picture
 from training.dreambooth.doctor.rules import SEVERITIES, Finding, Rules
+from training.dreambooth.doctor.set_checks import check_set
+from training.dreambooth.doctor.style_checks import check_style, is_style
 from training.dreambooth.doctor.tag_checks import check_captions
 
 
@@ -38,7 +41,11 @@ def examine(concepts: Sequence[ConceptConfig], rules: Rules, *, detector: Detect
     for patient in patients:
         for picture in patient.pictures:
             check_picture(patient, picture, notes)
+        check_set(patient, notes)
+        check_figures(patient, notes)
         check_captions(patient, notes)
+        if is_style(patient, rules):
+            check_style(patient, notes)
         check_concept(patient, notes)
     check_likeness(patients, notes)
     check_together(patients, notes)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 
+from training.dreambooth.concepts.imported import pictures_in
 from training.dreambooth.doctor.fix.levels import raw_name
 from training.dreambooth.doctor.patients import Notes, Patient
-from training.dreambooth.doctor.pictures import Picture
+from training.dreambooth.doctor.pictures import Picture, read_phash
 
 _SAME_RING = 0.12  # share of a ring's steps that may differ between two frames of one scene
 _MIN_SAME = 3  # pictures: two of one scene are no pattern
@@ -24,6 +26,22 @@ def check_likeness(patients: Sequence[Patient], notes: Notes) -> None:
         notes.ask(rule, distance, name, f"{distance} of 64 bits from {other.path.name}{where}", file=one.path)
     for patient in patients:
         _check_background(patient, notes)
+        _check_class_images(patient, notes)
+
+
+def _check_class_images(patient: Patient, notes: Notes) -> None:
+    """Compare a concept with the class images that it is given."""
+    folder = patient.concept.class_images.folder
+    if not folder or not Path(folder).is_dir():
+        return
+    own = [picture for picture in patient.pictures if picture.measured and picture.measured.phash is not None]
+    for path in pictures_in(Path(folder)):
+        phash = read_phash(path)
+        for picture in own if phash is not None else ():
+            mine = picture.measured.phash if picture.measured else None
+            distance = ((mine or 0) ^ phash).bit_count()
+            text = f"{distance} of 64 bits from the class image {path.name}"
+            notes.ask("class_leak", distance, patient.name, text, file=picture.path)
 
 
 def _are_meant(one: Picture, other: Picture) -> bool:

@@ -15,7 +15,8 @@ def check_picture(patient: Patient, picture: Picture, notes: Notes) -> None:
     if picture.measured is None:
         notes.ask("broken_file", 1, patient.name, picture.error, file=picture.path)
         return
-    for rule, number, text in [*_of_pixels(picture.measured), *_of_shape(picture.measured)]:
+    measured = picture.measured
+    for rule, number, text in [*_of_pixels(measured), *_of_shape(measured), *_of_traces(measured)]:
         notes.ask(rule, number, patient.name, text, file=picture.path)
 
 
@@ -63,4 +64,17 @@ def _of_shape(measured: Measured) -> list[tuple[str, float, str]]:
         ("squeezed", float(is_stretched), f"{size} is a size of film, or the file says its pixels are not square"),
         ("aspect", measured.crop_loss, f"{size} loses {measured.crop_loss:.0%} to {measured.bucket}"),
         ("borders", bars.largest, f"bars: {', '.join(sides)}"),
+    ]
+
+
+def _of_traces(measured: Measured) -> list[tuple[str, float, str]]:
+    traces, facts = measured.traces, measured.facts
+    own = f"{round(facts.width * traces.detail)}x{round(facts.height * traces.detail)}"
+    enlarged = measured.upscale / traces.detail if traces.detail < 1 else 0.0
+    quality = traces.jpeg_quality
+    return [
+        ("enlarged", enlarged, f"shows no more than {own} would: enlarged {enlarged:.2f} times to {measured.bucket}"),
+        ("stretched", traces.stretch, f"its detail is {traces.stretch:.2f} times finer one way than the other"),
+        ("blockiness", traces.blockiness, f"steps of {traces.blockiness:.1f} levels between blocks of 8x8 pixels"),
+        ("jpeg_quality", 100 if quality is None else quality, f"a JPEG of quality {quality}"),
     ]

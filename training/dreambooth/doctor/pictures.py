@@ -16,6 +16,7 @@ from training.dreambooth.doctor.captions import Caption, read_caption
 from training.dreambooth.doctor.detector import Detector
 from training.dreambooth.doctor.pixels import Bars, PixelNumbers, find_bars, measure
 from training.dreambooth.doctor.text_areas import TextBox, find_text
+from training.dreambooth.doctor.traces import Traces, find_traces
 
 THUMBNAIL_SIDE = 200
 
@@ -34,11 +35,14 @@ class Measured:
     numbers: PixelNumbers
     bars: Bars
     text: tuple[TextBox, ...]
+    traces: Traces
     upscale: float
     """Factor by which it is enlarged to its bucket; below 1 it is made smaller."""
     crop_loss: float
     """Share that its bucket cuts off."""
     bucket: str
+    window: Box
+    """What is left of it in its bucket."""
     pixel_aspect: float
     """Width of a pixel by its height, as the file says."""
     phash: int | None
@@ -78,6 +82,14 @@ def read_picture(
         return Picture(path, caption, None, str(error))
 
 
+def read_phash(path: Path) -> int | None:
+    """Return only the perceptual hash of a picture; None when it cannot be decoded, or is flat."""
+    try:
+        return _phash(decode_rgb(path.read_bytes()))
+    except ImageError:
+        return None
+
+
 def is_anamorphic(width: int, height: int) -> bool:
     """Tell whether a size is one of film whose pixels are not square."""
     return (width, height) in _ANAMORPHIC
@@ -90,15 +102,18 @@ def _measured(data: bytes, buckets: BucketSettings, detector: Detector | None) -
     bucket = place.bucket
     resized = image.resize((place.resized_width, place.resized_height), Image.Resampling.LANCZOS)
     left, top = (resized.width - bucket.width) // 2, (resized.height - bucket.height) // 2
+    far = ((left + bucket.width) / resized.width, (top + bucket.height) / resized.height)
     trained = resized.crop((left, top, left + bucket.width, top + bucket.height))
     return Measured(
         facts=facts,
         numbers=measure(trained),
         bars=find_bars(image),
         text=tuple(find_text(image)),
+        traces=find_traces(image, data),
         upscale=place.resized_width / image.width,
         crop_loss=place.crop_loss_fraction,
         bucket=str(bucket),
+        window=Box("", left / resized.width, top / resized.height, *far),
         pixel_aspect=pixel_aspect(data),
         phash=_phash(image),
         ring=_ring(image),

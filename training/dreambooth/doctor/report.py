@@ -81,6 +81,8 @@ def _picture(picture: Picture) -> dict[str, Any]:
         "upscale": measured.upscale,
         "crop_loss": measured.crop_loss,
         **asdict(measured.numbers),
+        **asdict(measured.traces),
         "bars": asdict(measured.bars),
         "text": [asdict(box) for box in measured.text],
+        "figures": None if measured.boxes is None else [asdict(box) for box in measured.boxes],
     }

@@ -52,6 +52,10 @@ class TrainingRules(Config):
     """Sides of buckets are multiples of this."""
     flip: bool = False
     """Whether pictures are mirrored at random."""
+    epochs: int = Field(0, ge=0)
+    """For how long; 0: not said, and not judged."""
+    styles: tuple[str, ...] = ()
+    """Concepts that teach an artist's style; those in a folder "Artwork" or "Style" are taken for some without this."""
 
     @property
     def buckets(self) -> BucketSettings:
@@ -113,6 +117,14 @@ class Words(Config):
     """Last words of what belongs to a character always."""
     text: tuple[str, ...]
     """There is writing in the picture."""
+    covered: tuple[str, ...]
+    """The face cannot be seen."""
+    away: tuple[str, ...]
+    """The face looks away, so that none is missed."""
+    bad: tuple[str, ...]
+    """The drawing or the file is bad."""
+    artists: tuple[str, ...] = ()
+    """Artists' names, when a style set has more than one."""
 
 
 class Rules(Config):

@@ -10,6 +10,7 @@ from training.dreambooth.doctor.names import pieces_of
 from training.dreambooth.doctor.patients import Notes, Patient
 from training.dreambooth.doctor.pictures import Picture
 from training.dreambooth.doctor.rules import Words
+from training.dreambooth.doctor.style_checks import is_style
 
 _SEVERAL = re.compile(r"(\d+)\+?(?:girl|boy|other)s?")
 _MULTIPLE = re.compile(r"multiple (?:girls|boys|others)")
@@ -82,21 +83,40 @@ def _check_tags(patient: Patient, picture: Picture, caption: Caption, notes: Not
     inversions = order_inversions(tags, words)
     sided = [tag for tag in tags if {"left", "right"} & set(tag.split())]
     written = [tag for tag in tags if tag in words.text]
+    covered = [tag for tag in tags if tag in words.covered]
+    bad = [tag for tag in tags if tag in words.bad]
     characters = num_characters(tags)
     side_rule = "left_right_flipped" if notes.rules.training.flip else "left_right"
     num_pieces = len(pieces_of(caption.text))
     for rule, number, text in (
         ("tag_count", len(tags), f"{len(tags)} tags"),
-        ("token_count", num_pieces, f"{num_pieces} tokens"),
-        ("first_tag", float(tags[0] != name), f"begins with {tags[0]!r}, most with {name!r}"),
+        ("token_count", num_pieces, f"{num_pieces} tokens{_cut_off(caption, notes)}"),
+        (
+            "first_tag",
+            float(tags[0] != name and not is_style(patient, notes.rules)),
+            f"begins with {tags[0]!r}, most with {name!r}",
+        ),
         ("tag_order", len(inversions), ", ".join(f"{one!r} stands before {two!r}" for one, two in inversions)),
         ("generic_tag", len(generic), f"generic: {', '.join(generic)}"),
         ("redundant_tag", len(redundant), ", ".join(f"{one!r} is in {two!r}" for one, two in redundant)),
         (side_rule, len(sided), f"says {', '.join(sided)}"),
+        ("face_covered", len(covered), f"tagged {', '.join(covered)}"),
+        ("bad_tag", len(bad), f"tagged {', '.join(bad)}"),
         ("text_tag", len(written), f"tagged {', '.join(written)}"),
         ("characters", characters, f"tags tell of {characters} figures"),
     ):
         notes.ask(rule, number, patient.name, text, file=picture.path)
+
+
+def _cut_off(caption: Caption, notes: Notes) -> str:
+    """Return which tags come after the last token that is read; nothing when all are."""
+    limit = notes.rules.rules["token_count"].fail or len(caption.text)
+    used, lost = 0, []
+    for tag in caption.tags:
+        used += len(pieces_of(tag)) + 1  # and its comma
+        if used - 1 > limit:
+            lost.append(tag)
+    return f"; cut off: {', '.join(lost)}" if lost else ""
 
 
 def _check_shares(patient: Patient, tagged: Sequence[Sequence[str]], notes: Notes) -> None:
@@ -104,12 +124,15 @@ def _check_shares(patient: Patient, tagged: Sequence[Sequence[str]], notes: Note
     total = len(tagged)
     counts = Counter(tag for tags in tagged for tag in tags)
     for tag, count in sorted(counts.items()):
-        if tag.split()[-1] in words.defaults and len(tag.split()) > 1:
+        if tag.split()[-1] in words.defaults and len(tag.split()) > 1 and not is_style(patient, notes.rules):
             notes.ask("default_tag", count / total, patient.name, f"{tag!r} is in {count} of {total} captions")
     close = sum(any(tag in words.close_up for tag in tags) for tags in tagged)
     whole = sum(any(tag in words.full_body for tag in tags) for tags in tagged)
     notes.ask("close_ups", close / total, patient.name, f"{close} of {total} are close-ups, by their tags")
     if close + whole:  # else framing is not tagged at all
         notes.ask("full_body", whole / total, patient.name, f"{whole} of {total} show the whole figure")
-    for tag in words.camera:
+    for tag in words.face:
+        text = f"{counts[tag]} of {total} are {tag!r}"
+        notes.ask("one_expression", counts[tag] / total, patient.name, text)
+    for tag in (*words.camera, *words.direction):
         notes.ask("one_angle", counts[tag] / total, patient.name, f"{counts[tag]} of {total} are {tag!r}")
