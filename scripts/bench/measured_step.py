@@ -49,7 +49,7 @@ def write_weights(folder: Path, *, network: Mapping[str, Any], text: Mapping[str
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     from scripts.demo_models.stage_c import make_stage_c_models
-    from training.memory.architecture import CLIP_BIGG
+    from training.memory.stage_c_architecture import CLIP_BIGG
     from training.stage_c.formats import save_stage_c
     from training.stage_c.network import StageCConfig, StageCNetwork
     from training.stage_c.text_files import save_text_model

@@ -101,7 +101,7 @@ def run(*, full: bool, data: Path | None) -> Result:
 
 def planned(config: RunConfig) -> Estimate:
     """Return the planner's estimate of a run in one process."""
-    planner = Planner(architecture_of(config), largest_bucket(config), max_tokens=config.stage_c.max_tokens)
+    planner = Planner(architecture_of(config), largest_bucket(config), max_tokens=config.of_stage_c.max_tokens)
     return planner.estimate(strategy_of(config, num_processes=1))
 
 

@@ -14,11 +14,12 @@ from transformers import CLIPTextConfig
 
 from tests.training.toy import toy_config
 from training.buckets import Bucket
-from training.memory.activations import Pass, measured_pass, pass_bytes
-from training.memory.architecture import CLIP_BIGG, CLIP_L_PARAMETERS, Architecture, architecture_of, shapes_of
+from training.memory.activations import measured_pass, pass_bytes
+from training.memory.architecture import Pass, architecture_of, shapes_of
 from training.memory.live_bytes import LiveBytes
 from training.memory.planner import CARDS_GIB, Planner, strategy_of
 from training.memory.report import state_bytes
+from training.memory.stage_c_architecture import CLIP_BIGG, CLIP_L_PARAMETERS, StageCArchitecture
 from training.memory.strategies import Strategy, catalogue, fixed_bytes, optimizer_state_bytes, update_bytes
 from training.optim.one_by_one import OneByOne
 from training.optimizers import make_optimizer
@@ -33,7 +34,7 @@ TINY_TEXT = CLIP_BIGG | {
     "vocab_size": 49408, "hidden_size": 64, "projection_dim": 64, "intermediate_size": 128, "num_hidden_layers": 1,
     "num_attention_heads": 1,
 }  # fmt: skip
-TINY = Architecture(
+TINY = StageCArchitecture(
     StageCConfig(
         c_cond=64, c_hidden=(128, 128), num_heads=(2, 2), blocks_down=(1, 1), blocks_up=(1, 1), c_clip_text=64,
         c_clip_text_pooled=64,

@@ -4,43 +4,16 @@ No memory is used and nothing is computed; a few seconds for the 3.6 B network. 
 """
 
 import functools
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from training.memory.architecture import Architecture, make_modules
-from training.memory.device_rules import Device, DeviceRules
+from training.memory.architecture import Architecture, Pass, tensors_of
+from training.memory.device_rules import DeviceRules
 from training.memory.flops import CountFlops
 from training.memory.live_bytes import LiveBytes
-from training.stage_c.blocks import recomputable
-from training.stage_c.model import StageCModel
-from training.stage_c.text import WINDOW_TOKENS
-
-Gradients = Literal["kept", "grown", "released"]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A forward and backward pass of one micro-batch on one rank."""
-
-    width: int
-    height: int
-    """Pixels of the bucket, as the encoder sees them."""
-    num_windows: int
-    """Token windows of a caption: max_tokens / 75."""
-    weights: Literal["fp32", "bf16"] = "fp32"
-    autocast: bool = True
-    """bf16 compute under fp32 weights: casts of all of them are kept until the backward pass is done with them."""
-    checkpointing: bool = True
-    gradients: Gradients = "kept"
-    """Those of all parameters are there before (accumulation), grow in this pass, or are used up one by one."""
-    update_bytes: int = 0
-    """`released`: temporaries per element of a parameter, while it is updated."""
-    device: Device = "gpu"
 
 
 @dataclass(frozen=True)
@@ -54,10 +27,13 @@ class PassBytes:
     """`released`: with one image, where the update of the largest parameter may be more than activations."""
     flops_per_image: int
     """Operations of forward and backward pass, what is computed again included."""
+    encode_per_image: int = 0
+    """While pixels are encoded, before the rest of the pass, where that is told apart."""
 
     def extra(self, micro_batch_size: int) -> int:
         """Return the peak for so many images, without weights, without gradients that stay."""
-        return max(self.floor, self.fixed + micro_batch_size * self.per_image)
+        passing = self.fixed + micro_batch_size * self.per_image
+        return max(self.floor, passing, micro_batch_size * self.encode_per_image)
 
 
 def pass_bytes(architecture: Architecture, settings: Pass) -> PassBytes:
@@ -66,7 +42,8 @@ def pass_bytes(architecture: Architecture, settings: Pass) -> PassBytes:
     per_image = (eight.peak - four.peak) // 4
     fixed = four.peak - 4 * per_image
     floor = measured_pass(architecture, settings, 1).peak if settings.gradients == "released" else 0
-    return PassBytes(fixed, per_image, floor, (eight.flops - four.flops) // 4)
+    encoding = max(eight.encode_peak - four.encode_peak, 0) // 4
+    return PassBytes(fixed, per_image, floor, (eight.flops - four.flops) // 4, encoding)
 
 
 class Measured(NamedTuple):
@@ -74,19 +51,20 @@ class Measured(NamedTuple):
 
     peak: int
     flops: int
+    encode_peak: int
 
 
 def measured_pass(architecture: Architecture, settings: Pass, num_images: int) -> Measured:
     """Run the pass of so many images on the meta device."""
     rules = DeviceRules(settings.device, autocast=settings.autocast)
     with torch.device("meta"):
-        model, effnet, text = make_modules(architecture)
-        _prepare(model, settings, rules)
+        networks = architecture.networks()
+        networks.prepare(settings, rules)
         if settings.weights == "bf16":
-            _cast_parameters(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
+            _cast_parameters(networks.model)
+        trained = [p for p in networks.model.parameters() if p.requires_grad]
         gradients = sum(p.numel() * p.element_size() for p in trained)
-        given: list[Tensor] = [t for module in (model, effnet, text) if module for t in _tensors(module)]
+        given = tensors_of(networks)
         if settings.gradients == "kept":
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
@@ -94,72 +72,13 @@ def measured_pass(architecture: Architecture, settings: Pass, num_images: int) -
         elif settings.gradients == "released":
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(functools.partial(_update, settings.update_bytes))  # type: ignore[no-untyped-call]
-        step = _step(model, effnet, text, settings, num_images, rules)
+        encode_peak = 0
         with rules, LiveBytes(given) as live, CountFlops() as flops:
-            step()
-    return Measured(max(0, live.peak - (gradients if settings.gradients == "grown" else 0)), flops.total)
-
-
-def _prepare(model: StageCModel, settings: Pass, rules: DeviceRules) -> None:
-    network, text = model.network, model.text
-    # The meta device has no autocast that the network could ask about.
-    network.residual_dtype = torch.float32 if settings.autocast or settings.weights == "fp32" else torch.bfloat16
-    if not settings.checkpointing:
-        return
-    network.enable_gradient_checkpointing()
-    for block in network.iter_blocks():
-        block.forward = functools.partial(recomputable(_ruled(block, rules)), block)
-    if text is not None:
-        text.enable_checkpointing()
-        # Their parts: where in a layer transformers puts its checkpoint differs between releases.
-        for part in [part for layer in text.text_model.text_model.encoder.layers for part in layer.children()]:
-            part.forward = rules.around(part.forward)
-
-
-def _ruled(block: nn.Module, rules: DeviceRules) -> Callable[..., Tensor]:
-    """Return what a block computes, and computes again, under the rules."""
-    inner = rules.around(functools.partial(inspect.unwrap(type(block).forward), block))
-    return lambda _, *inputs: inner(*inputs)
-
-
-def _step(
-    model: StageCModel,
-    effnet: nn.Module | None,
-    text: nn.Module | None,
-    settings: Pass,
-    num_images: int,
-    rules: DeviceRules,
-) -> Callable[[], None]:
-    def step() -> None:
-        """What `recipes.stage_c.StageC.loss` and the loop do, without the arithmetic of noise and weights."""
-        windows = torch.empty(num_images, settings.num_windows, WINDOW_TOKENS + 2, dtype=torch.int64)
-        if effnet is not None:
-            with torch.no_grad(), rules.off():  # the encoder always runs in fp32
-                latents = effnet(torch.empty(num_images, 3, settings.height, settings.width))
-        else:
-            latents = torch.empty(num_images, 16, settings.height // 32, settings.width // 32)
-        noised, target, r = torch.empty_like(latents), torch.empty_like(latents), torch.empty(num_images)
-        states = None
-        if text is not None:
-            with torch.no_grad():
-                states = text(windows, False)
-        elif model.text is None:
-            states = _states(model, num_images, settings.num_windows)
-        predicted = model(noised, r, windows=windows, states=states, mask=False)
-        loss = (predicted.float() - target).square().mean(dim=(1, 2, 3)).sum()
-        rules.end_forward()
-        del latents, noised, target, r, states, predicted
-        loss.backward()
-
-    return step
-
-
-def _states(model: StageCModel, num_images: int, num_windows: int) -> tuple[Tensor, Tensor]:
-    config = model.network.config
-    return (
-        torch.empty(num_images, num_windows * WINDOW_TOKENS + 2, config.c_clip_text),
-        torch.empty(num_images, 1, config.c_clip_text_pooled),
-    )
+            if (encode := networks.encode(settings, num_images, rules)) is not None:
+                encode()
+                encode_peak, live.peak = live.peak, live.now
+            networks.step(settings, num_images, rules)()
+    return Measured(max(0, live.peak - (gradients if settings.gradients == "grown" else 0)), flops.total, encode_peak)
 
 
 def _cast_parameters(module: nn.Module) -> None:
@@ -169,10 +88,6 @@ def _cast_parameters(module: nn.Module) -> None:
             if parameter is not None:
                 cast = parameter.detach().to(torch.bfloat16)
                 part._parameters[name] = nn.Parameter(cast, requires_grad=parameter.requires_grad)
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def _update(bytes_per_element: int, parameter: Tensor) -> None:

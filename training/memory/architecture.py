@@ -1,191 +1,86 @@
-"""The networks of a run without their weights: real classes and real shapes, read from the headers of weight files.
+"""What the planner knows of any recipe: networks without weights, a pass through them, and the shapes in them.
 
-Nothing is downloaded. Where a file is not here, the published model is assumed and said so.
+Each recipe has a file beside this one that makes them from a run's settings: `stage_c_architecture`, `sd_architecture`.
 """
 
-import json
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from training.config import RunConfig
-from training.config.latents import needs_text_model
 from training.lora.frozen_base import frozen_base
-from training.stage_c.effnet import EffNetConfig
-from training.stage_c.effnet import config_from_state_dict as effnet_config_from
-from training.stage_c.formats import file_in_folder
-from training.stage_c.layouts import ANCHOR, to_original
-from training.stage_c.network import StageCConfig, config_from_state_dict
-from training.stage_c.network_config import config_from_diffusers, config_from_metadata
-from training.stage_c.text import BOS_ID, EOS_ID
-from training.stage_c.text_files import ANCHOR as TEXT_ANCHOR
-from training.stage_c.text_files import CONFIG_METADATA_KEY as TEXT_CONFIG_METADATA_KEY
-from training.stage_c.text_files import text_file_in_folder
-from training.weight_files import TORCH_SUFFIXES, locate_component
+from training.memory.device_rules import Device, DeviceRules
 
-if TYPE_CHECKING:
-    from transformers import CLIPTextConfig
-
-    from training.stage_c.model import StageCModel
-
-EFFNET_ANCHOR = "mapper.0.weight"
-CLIP_BIGG: dict[str, Any] = {
-    "vocab_size": 49408, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-    "num_attention_heads": 20, "max_position_embeddings": 77, "projection_dim": 1280, "hidden_act": "gelu",
-    "bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": EOS_ID,
-}  # fmt: skip
-"""The text model of Stable Cascade, 694,659,840 parameters."""
-CLIP_L_PARAMETERS = 303_966_208
-"""Of CLIP ViT-L/14's image half with its projection."""
+Gradients = Literal["kept", "grown", "released"]
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """Shapes of everything that is in memory while stage C is trained."""
+class Pass:
+    """A forward and backward pass of one micro-batch on one rank."""
 
-    network: StageCConfig
-    text: "CLIPTextConfig"
-    effnet: EffNetConfig
-    train_text_encoder: bool
-    has_effnet: bool = True
-    """Not where latents are made ahead."""
-    has_text: bool = True
-    """Not where the text model's outputs are made ahead and no preview is drawn."""
-    image_parameters: int = 0
-    """Of the frozen CLIP image model; 0 where no picture is shown to the network."""
-    freeze: tuple[str, ...] = ()
-    """Patterns of parameters that are not trained."""
-    adapters: RunConfig | None = None
-    """The settings, where they have [lora] or [tokens]."""
-    dropout: float = 0.1
-    attention_dropout: Literal["probabilities", "output", "none"] = "probabilities"
-    assumed: tuple[str, ...] = ()
-    """What was not found here and is taken for the published model."""
+    width: int
+    height: int
+    """Pixels of the bucket, as the encoder sees them."""
+    num_windows: int
+    """Token windows of a caption: max_tokens / 75."""
+    weights: Literal["fp32", "bf16"] = "fp32"
+    autocast: bool = True
+    """16-bit compute under fp32 weights: casts of all of them are kept until the backward pass is done with them."""
+    checkpointing: bool = True
+    gradients: Gradients = "kept"
+    """Those of all parameters are there before (accumulation), grow in this pass, or are used up one by one."""
+    update_bytes: int = 0
+    """`released`: temporaries per element of a parameter, while it is updated."""
+    device: Device = "gpu"
+
+
+class Networks(ABC):
+    """Networks of a run in the state that its recipe trains them in, without weights."""
+
+    model: nn.Module
+    """What is trained, as one module."""
+    frozen: tuple[nn.Module, ...]
+    """Networks beside it that are in memory."""
+    num_more_frozen: int = 0
+    """Parameters of frozen networks that are counted only."""
+
+    @abstractmethod
+    def prepare(self, settings: Pass, rules: DeviceRules) -> None:
+        """Set up what a pass is to be like. Blocks that are computed again must be so under the rules, too."""
+
+    def encode(self, settings: Pass, num_images: int, rules: DeviceRules) -> Callable[[], None] | None:
+        """Return what is done to pixels before anything else of a step, where that may be a step's worst moment."""
+        return None
+
+    @abstractmethod
+    def step(self, settings: Pass, num_images: int, rules: DeviceRules) -> Callable[[], None]:
+        """Return what the recipe's loss and the loop do, without the arithmetic of noise and weights."""
+
+
+class Architecture(Protocol):
+    """Shapes of everything that is in memory while a recipe's run trains."""
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """What was not found here and is taken for the published model."""
+
+    def networks(self) -> Networks:
+        """Return the networks. Under a meta device they take no memory."""
 
 
 def architecture_of(config: RunConfig) -> Architecture:
     """Return the architecture of a run. Raises WeightsError or ValueError for a file of another kind."""
-    settings = config.stage_c
-    assumed: list[str] = []
-    network = _network_config(settings.network)
-    if network is None:
-        is_lite = "lite" in settings.network
-        network = StageCConfig.lite() if is_lite else StageCConfig.large()
-        assumed.append(f"stage_c.network {settings.network} (taken for the {'1.0' if is_lite else '3.6'} B model)")
-    text = _text_config(settings.text_encoder)
-    if text is None:
-        from transformers import CLIPTextConfig
+    if config.recipe_name == "stage_c":
+        from training.memory.stage_c_architecture import stage_c_architecture
 
-        text = CLIPTextConfig(**CLIP_BIGG)
-        assumed.append(f"stage_c.text_encoder {settings.text_encoder} (taken for CLIP bigG)")
-    effnet = EffNetConfig()
-    if Path(settings.effnet).is_file():
-        effnet = effnet_config_from(read_shapes(Path(settings.effnet), anchor=EFFNET_ANCHOR)[0])
-    else:
-        assumed.append(f"stage_c.effnet {settings.effnet} (taken for EfficientNetV2-S)")
-    num_image = 0
-    if settings.image_encoder is not None:
-        num_image = _image_parameters(settings.image_encoder) or CLIP_L_PARAMETERS
-    return Architecture(
-        network, text, effnet, settings.train_text_encoder, has_effnet=not config.latents.use,
-        has_text=needs_text_model(config), image_parameters=num_image, freeze=config.optimizer.freeze,
-        adapters=config if config.lora is not None or config.tokens is not None else None, dropout=settings.dropout,
-        attention_dropout=settings.attention_dropout, assumed=tuple(assumed),
-    )  # fmt: skip
+        return stage_c_architecture(config)
+    from training.memory.sd_architecture import sd_architecture
 
-
-def read_shapes(path: Path, *, anchor: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a weights file's tensors on the meta device, behind the prefix of `anchor`, and its metadata."""
-    if path.suffix in TORCH_SUFFIXES:
-        loaded = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        tensors, metadata = loaded.get("state_dict", loaded), {}
-    else:
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in list(file.keys())}
-    ends = [key for key in tensors if key == anchor or key.endswith(f".{anchor}")]
-    if not ends:
-        raise ValueError(f"{path}: no key {anchor!r}, so this is a file of another model")
-    prefix = min(ends, key=len).removesuffix(anchor)
-    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}, metadata
-
-
-def _network_config(path_or_id: str) -> StageCConfig | None:
-    path = file_in_folder(Path(path_or_id))
-    if path.is_dir():
-        folder = Path(locate_component(path, "prior", file_name="config.json")[0])
-        published = json.loads((folder / "config.json").read_text("utf-8"))
-        return config_from_diffusers(published, source=folder / "config.json")
-    if not path.is_file():
-        return None
-    shapes, metadata = read_shapes(path, anchor=ANCHOR)
-    return config_from_metadata(metadata, source=path) or config_from_state_dict(to_original(shapes))
-
-
-def _text_config(path_or_id: str) -> "CLIPTextConfig | None":
-    from transformers import CLIPTextConfig
-
-    path = text_file_in_folder(Path(path_or_id))
-    if path.is_dir():
-        folder = locate_component(path, "text_encoder", file_name="config.json")[0]
-        config: CLIPTextConfig = CLIPTextConfig.from_pretrained(folder)
-        return config
-    if not path.is_file():
-        return None
-    text = read_shapes(path, anchor=TEXT_ANCHOR)[1].get(TEXT_CONFIG_METADATA_KEY)
-    return CLIPTextConfig(**(json.loads(text) if text is not None else CLIP_BIGG))
-
-
-def _image_parameters(path_or_id: str) -> int | None:
-    from training.stage_c.image import ANCHOR as IMAGE_ANCHOR
-    from training.stage_c.image import is_of_image_model
-
-    path = Path(path_or_id)
-    if path.is_dir():
-        path = Path(locate_component(path, "image_encoder", file_name="config.json")[0]) / "model.safetensors"
-    if not path.is_file():
-        return None
-    shapes = read_shapes(path, anchor=IMAGE_ANCHOR)[0]
-    return sum(value.numel() for key, value in shapes.items() if is_of_image_model(key))
-
-
-def make_modules(architecture: Architecture) -> "tuple[StageCModel, nn.Module | None, nn.Module | None]":
-    """Return (what is trained, the image encoder, the frozen text encoder) without weights; None: not in memory.
-
-    Call it under a meta device or a fake tensor mode, or it takes the memory. In the state that the recipe trains
-    them in: frozen parts need no gradient, `clip_img_mapper.weight` neither where no picture is shown.
-    """
-    from transformers import CLIPTextModelWithProjection
-
-    from training.optim.selection import freeze
-    from training.stage_c.effnet import EffNetEncoder
-    from training.stage_c.model import StageCModel
-    from training.stage_c.network import StageCNetwork
-    from training.stage_c.text import TextConditioner
-
-    text = TextConditioner(CLIPTextModelWithProjection(architecture.text))
-    config = architecture.adapters
-    has_gradients = architecture.train_text_encoder or (config is not None and config.trains_in_text_encoder)
-    text.train(has_gradients).requires_grad_(architecture.train_text_encoder)
-    network = StageCNetwork(architecture.network)
-    network.set_dropout(architecture.dropout, attention=architecture.attention_dropout)
-    network.clip_img_mapper.weight.requires_grad_(architecture.image_parameters > 0)
-    model = StageCModel(network, text if has_gradients else None).train()
-    if config is not None:
-        from training.stage_c.adapters import StageCAdapters
-        from training.stage_c.text import load_tokenizer
-
-        StageCAdapters(config, model, load_tokenizer("builtin"), is_empty=True)
-    if architecture.freeze:
-        freeze(model, architecture.freeze)
-    effnet = EffNetEncoder(architecture.effnet).requires_grad_(False) if architecture.has_effnet else None
-    return model, effnet, text if architecture.has_text and not has_gradients else None
+    return sd_architecture(config)
 
 
 @dataclass(frozen=True)
@@ -201,13 +96,26 @@ class Shapes:
 def shapes_of(architecture: Architecture) -> Shapes:
     """Return the shapes of parameters, and the sizes of frozen networks, a base below adapters among them."""
     with torch.device("meta"):
-        model, *others = make_modules(architecture)
-    base = frozen_base(model)
-    named = {name: p for name, p in model.named_parameters() if name not in base}
+        networks = architecture.networks()
+    base = frozen_base(networks.model)
+    named = {name: p for name, p in networks.model.named_parameters() if name not in base}
     trained = {name: p.shape for name, p in named.items() if p.requires_grad}
     beside = {name: p.shape for name, p in named.items() if not p.requires_grad}
-    below = [p for name, p in model.named_parameters() if name in base]
-    networks = [p for module in others if module is not None for p in module.parameters()]
-    num_networks = sum(p.numel() for p in networks) + architecture.image_parameters  # all in fp32
-    num_frozen = num_networks + sum(p.numel() for p in below)
-    return Shapes(trained, beside, num_frozen, 4 * num_networks + sum(p.numel() * p.element_size() for p in below))
+    below = [p for name, p in networks.model.named_parameters() if name in base]
+    frozen = [*below, *(p for module in networks.frozen for p in module.parameters())]
+    return Shapes(
+        trained, beside, sum(p.numel() for p in frozen) + networks.num_more_frozen,
+        sum(p.numel() * p.element_size() for p in frozen) + 4 * networks.num_more_frozen,
+    )  # fmt: skip
+
+
+def recomputed_under(rules: DeviceRules, part: nn.Module) -> None:
+    """Let a part of a checkpointed block compute under the rules also when the backward pass calls it again."""
+    part.forward = rules.around(part.forward)
+
+
+def tensors_of(networks: Networks) -> list[Tensor]:
+    """Return parameters and buffers of all networks."""
+    return [
+        tensor for module in (networks.model, *networks.frozen) for tensor in (*module.parameters(), *module.buffers())
+    ]

@@ -7,7 +7,7 @@ a GPU, a factor in the input's format on a CPU.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-_IN_BF16 = {F.linear, torch.conv2d, F.conv2d, torch.bmm, torch.matmul, Tensor.matmul, Tensor.__matmul__}
-_IN_FP32_ON_GPU = {F.layer_norm, torch.layer_norm, F.softmax, torch.softmax}
+_IN_BF16 = {
+    F.linear, torch.conv2d, F.conv2d, torch.bmm, torch.baddbmm, torch.matmul, Tensor.matmul, Tensor.__matmul__,
+}  # fmt: skip
+_IN_FP32_ON_GPU = {
+    F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm, F.softmax, torch.softmax, Tensor.softmax,
+}  # fmt: skip
 
 
 Device = Literal["gpu", "cpu"]
@@ -33,13 +37,17 @@ class DeviceRules(TorchFunctionMode):
         self._is_backward = False
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """Run without autocast."""
-        was, self.autocast = self.autocast, False
+    def switched(self, *, autocast: bool) -> Iterator[None]:
+        """Run with or without autocast."""
+        was, self.autocast = self.autocast, autocast
         try:
             yield
         finally:
             self.autocast = was
+
+    def off(self) -> AbstractContextManager[None]:
+        """Run without autocast."""
+        return self.switched(autocast=False)
 
     def end_forward(self) -> None:
         """Drop the cached casts, as leaving the autocast context does; what backward needs lives on."""

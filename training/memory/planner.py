@@ -8,8 +8,8 @@ from math import prod
 
 from training.buckets import Bucket, listed_buckets
 from training.config import RunConfig
-from training.memory.activations import Pass, PassBytes, pass_bytes
-from training.memory.architecture import Architecture, shapes_of
+from training.memory.activations import PassBytes, pass_bytes
+from training.memory.architecture import Architecture, Pass, shapes_of
 from training.memory.strategies import Fixed, Strategy, fixed_bytes, update_bytes
 from training.plans import bucket_settings
 
@@ -41,7 +41,7 @@ def strategy_of(config: RunConfig, *, num_processes: int) -> Strategy:
         whole_gradients=parallel.gradients_meet == "step",
         offload={"none": "none", "optimizer": "optimizer", "optimizer_and_weights": "all"}[parallel.offload],  # type: ignore[arg-type]
         ema=("host" if config.ema.device == "cpu" else "device") if config.ema.enabled else "no",
-        checkpointing=config.stage_c.gradient_checkpointing,
+        checkpointing=config.recipe.gradient_checkpointing,
         accumulates=config.batch.micro_batches_per_step > num_processes,
         device="cpu" if config.device == "cpu" else "gpu",
     )

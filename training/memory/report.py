@@ -105,7 +105,7 @@ class MemoryReport:
 def memory_report(config: RunConfig, *, num_processes: int = 1) -> MemoryReport:
     """Return the memory of a run and of the alternatives. Takes under a minute for the 3.6 B network."""
     architecture = architecture_of(config)
-    planner = Planner(architecture, largest_bucket(config), max_tokens=config.stage_c.max_tokens)
+    planner = Planner(architecture, largest_bucket(config), max_tokens=config.recipe.max_tokens)
     own = planner.estimate(strategy_of(config, num_processes=num_processes))
     others = tuple(map(planner.estimate, catalogue(max(num_processes, 8))))
     return MemoryReport(
@@ -143,7 +143,7 @@ def preset_estimate(path: Path, planners: list[Planner]) -> tuple[int, Estimate]
     planners: whose passes are used again where networks and bucket are the same; gets a new one where none is.
     """
     preset = load_config(path, RunConfig, [])
-    own = Planner(architecture_of(preset), largest_bucket(preset), max_tokens=preset.stage_c.max_tokens)
+    own = Planner(architecture_of(preset), largest_bucket(preset), max_tokens=preset.recipe.max_tokens)
     processes = re.search(r"--processes (\d+)", path.read_text(encoding="utf-8"))
     strategy = strategy_of(preset, num_processes=int(processes[1]) if processes else 1)
     chosen = next((planner for planner in planners if own.same_as(planner)), own)

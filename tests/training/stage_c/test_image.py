@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.training.small_stage_c import small_batch
 from tests.training.toy import toy_config
-from training.memory.architecture import CLIP_L_PARAMETERS
+from training.memory.stage_c_architecture import CLIP_L_PARAMETERS
 from training.randomness import SampleIdentity, uniform
 from training.stage_c.image import ImageConditioning, clip_pixels, config_from_shapes, embed, load_image_model
 from training.weight_files import WeightsError, write_tensors
