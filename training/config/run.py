@@ -23,7 +23,7 @@ from training.config.optimizer import (
 )
 from training.config.parallel import ParallelConfig, parallel_problems
 from training.config.precision import EmaConfig, PrecisionConfig
-from training.config.saving import SaveConfig
+from training.config.saving import SaveConfig, formats_of
 from training.config.stage_c import StageCConfig
 from training.config.watching import PreviewConfig, TrackerConfig, ValidationConfig
 
@@ -120,6 +120,15 @@ class RunConfig(Config):
         for number, prompt in enumerate(self.preview.prompts):
             if problems := self.recipe.prompt_problems(prompt):
                 raise ValueError(f"preview.prompts.{number}: {'; '.join(problems)}")
+        return self
+
+    @model_validator(mode="after")
+    def _formats_are_of_the_recipe(self) -> "RunConfig":
+        own = formats_of(self.recipe_name)
+        if other := [name for name in self.save.export_formats if name not in own]:
+            raise ValueError(
+                f"save.export_formats {', '.join(other)}: the recipe {self.recipe_name} writes {', '.join(own)}"
+            )
         return self
 
     @model_validator(mode="after")

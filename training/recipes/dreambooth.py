@@ -7,6 +7,7 @@ Nothing here talks to other ranks. What differs between stages is in the config:
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -15,16 +16,23 @@ from torch import Tensor, nn
 from training.chunk_data import Batch
 from training.config import Prompt, RunConfig
 from training.dreambooth.adapters.adapters import SdAdapters
+from training.dreambooth.adapters.export import export_adapters
 from training.dreambooth.base_model import BaseModel
 from training.dreambooth.conditioning import time_ids
+from training.dreambooth.export.content import SdWeights
+from training.dreambooth.export.export import export_sd
+from training.dreambooth.export.header import sd_modelspec
 from training.dreambooth.latents import VaeEncoder
 from training.dreambooth.model import SdNetworks
 from training.dreambooth.networks import conditioning_of, load_model, set_attention
 from training.dreambooth.objective import Diffused, Objective, is_class
 from training.dreambooth.sampling.drawing import draw_pictures
 from training.dreambooth.sampling.networks import SdPictures
+from training.dreambooth.sd_models.merged import merged_from
+from training.latent_sizes import decoded_size
 from training.latents.store import encoder_digests
-from training.recipes.base import Loss, SampleResult
+from training.recipes.base import ExportFile, Loss, SampleResult
+from training.stage_c.text import load_tokenizer
 from training.tensor_file import digest_of_tensors
 
 logger = logging.getLogger(__name__)
@@ -56,7 +64,7 @@ class DreamBooth:
         self._model = SdNetworks(source.unet.to(device), text if in_text else None).train()
         if settings.gradient_checkpointing:
             self._model.unet.enable_gradient_checkpointing()
-            for one in text.texts if in_text else ():
+            for one in source.texts if in_text else ():
                 one.gradient_checkpointing_enable()
         self._base: BaseModel | None = None
         if settings.prior_target == "base_model":
@@ -65,6 +73,10 @@ class DreamBooth:
         self._adapters: SdAdapters | None = None
         if config.lora is not None or config.tokens is not None:
             self._adapters = SdAdapters(config, self._model, self._conditioning.tokenizer, family=source.family)
+        if (merged := merged_from(source)) is not None:
+            logger.warning(
+                "%s: %s; the wiki advises an original model, because a merge learns worse", settings.model, merged
+            )
         logger.info(
             "%s: %s, predicts %s (%s)", settings.model, source.family, source.prediction.kind, source.prediction.said_by
         )
@@ -192,3 +204,67 @@ class DreamBooth:
             max_tokens=self._settings.max_tokens,
         )
         return list(draw_pictures(prompts, networks=networks))
+
+    def export(
+        self,
+        folder: Path,
+        *,
+        dtype: torch.dtype,
+        metadata: Mapping[str, str],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> list[ExportFile]:
+        """Write the formats of `save.export_formats`; adapters and tokens in theirs. Each is read back and compared."""
+        save, adapters, source = self._config.save, self._adapters, self._source
+        width, height = decoded_size(self._config)
+        header = {
+            **sd_modelspec(source, title=self._config.name, width=width, height=height, extra=self._entries()),
+            **metadata,
+        }
+        live = self._model.state_dict() if weights is None else weights
+        files: list[ExportFile] = []
+        if adapters is not None:
+            files = export_adapters(
+                adapters, folder, config=self._config, tokenizer=self._conditioning.tokenizer, family=source.family,
+                dtype=dtype, header=header, weights=live, predicts_v=source.prediction.kind == "v_prediction",
+            )  # fmt: skip
+            if not adapters.exports_networks:
+                return files
+        content = SdWeights(
+            model=source,
+            tokenizer=load_tokenizer(self._settings.tokenizer),  # without new tokens, which no text model has rows for
+            unet=self._unet_weights(weights),
+            texts=tuple(self._text_weights(place, weights) for place in range(len(source.texts))),
+        )
+        return files + export_sd(
+            content, folder, formats=save.export_formats, dtype=dtype, title=self._config.name, header=header,
+            card=save.model_card,
+        )  # fmt: skip
+
+    def _entries(self) -> dict[str, str]:
+        """Return ModelSpec entries beyond those that are always there."""
+        settings = self._settings
+        low, high = (round(1000 * timestep) for timestep in settings.timestep_range)
+        band = {"timestep_range": f"{low},{high}"} if (low, high) != (0, 1000) else {}
+        skip = {"encoder_layer": str(settings.clip_skip)} if self._source.family != "sdxl" else {}
+        return {**band, **skip, **self._config.save.modelspec}
+
+    def _unet_weights(self, weights: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+        if self._adapters is not None:
+            return self._adapters.merged_unet(weights)
+        if "unet" not in self._ever_trained():
+            return None
+        return self._model.unet.state_dict() if weights is None else _of(weights, "unet.")
+
+    def _text_weights(self, place: int, weights: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
+        if self._model.text is None:
+            return None
+        if self._adapters is not None:
+            return self._adapters.merged_text(place, weights)
+        if _TEXT_PARTS[place] not in self._ever_trained():
+            return None
+        text = self._model.text.texts[place]
+        return text.state_dict() if weights is None else _of(weights, f"text.texts.{place}.")
+
+
+def _of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
