@@ -10,6 +10,14 @@ from training.dreambooth.text import SdText, pad_ids, tokenize
 from training.stage_c.text import load_tokenizer
 
 FAMILIES = ("sd1", "sd2", "sdxl")
+_CONV = {"name": "conv", "targets": ["conv_3x3"], "rank": 3, "alpha": 1.5, "learning_rate": 0.5}
+KINDS = {
+    "lora": {"rank": 4, "alpha": 1.0},
+    "dora": {"kind": "dora", "rank": 2, "alpha": 3.0},
+    "loha": {"kind": "loha", "rank": 2, "alpha": 4.0},
+    "lokr": {"kind": "lokr", "rank": 2, "alpha": 2.0},
+    "conv": {"targets": ["kohya_conv"], "rank": 2, "blocks": [_CONV]},
+}
 
 
 def toy_networks(family, *, clip_skip=1):

@@ -21,7 +21,7 @@ from training.weight_files import WeightsReport, open_weights, read_tensors
 
 Parts = Mapping[str, Mapping[str, Adapter]]
 KOHYA_FILE, DIFFUSERS_FILE = "lora.safetensors", "pytorch_lora_weights.safetensors"
-_IN_DIFFUSERS = {DOWN: "lora_A.weight", UP: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
+_IN_DIFFUSERS = {DOWN: "lora_A.weight", UP: "lora_B.weight", MAGNITUDE: "lora_magnitude_vector.weight"}
 _FROM_DIFFUSERS = {theirs.removesuffix(".weight"): ours for ours, theirs in _IN_DIFFUSERS.items()}
 _DIFFUSERS_KEY = re.compile(
     r"(unet|text_encoder|text_encoder_2)\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?|alpha)"
