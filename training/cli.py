@@ -22,6 +22,7 @@ COMMANDS = (
     "preview",
     "create-model",
     "import-concepts",
+    "pack-concepts",
     "doctor",
     "explain-kohya",
     "import-state",

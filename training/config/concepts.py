@@ -62,7 +62,8 @@ class ConceptConfig(Config):
     prompt: str = FILEWORDS
     """What a picture is trained with."""
     token: str = ""
-    """The concept's word: with a class token, it takes the class token's place in captions."""
+    """The concept's word, such as "sks dog": with a class token ("dog"), it takes that one's place in prompts and
+    captions, unless it is there already."""
     caption_extension: str = ".txt"
     """Of the caption files."""
     repeats: int = Field(1, ge=1)
@@ -91,6 +92,18 @@ class ConceptsFile(Config):
     FREE: ClassVar = frozenset[str]()
 
     concepts: tuple[ConceptConfig, ...] = Field(min_length=1)
+    balance: bool = False
+    """Repeat the pictures of small concepts, so that an epoch shows each concept as often as whole repeats allow; the
+    largest is shown once. `repeats` are not given then."""
+    held_out: int = Field(0, ge=0)
+    """Of each concept so many pictures, chosen by their content, are not trained but packed as `concepts/held-out`,
+    for `validation.chunk`."""
+
+    @model_validator(mode="after")
+    def _repeats_are_read(self) -> "ConceptsFile":
+        if self.balance and (given := [concept.name for concept in self.concepts if concept.repeats > 1]):
+            raise ValueError(f"balance chooses the repeats; leave out those of {given[0]!r}, or balance")
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> "ConceptsFile":
