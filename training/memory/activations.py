@@ -29,11 +29,13 @@ class PassBytes:
     """Operations of forward and backward pass, what is computed again included."""
     encode_per_image: int = 0
     """While pixels are encoded, before the rest of the pass, where that is told apart."""
+    encode_fixed: int = 0
+    """Below 0 by gradients that are not there yet then."""
 
     def extra(self, micro_batch_size: int) -> int:
         """Return the peak for so many images, without weights, without gradients that stay."""
         passing = self.fixed + micro_batch_size * self.per_image
-        return max(self.floor, passing, micro_batch_size * self.encode_per_image)
+        return max(self.floor, passing, self.encode_fixed + micro_batch_size * self.encode_per_image)
 
 
 def pass_bytes(architecture: Architecture, settings: Pass) -> PassBytes:
@@ -42,8 +44,9 @@ def pass_bytes(architecture: Architecture, settings: Pass) -> PassBytes:
     per_image = (eight.peak - four.peak) // 4
     fixed = four.peak - 4 * per_image
     floor = measured_pass(architecture, settings, 1).peak if settings.gradients == "released" else 0
-    encoding = max(eight.encode_peak - four.encode_peak, 0) // 4
-    return PassBytes(fixed, per_image, floor, (eight.flops - four.flops) // 4, encoding)
+    encoding = (eight.encode_peak - four.encode_peak) // 4
+    encode_fixed = four.encode_peak - 4 * encoding
+    return PassBytes(fixed, per_image, floor, (eight.flops - four.flops) // 4, encoding, encode_fixed)
 
 
 class Measured(NamedTuple):
@@ -78,7 +81,8 @@ def measured_pass(architecture: Architecture, settings: Pass, num_images: int) -
                 encode()
                 encode_peak, live.peak = live.peak, live.now
             networks.step(settings, num_images, rules)()
-    return Measured(max(0, live.peak - (gradients if settings.gradients == "grown" else 0)), flops.total, encode_peak)
+    grown = gradients if settings.gradients == "grown" else 0
+    return Measured(max(0, live.peak - grown), flops.total, encode_peak and encode_peak - grown)
 
 
 def _cast_parameters(module: nn.Module) -> None:

@@ -68,6 +68,9 @@ class Architecture(Protocol):
     def assumed(self) -> tuple[str, ...]:
         """What was not found here and is taken for the published model."""
 
+    def key(self) -> str:
+        """Return what passes through the networks depend on, besides the shapes of what is trained."""
+
     def networks(self) -> Networks:
         """Return the networks. Under a meta device they take no memory."""
 

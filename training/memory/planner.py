@@ -3,7 +3,7 @@
 planned = max(load peak, step peak). What a state costs in host memory while it is saved is `host_bytes`'.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 from training.buckets import Bucket, listed_buckets
@@ -117,10 +117,7 @@ class Planner:
 
     def same_as(self, other: "Planner") -> bool:
         """Tell whether passes measured for another network are right for this one, too."""
-        mine, theirs = (
-            (repr(replace(p.architecture, assumed=(), adapters=None)), p.shapes, p.bucket, p._windows)
-            for p in (self, other)
-        )
+        mine, theirs = ((p.architecture.key(), p.shapes, p.bucket, p._windows) for p in (self, other))
         return mine == theirs
 
     def _load_peak(self, strategy: Strategy, fixed: Fixed) -> int:

@@ -6,7 +6,7 @@ model is not here, the published model of that name is assumed and said so.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,10 @@ class SdArchitecture:
     """The settings, where they have [lora] or [tokens]."""
     assumed: tuple[str, ...] = ()
     """What was not found here and is taken for the published model."""
+
+    def key(self) -> str:
+        """Return what passes through the networks depend on, besides the shapes of what is trained."""
+        return repr(replace(self, assumed=(), adapters=None))
 
     def networks(self) -> SdNetworksOnMeta:
         """Return the networks. Under a meta device they take no memory."""

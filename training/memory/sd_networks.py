@@ -1,7 +1,7 @@
 """Stable Diffusion's networks on the meta device, and a pass through them, for the memory planner."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,15 +68,15 @@ class SdNetworksOnMeta(Networks):
             return checkpoint(rules.around(function), *inputs, use_reentrant=False)
 
         self.model.unet.enable_gradient_checkpointing(gradient_checkpointing_func=recompute)
-        for text in self.model.text.texts if self.model.text is not None else []:
+        texts: Iterable[Any] = () if self.model.text is None else self.model.text.texts
+        for text in texts:
             has_new_name = hasattr(text, "activation_checkpointing_enable")  # the old one goes with transformers 6
             (text.activation_checkpointing_enable if has_new_name else text.gradient_checkpointing_enable)(
                 {"use_reentrant": False}
             )
             # Their parts: where in a layer transformers puts its checkpoint differs between releases.
-            for part in [
-                part for layer in getattr(text, "text_model", text).encoder.layers for part in layer.children()
-            ]:
+            layers = getattr(text, "text_model", text).encoder.layers
+            for part in [part for layer in layers for part in layer.children()]:
                 recomputed_under(rules, part)
 
     def encode(self, settings: Pass, num_images: int, rules: DeviceRules) -> Callable[[], None] | None:

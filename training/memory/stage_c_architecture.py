@@ -4,7 +4,7 @@ Nothing is downloaded. Where a file is not here, the published model is assumed 
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,6 +62,10 @@ class StageCArchitecture:
     attention_dropout: Literal["probabilities", "output", "none"] = "probabilities"
     assumed: tuple[str, ...] = ()
     """What was not found here and is taken for the published model."""
+
+    def key(self) -> str:
+        """Return what passes through the networks depend on, besides the shapes of what is trained."""
+        return repr(replace(self, assumed=(), adapters=None))
 
     def networks(self) -> StageCNetworks:
         """Return the networks. Under a meta device they take no memory."""
