@@ -16,6 +16,7 @@ from training.campaign import Campaign, read_campaign
 from training.chunk_history import ChunkRecord
 from training.chunk_records import Totals, totals
 from training.config import RunConfig
+from training.dreambooth.verdict.report import read_verdict, verdict_lines
 from training.ledger import Line
 from training.lock import HolderState, holder_state
 from training.run_dir import RunDir
@@ -78,6 +79,8 @@ class Status:
     live: HolderState | None
     last_exit: Mapping[str, Any] | None
     records: Mapping[str, ChunkRecord]
+    verdict: Mapping[str, Any] | None = None
+    """verdict.json of a DreamBooth run."""
 
 
 def read_status(config: RunConfig, root: Path) -> Status:
@@ -98,6 +101,7 @@ def read_status(config: RunConfig, root: Path) -> Status:
         live=holder_state(run_dir.lock_path),
         last_exit=run_dir.read_last_exit(),
         records=records,
+        verdict=read_verdict(root),
     )
 
 
@@ -192,6 +196,7 @@ def status_text(status: Status, *, now: float | None = None) -> str:
     ]
     lines.append(_eta_text(eta, now=time.time() if now is None else now))
     lines.append(_next_text(status))
+    lines += verdict_lines(status.verdict) if status.verdict is not None else ()
     lines.append(f"launch: {status.live if status.live is not None else 'none is running'}")
     if status.last_exit is not None:
         last = status.last_exit

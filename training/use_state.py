@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from sharding.files import require_free_bytes
 from training.config import RunConfig
+from training.dreambooth.verdict.best import best_state
 from training.engines.plain import PlainEngine
 from training.export_facts import export_facts
 from training.exports import write_export
@@ -26,14 +27,16 @@ from training.state_folder import LoadedState, load_state, newest_verified
 from training.trained import load_trained
 
 
-def export_weights(config: RunConfig, root: Path, output: Path, *, chunk_name: str | None = None) -> Iterator[str]:
-    """Write the weights of the newest state, or of a chunk's final one, to `output`; yield a line per file.
+def export_weights(
+    config: RunConfig, root: Path, output: Path, *, chunk_name: str | None = None, best: bool = False
+) -> Iterator[str]:
+    """Write the weights of the newest state, a chunk's final one, or the best, to `output`; yield a line per file.
 
     Formats and number format are those of `config.save`.
 
     Raises StateError when there is no verified state, DiskFullError before anything is written or in the middle of it.
     """
-    with _shown(config, root, chunk_name) as (state, recipe):
+    with _shown(config, root, chunk_name, best=best) as (state, recipe):
         position, dtype = Position(**state.facts["position"]), DTYPES[config.save.export_dtype]
         metadata = export_facts(
             config, RunDir(root), chunk=position.chunk, global_step=position.global_step,
@@ -46,23 +49,28 @@ def export_weights(config: RunConfig, root: Path, output: Path, *, chunk_name: s
             yield str(file)
 
 
-def make_previews(config: RunConfig, root: Path, output: Path, *, chunk_name: str | None = None) -> Iterator[str]:
-    """Make the run's previews from its newest state, or a chunk's final one; yield the files.
+def make_previews(
+    config: RunConfig, root: Path, output: Path, *, chunk_name: str | None = None, best: bool = False
+) -> Iterator[str]:
+    """Make the run's previews from its newest state, a chunk's final one, or the best; yield the files.
 
     Raises StateError, and ValueError when the config has no prompts.
     """
     prompts = preview_prompts(config, RunDir(root))
     if not prompts:
         raise ValueError("preview.prompts is empty and there is no preview.file: there is nothing to draw")
-    with _shown(config, root, chunk_name) as (state, recipe):
+    with _shown(config, root, chunk_name, best=best) as (state, recipe):
         pictures = recipe.preview(prompts)
     for path in write_pictures(output, state.facts["global_step"], pictures, prompts):
         yield str(path)
 
 
 @contextmanager
-def _shown(config: RunConfig, root: Path, chunk_name: str | None) -> Iterator[tuple[LoadedState, Recipe]]:
-    folder, _ = newest_verified(RunDir(root).state_folders(chunk_name))
+def _shown(
+    config: RunConfig, root: Path, chunk_name: str | None, *, best: bool
+) -> Iterator[tuple[LoadedState, Recipe]]:
+    run_dir = RunDir(root)
+    folder, _ = newest_verified([best_state(run_dir)] if best else run_dir.state_folders(chunk_name))
     state = load_state(folder, is_verified=True)
     config = stage_config(config, state.facts["position"]["chunk"])
     device = choose_device(config.device)

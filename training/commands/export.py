@@ -17,7 +17,9 @@ FORMATS = ("original", "diffusers", "combined")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See `training.commands`."""
     add_run_arguments(parser, needs_config=False, needs_run_dir=False)
-    parser.add_argument("--chunk", help="a finished chunk whose state is kept; default: the newest state")
+    state = parser.add_mutually_exclusive_group()
+    state.add_argument("--chunk", help="a finished chunk whose state is kept; default: the newest state")
+    state.add_argument("--best", action="store_true", help="the state that the verdict of a DreamBooth run keeps")
     parser.add_argument(
         "--from", dest="source", metavar="WEIGHTS", help="no state, but these: a file or folder in any layout, a hub id"
     )
@@ -85,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     elif lora is not None and options.formats and "merged" not in lora.formats:
         raise ValueError("--format is about whole weights, this run trains adapters: add --merged, or leave it out")
     config = config.model_copy(update={"save": save, "lora": lora})
-    for line in export_weights(config, options.run_dir, output, chunk_name=options.chunk):
+    for line in export_weights(config, options.run_dir, output, chunk_name=options.chunk, best=options.best):
         print(line)
     return DONE
 

@@ -16,7 +16,9 @@ SUMMARY = "make the run's previews from the newest state, or pictures from given
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """See `training.commands`."""
     add_run_arguments(parser, needs_config=False, needs_run_dir=False)
-    parser.add_argument("--chunk", help="a finished chunk whose state is kept; default: the newest state")
+    state = parser.add_mutually_exclusive_group()
+    state.add_argument("--chunk", help="a finished chunk whose state is kept; default: the newest state")
+    state.add_argument("--best", action="store_true", help="the state that the verdict of a DreamBooth run keeps")
     parser.add_argument("--output", type=Path, help="folder; default: RUN/previews, with --from previews")
     parser.add_argument(
         "--from",
@@ -69,6 +71,6 @@ def _of_state(options: argparse.Namespace, config: "RunConfig | None") -> int:
         return DONE
     from training.use_state import make_previews
 
-    for line in make_previews(config, options.run_dir, output, chunk_name=options.chunk):
+    for line in make_previews(config, options.run_dir, output, chunk_name=options.chunk, best=options.best):
         print(line)
     return DONE

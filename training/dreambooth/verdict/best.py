@@ -38,10 +38,15 @@ def keep_best(run_dir: RunDir, folder: Path) -> None:
             stream.write(folder.name.encode())
 
 
-def best_state(run_dir: RunDir) -> Path | None:
-    """Return the state that is marked, whether it is there or still being written; None without one."""
+def best_state(run_dir: RunDir) -> Path:
+    """Return the state that is marked, whether it is there or still being written. Raises StateError without one."""
     mark = next(iter(_marks(run_dir)), None)
-    return None if mark is None else mark.with_name(mark.read_text(encoding="utf-8"))
+    if mark is None:
+        raise StateError(
+            f"{run_dir.root}: no state is known to be the best: a verdict has to come at a step that saves one "
+            "(previews or validation at multiples of save.every_steps, or the end of a chunk)"
+        )
+    return mark.with_name(mark.read_text(encoding="utf-8"))
 
 
 def _marks(run_dir: RunDir) -> list[Path]:

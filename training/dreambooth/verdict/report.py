@@ -85,17 +85,19 @@ def read_verdict(run_folder: Path) -> dict[str, Any] | None:
     return value
 
 
-def verdict_lines(verdict: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the words of a verdict.json, as `status` and the log have them."""
+def verdict_lines(verdict: Mapping[str, Any], *, brief: bool = False) -> Iterator[str]:
+    """Yield the words of a verdict.json, as `status` and the log have them. brief: without what to do about it."""
     yield f"verdict at global step {verdict['global_step']:,} ({verdict['chunk']}):"
     for name, reading in verdict["concepts"].items():
         yield f"  {name}: {reading['word']}: {'; '.join(reading['reasons'])}"
-        yield from (f"    not known: {one}" for one in reading["unknown"])
-        yield from (f"    try: {Remedy(**one)}" for one in reading["remedies"])
+        if not brief:
+            yield from (f"    not known: {one}" for one in reading["unknown"])
+            yield from (f"    try: {Remedy(**one)}" for one in reading["remedies"])
     if verdict["best"] is not None:
         best = verdict["best"]
         yield f"  best state: {best['state']} (global step {best['global_step']:,}); kept, `export --best` writes it"
-    yield from _bleed_lines(verdict["bleed"])
+    if not brief:
+        yield from _bleed_lines(verdict["bleed"])
 
 
 def _bleed_lines(matrix: Mapping[str, Mapping[str, float]]) -> Iterator[str]:

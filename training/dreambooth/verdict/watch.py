@@ -8,9 +8,10 @@ What is said is a function of metrics.jsonl and of the pictures, so a resumed ru
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -155,7 +156,7 @@ class VerdictWatch:
         step = best_step(curves, rule, candidates=states)
         if step is not None:
             keep_best(run_dir, states[step])
-        config, looks = self._run_config(), self._look(position)
+        config, looks, before = self._run_config(), self._look(position), read_verdict(run_dir.root)
         epochs = epochs_until(self._rank.ledger.lines, step) if step is not None else None
         Verdict(
             position.chunk,
@@ -172,7 +173,8 @@ class VerdictWatch:
         ).write(run_dir.root)
         told = read_verdict(run_dir.root)
         assert told is not None
-        for line in verdict_lines(told):
+        is_news = at_end or before is None or _words(before) != _words(told)
+        for line in verdict_lines(told, brief=not is_news):
             logger.info("%s", line)
 
     def _coming_state(self, position: Position, *, at_end: bool) -> dict[int, Path]:
@@ -187,3 +189,7 @@ class VerdictWatch:
         """Return the settings of the run, which those of a stage were made from."""
         path = self._rank.run_dir.config_path
         return load_config(path, RunConfig) if path.exists() else self._rank.config
+
+
+def _words(verdict: Mapping[str, Any]) -> dict[str, str]:
+    return {name: reading["word"] for name, reading in verdict["concepts"].items()}
