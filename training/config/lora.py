@@ -67,7 +67,7 @@ class LoraConfig(Config):
     """Of what goes into a LoRA's or DoRA's first factor."""
     init: str | None = None
     """Start from this file: kohya's, the official or diffusers' layout, or a folder of PEFT's."""
-    base_weights: Literal["fp32", "bf16"] = "bf16"
+    base_weights: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Format of the frozen base in memory; published weights lose nothing in bf16."""
     blocks: tuple[LoraBlockConfig, ...] = ()
     """Tables of name, targets, rank, alpha, learning_rate: layers that get others."""
@@ -162,9 +162,9 @@ def adapter_problems(config: Any) -> list[str]:
     """Return what does not go together with [lora] and [tokens] in a RunConfig, one sentence each."""
     lora, tokens, problems = config.lora, config.tokens, []
     recipe = config.recipe
-    problems += _recipe_problems(lora, config.recipe_name)
+    problems += _recipe_problems(lora, config.recipe_name, autocast=config.precision.autocast)
     if config.dreambooth is not None:
-        problems += _dreambooth_problems(lora, recipe)
+        problems += _dreambooth_problems(lora, recipe, autocast=config.precision.autocast)
     elif lora is not None and lora.text_encoder is not None and recipe.train_text_encoder:
         problems.append("lora.text_encoder and stage_c.train_text_encoder: train adapters on it, or all of it")
     given = [] if tokens is None else [tokens.learning_rate]
@@ -189,12 +189,15 @@ def adapter_problems(config: Any) -> list[str]:
     return problems
 
 
-def _recipe_problems(lora: LoraConfig | None, recipe_name: str) -> list[str]:
+def _recipe_problems(lora: LoraConfig | None, recipe_name: str, *, autocast: str) -> list[str]:
     """Return what of [lora] the recipe does not have."""
     if lora is None:
         return []
     known = _FORMATS_OF[recipe_name]
-    problems = [
+    problems = []
+    if recipe_name == "stage_c" and lora.base_weights == "fp16":
+        problems.append('lora.base_weights "fp16": stage C overflows in it; use "bf16"')
+    problems += [
         f"lora.formats: {one!r} is not for the recipe {recipe_name}; choose from {', '.join(known)}"
         for one in lora.formats
         if one not in known
@@ -204,15 +207,26 @@ def _recipe_problems(lora: LoraConfig | None, recipe_name: str) -> list[str]:
             f'lora.kind "{lora.kind}" needs q, k and v apart to be read by other programs; the default targets have '
             'them together: set targets = ["kohya"], or patterns that name to_q, to_k, to_v'
         )
+    if recipe_name == "stage_c" and lora.base_weights == "fp16":
+        problems.append('lora.base_weights "fp16" does not hold all values of stage C; set "bf16"')
+    if recipe_name == "dreambooth" and lora.base_weights != "fp32" and autocast == "no":
+        problems.append(
+            f'lora.base_weights "{lora.base_weights}" needs precision.autocast, or the base cannot compute with fp32 '
+            'inputs; set precision.autocast "bf16" or lora.base_weights "fp32"'
+        )
     if recipe_name == "dreambooth" and "diffusers" in lora.formats and lora.kind not in ("lora", "dora"):
         problems.append(f'lora.formats: "diffusers" holds LoRA and DoRA only, kind is "{lora.kind}"')
     return problems
 
 
-def _dreambooth_problems(lora: LoraConfig | None, recipe: Any) -> list[str]:
-    """Return where [lora] and dreambooth.train, which says what gets adapters, disagree."""
+def _dreambooth_problems(lora: LoraConfig | None, recipe: Any, *, autocast: str) -> list[str]:
+    """Return where [lora] disagrees with dreambooth.train, which says what gets adapters, and with autocast."""
     if lora is None:
         return []
+    if lora.base_weights != "fp32" and autocast == "no":
+        return [
+            f'lora.base_weights "{lora.base_weights}" needs precision.autocast: set base_weights = "fp32", or autocast'
+        ]
     if recipe.trained_text and lora.text_encoder is None:
         return [f"dreambooth.train names {recipe.trained_text[0]}: give the table [lora.text_encoder], too"]
     if lora.text_encoder is not None and not recipe.trained_text:

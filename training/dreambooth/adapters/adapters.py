@@ -22,6 +22,7 @@ from training.lora.adapter import Adapter, AdapterError
 from training.lora.frozen_base import freeze_base
 from training.lora.layers import LayerChoice, adaptable_names, add_adapters, chosen, is_adapter, put_in, taken_out
 from training.lora.merging import merged_state
+from training.precision import DTYPES
 from training.stage_c.text import EOS_ID
 from training.tensor_file import digest_of_tensors
 from training.tokens.choose import ChosenTokens, choose_tokens, in_another_table
@@ -70,8 +71,8 @@ class SdAdapters:
         """{component: {block: layers}}, the block "" being all that are in no other."""
         if config.lora is not None:
             self._put_adapters([part for part in self._modules if part in ever])
-        bf16 = config.lora is not None and config.lora.base_weights == "bf16"
-        freeze_base(model, list(self._base_names()), dtype=torch.bfloat16 if bf16 else None)
+        dtype = None if config.lora is None else DTYPES[config.lora.base_weights]
+        freeze_base(model, list(self._base_names()), dtype=dtype)
         if config.lora is not None and config.lora.init is not None and not is_empty:
             self._start_from(Path(config.lora.init))
         self._freeze_what_other_stages_train()
