@@ -1,5 +1,6 @@
 """Class images: which are wanted, what makes them, and that none is made twice."""
 
+import os
 from dataclasses import fields, replace
 
 import pytest
@@ -113,11 +114,11 @@ def test_a_models_digest_tells_weights_vae_text_and_their_use_apart(networks):
 
     others = [
         *(changed(part) for part in ("unet", "vae", "text")), replace(networks, prediction=V),
-        replace(networks, max_tokens=150), networks_of("sd1", clip_skip=2),
+        replace(networks, max_tokens=150), replace(networks, strict_tokens=True), networks_of("sd1", clip_skip=2),
     ]  # fmt: skip
 
     assert digest(networks_of("sd1")) == digest(networks)
-    assert len({digest(each) for each in (networks, *others)}) == 7
+    assert len({digest(each) for each in (networks, *others)}) == 8
 
 
 # --- making them ---
@@ -165,7 +166,18 @@ def test_processes_share_the_work(networks, tmp_path):
     assert all(is_made(one, path) for one, path in zip(wanted, paths, strict=True))
 
 
-def test_killed_half_way_nothing_is_half_made(networks, tmp_path):
+def test_a_killed_writers_left_over_goes_and_a_live_ones_stays(networks, tmp_path):
+    old, new = (tmp_path / f"{number}.png.partial-1-{number}" for number in range(2))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+
+    make([image()], tmp_path, networks)
+
+    assert new.exists() and not old.exists()
+
+
+def test_stopped_half_way_nothing_is_half_made(networks, tmp_path):
     wanted = [image(seed=seed) for seed in range(3)]
 
     def killed(path):

@@ -155,6 +155,16 @@ def test_long_prompts_and_negatives_are_read_in_windows(family, sd1, sdxl):
     assert not torch.equal(ours, draw_latents([one.model_copy(update={"max_tokens": 75})], networks=networks))
 
 
+def test_strict_tokens_leave_out_a_tag_that_does_not_fit(sd1):
+    networks = replace(sd1, strict_tokens=True)
+    words = "cat " * 70
+
+    drawn = draw_latents([prompt(text=f"{words}, one two three four five six")], networks=networks)
+
+    assert torch.equal(drawn, draw_latents([prompt(text=words)], networks=networks))
+    assert not torch.equal(drawn, draw_latents([prompt(text=f"{words}, one two three four five six")], networks=sd1))
+
+
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_without_a_negative_prompt_guidance_goes_away_from_what_diffusers_does(family, sd1, sdxl):
     networks = sd1 if family == "sd1" else sdxl

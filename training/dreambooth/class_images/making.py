@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sharding.files import open_replacing, read_file
+from sharding.files import LEFT_OVER_SECONDS, open_replacing, read_file, remove_temporaries
 from training.dreambooth.class_images.wanted import ClassImage, key
 from training.dreambooth.sampling.drawing import draw_pictures
 from training.dreambooth.sampling.networks import SdPictures
@@ -45,6 +45,7 @@ def make_class_images(
     paths = {image: path_of(image, folder, model_digest=model_digest) for image in wanted}
     share = [image for image in list(paths)[rank::world_size] if not is_made(image, paths[image])]
     if share:
+        remove_temporaries(folder, min_age_seconds=LEFT_OVER_SECONDS)
         logger.info("class images: making %d of %d in %s", len(share), len(paths), folder)
         share.sort(key=_alike)
         pictures = draw_pictures([image.as_prompt() for image in share], networks=networks, batch_size=batch_size)

@@ -28,6 +28,7 @@ def digest(networks: SdPictures) -> str:
             "zero_terminal_snr": networks.prediction.zero_terminal_snr,
             "clip_skip": networks.text.clip_skip,
             "max_tokens": networks.max_tokens,
+            "strict_tokens": networks.strict_tokens,
             "vocabulary": sorted(networks.tokenizer.get_vocab().items()),
             "parts": {name: [_part(module, _SETTINGS[name]) for module in modules] for name, modules in parts.items()},
         }

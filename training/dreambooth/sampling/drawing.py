@@ -15,6 +15,7 @@ from torch import Tensor
 from training.config import Prompt
 from training.dreambooth.sampling.networks import SdPictures, drawing, in_fp32
 from training.dreambooth.sampling.samplers import GUIDANCE_RESCALE, make_scheduler
+from training.dreambooth.strict_tokens import tokenize_whole_tags
 from training.dreambooth.text import pad_ids, tokenize
 
 _SHARED = ("width", "height", "steps", "guidance", "sampler", "max_tokens")
@@ -160,8 +161,9 @@ def _conditions(
 
 def _encode(texts: Sequence[str], networks: SdPictures, *, max_tokens: int) -> tuple[Tensor, Tensor | None]:
     device = next(networks.text.parameters()).device
+    make = tokenize_whole_tags if networks.strict_tokens else tokenize
     windows = [
-        tokenize(networks.tokenizer, texts, max_tokens=max_tokens, pad_id=pad_id).windows.to(device)
+        make(networks.tokenizer, texts, max_tokens=max_tokens, pad_id=pad_id).windows.to(device)
         for pad_id in pad_ids(networks.family)
     ]
     encoded: tuple[Tensor, Tensor | None] = networks.text(*windows)

@@ -31,6 +31,8 @@ class SdPictures:
     prediction: Prediction
     max_tokens: Literal[75, 150, 225] = 75
     """Of a prompt and of its negative, unless a Prompt says otherwise."""
+    strict_tokens: bool = False
+    """Never cut inside a tag."""
 
     @property
     def device(self) -> torch.device:
