@@ -1,4 +1,4 @@
-"""The prompts of a run's previews: those in the config, then those of its prompt file, with `[filewords]` filled in.
+"""The prompts of a run's previews: those in the config, of its prompt file, of its concepts, `[filewords]` filled in.
 
 No torch.
 """
@@ -7,13 +7,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from sharding.chunk import Chunk, ChunkError, open_chunk
+from sharding.schema import Workspace
 from training.caption_text import training_caption
 from training.config import Prompt, RunConfig
+from training.dreambooth.concept_prompts import concept_prompts
 from training.plans import still_caption_settings
 from training.prompt_file import read_prompts
 from training.randomness import SampleIdentity
 from training.run_dir import RunDir
+from training.stages import stages_of
 
 FILEWORDS = "[filewords]"
 
@@ -26,6 +31,12 @@ def preview_prompts(config: RunConfig, run_dir: RunDir, *, chunk: str | None = N
     prompts = config.preview.prompts
     if config.preview.file is not None:
         prompts += read_prompts(config.preview.file, problems=config.recipe.prompt_problems)
+    return _filled_in(prompts, config, run_dir, chunk) + _of_concepts(config, run_dir)
+
+
+def _filled_in(
+    prompts: tuple[Prompt, ...], config: RunConfig, run_dir: RunDir, chunk: str | None
+) -> tuple[Prompt, ...]:
     if not any(FILEWORDS in prompt.text + prompt.negative for prompt in prompts):
         return prompts
     name = next((line.fields["chunk"] for line in run_dir.read_ledger() if line.event == "started"), chunk)
@@ -33,6 +44,32 @@ def preview_prompts(config: RunConfig, run_dir: RunDir, *, chunk: str | None = N
     if first is None:
         raise ValueError(f"preview: {FILEWORDS} stands for a caption of the run's first chunk, but none was started")
     return with_filewords(prompts, first.read_index(), chunk=first.name, config=config)
+
+
+def _of_concepts(config: RunConfig, run_dir: RunDir) -> tuple[Prompt, ...]:
+    """Return the previews of concepts, their captions from the first stage that shows the concept."""
+    prompts: tuple[Prompt, ...] = ()
+    for wanted in concept_prompts(config):
+        own = wanted.prompts
+        if any(FILEWORDS in prompt.text + prompt.negative for prompt in own):
+            name, index = _rows_of(wanted.concept, config, run_dir)
+            own = with_filewords(own, index, chunk=name, config=config)
+        prompts += own
+    return prompts
+
+
+def _rows_of(concept: str, config: RunConfig, run_dir: RunDir) -> tuple[str, pa.Table]:
+    """Return the first stage's chunk that has a concept, and its rows of it. Raises ChunkError when none has."""
+    for stage in stages_of(config):
+        chunk: Chunk = run_dir.started_chunk(stage.chunk, check_shards=False) or open_chunk(
+            Workspace(config.data.workspace).chunks / stage.chunk
+        )
+        index = chunk.read_index()
+        if "concept" in index.column_names:
+            rows = index.filter(pc.equal(index.column("concept"), concept))
+            if rows.num_rows:
+                return stage.chunk, rows
+    raise ChunkError(f"preview: no stage's chunk has a picture of concept {concept}; pack its concepts again")
 
 
 def with_filewords(prompts: Iterable[Prompt], index: pa.Table, *, chunk: str, config: RunConfig) -> tuple[Prompt, ...]:
