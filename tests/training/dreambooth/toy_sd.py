@@ -46,10 +46,10 @@ def toy_vae():
     ).eval()
 
 
-def toy_text(*, projection=False, act="quick_gelu"):
+def toy_text(*, projection=False, act="quick_gelu", width=64):
     torch.manual_seed(2)
     config = CLIPTextConfig(
-        vocab_size=49408, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=1,
+        vocab_size=49408, hidden_size=width, intermediate_size=128, num_hidden_layers=3, num_attention_heads=1,
         max_position_embeddings=77, projection_dim=64, hidden_act=act, bos_token_id=49406, eos_token_id=49407,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
