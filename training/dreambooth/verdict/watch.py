@@ -85,16 +85,23 @@ class VerdictWatch:
     def run(self, trained: Trained, position: Position, *, at_end: bool = False) -> str:
         """Measure, record and tell; return why the ranks agreed to stop meanwhile, or "". Every rank has to call it."""
         rank = self._rank
+        row: dict[str, float] = {}
         if not rank.from_main(lambda: self.is_there(position)):
             row, reason = self._losses.run(trained)
             if reason:
                 return reason
-            if rank.records is not None:
-                rank.records.measured(position, {**row, **self._look(position).values})
-        if rank.is_main and not self._is_told(position):
-            self._tell(position, at_end=at_end)
-        rank.engine.barrier()
+        rank.from_main(lambda: self._conclude(position, row, at_end=at_end))
         return ""
+
+    def _conclude(self, position: Position, row: Mapping[str, float], *, at_end: bool) -> None:
+        """Record losses that were just measured, and say what they mean; for rank 0."""
+        assert self._rank.records is not None
+        looks = self._look(position)
+        if row:
+            self._rank.records.measured(position, {**row, **looks.values})
+        told = read_verdict(self._rank.run_dir.root)
+        if told is None or (told["chunk"], told["global_step"]) != (position.chunk, position.global_step):
+            self._tell(position, looks, before=told, at_end=at_end)
 
     # --- pictures ---
 
@@ -144,11 +151,7 @@ class VerdictWatch:
 
     # --- words ---
 
-    def _is_told(self, position: Position) -> bool:
-        told = read_verdict(self._rank.run_dir.root)
-        return told is not None and (told["chunk"], told["global_step"]) == (position.chunk, position.global_step)
-
-    def _tell(self, position: Position, *, at_end: bool) -> None:
+    def _tell(self, position: Position, looks: _Looks, *, before: Mapping[str, Any] | None, at_end: bool) -> None:
         run_dir, rule = self._rank.run_dir, self._limits.rule
         curves = read_curves(read_metrics(run_dir.metrics_path))
         readings = judge(curves, rule)
@@ -156,7 +159,7 @@ class VerdictWatch:
         step = best_step(curves, rule, candidates=states)
         if step is not None:
             keep_best(run_dir, states[step])
-        config, looks, before = self._run_config(), self._look(position), read_verdict(run_dir.root)
+        config = self._run_config()
         epochs = epochs_until(self._rank.ledger.lines, step) if step is not None else None
         Verdict(
             position.chunk,
