@@ -19,6 +19,8 @@ from training.dreambooth.strict_tokens import tokenize_whole_tags
 from training.dreambooth.text import pad_ids, tokenize
 
 _SHARED = ("width", "height", "steps", "guidance", "sampler", "max_tokens")
+"""What prompts that are drawn at once have in common."""
+_MOMENTS = ("latents_mean", "latents_std")
 
 
 class NotFiniteError(ValueError):
@@ -61,19 +63,24 @@ def draw_latents(prompts: Sequence[Prompt], *, networks: SdPictures) -> Tensor:
         raise ValueError(f"prompts of one batch differ: {_settings(other)} and {settings}")
     with drawing(networks):
         latents = _sample(prompts, networks)
-        if not latents.isfinite().all():
+        for number in _not_finite(latents):
             with in_fp32(networks.unet, networks.text):
-                latents = _sample(prompts, networks)
-    if not latents.isfinite().all():
-        raise NotFiniteError(f"{prompts[0].text!r}: the model draws no numbers, in fp32, too: its weights are broken")
+                latents[number] = _sample([prompts[number]], networks)[0]
+    if broken := _not_finite(latents):
+        text = prompts[broken[0]].text
+        raise NotFiniteError(f"{text!r}: the model draws no numbers, in fp32, too: its weights are broken")
     return latents
+
+
+def _not_finite(latents: Tensor) -> list[int]:
+    return [number for number, one in enumerate(latents) if not one.isfinite().all()]
 
 
 def decode(latents: Tensor, *, networks: SdPictures) -> Image.Image:
     """Return the picture of latents (1, 4, h, w); the VAE always runs in fp32, as SDXL's overflows in fp16."""
     config = networks.vae.config
     unscaled = latents.float() / config["scaling_factor"]
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+    if all(config.get(name) is not None for name in _MOMENTS):
         mean, std = (torch.tensor(config[name], device=latents.device).view(1, -1, 1, 1) for name in _MOMENTS)
         unscaled = unscaled * std + mean
     with drawing(networks), in_fp32(networks.vae):
@@ -82,9 +89,6 @@ def decode(latents: Tensor, *, networks: SdPictures) -> Image.Image:
         raise NotFiniteError("the VAE gives no numbers, in fp32, too; give another one as dreambooth.vae")
     values = (pixels[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu() * 255
     return Image.fromarray(values.round().to(torch.uint8).numpy())
-
-
-_MOMENTS = ("latents_mean", "latents_std")
 
 
 def _settings(prompt: Prompt) -> tuple[Any, ...]:
@@ -155,7 +159,7 @@ def _conditions(
     empty = [number for number, text in enumerate(texts[: -len(prompts)]) if not text]
     states[empty], pooled[empty] = 0, 0
     sizes = [first.height, first.width, 0, 0, first.height, first.width]
-    time_ids = torch.tensor([sizes] * len(texts), device=networks.device, dtype=dtype)
+    time_ids = torch.tensor([sizes] * len(texts), device=networks.device, dtype=torch.float32)  # bf16 ends at 256
     return states, {"text_embeds": pooled, "time_ids": time_ids}
 
 
