@@ -16,7 +16,7 @@ class ClassImagesConfig(Config):
     """Pictures of the concept's class, which hold the model to what it knew."""
 
     folder: str = ""
-    """Pictures to take, never overwritten; made and kept with the run when empty."""
+    """Pictures to take, never written to. What they lack of images_per_image is made, and kept in the workspace."""
     prompt: str = ""
     """What they show; `[filewords]` is the instance's caption."""
     token: str = ""

@@ -13,9 +13,13 @@ from sharding.chunk import HELD_OUT_NAME, ChunkError, iterate_samples, list_chun
 from sharding.config import ConfigError, parse_config
 from sharding.schema import Workspace
 from sharding.verify import verify
+from tests.training.dreambooth.test_sampling import networks_of
+from training.cli import main
 from training.config import RunConfig
+from training.dreambooth.packing import chunks, drawing
 from training.dreambooth.packing.pack import pack_concepts
 from training.errors import BrokenDataError
+from training.frozen_config import to_toml
 from training.plan_totals import run_totals
 from training.plans import batch_plan, caption_settings
 from training.stages import stage_config, stages_of
@@ -44,6 +48,7 @@ class Project:
         self.concepts = []
         self.options = {}
         self.stages = []
+        self.recipe = {"model": "none", "concepts": str(root / "concepts.toml")}
         self.changes = {}
 
     def concept(self, name, number=6, *, seed=0, caption="girl, smile", **values):
@@ -55,10 +60,6 @@ class Project:
 
     @property
     def config(self):
-        path = self.root / "concepts.json"
-        recipe = {"model": "none", "concepts": str(self.write_concepts()), **self.changes.pop("dreambooth", {})}
-        self.recipe = getattr(self, "recipe", recipe)
-        assert not path.exists()
         values = {
             "name": "toy", "device": "cpu", "data": {"workspace": str(self.root / "ws"), "chunks": ["concepts/*"]},
             "batch": {"batch_size": 2, "micro_batch_size": 2}, "buckets": {"resolution": [64, 64], "step": 32},
@@ -69,8 +70,6 @@ class Project:
         return parse_config(values, RunConfig, name="run.toml")
 
     def write_concepts(self):
-        from training.frozen_config import to_toml
-
         path = self.root / "concepts.toml"
         text = to_toml(self.options)
         for concept in self.concepts:
@@ -78,7 +77,6 @@ class Project:
             text += "[[concepts]]\n" + to_toml({key: one for key, one in concept.items() if key not in tables})
             text += "".join(f"[concepts.{key}]\n{to_toml(table)}" for key, table in tables.items())
         path.write_text(text)
-        return path
 
     def draw(self, config, wanted, folder, *, dry_run):
         folder.mkdir(parents=True, exist_ok=True)
@@ -193,6 +191,7 @@ def test_each_line_of_a_caption_gets_the_prompt_where_one_is_drawn(project):
 def test_a_concepts_own_first_tags_are_marked_where_the_run_shuffles(project):
     project.concept("hitori", 1, keep_first_tags=2)
     project.concept("nijika", 1, seed=9)
+    project.concept("ryo", 1, seed=19, prompt="ryo", keep_first_tags=1)
 
     with pytest.raises(ConfigError, match=r"'hitori': keep_first_tags 2 is not the run's 0: .*keep_separator='\|\|\|'"):
         project.pack()
@@ -202,8 +201,8 @@ def test_a_concepts_own_first_tags_are_marked_where_the_run_shuffles(project):
     project.changes["caption"] = {"shuffle": False}
     project.pack()
 
-    assert marked == ["girl, smile|||0", "girl, smile, 0"]
-    assert [row["caption"] for row in project.rows()] == ["girl, smile, 0"] * 2
+    assert marked == ["girl, smile|||0", "girl, smile, 0", "ryo"]
+    assert [row["caption"] for row in project.rows()] == ["girl, smile, 0", "girl, smile, 0", "ryo"]
 
 
 def test_marked_tags_stay_in_front(project):
@@ -381,7 +380,7 @@ def test_equal_words_for_picture_and_class_are_refused(project):
 def test_a_prior_without_class_images_shows_the_pictures_with_the_classs_words(project):
     project.concept("hitori", 3, repeats=2, token="hitori", class_images={"token": "girl"})
     project.concept("style", 1, seed=30)
-    project.changes["dreambooth"] = {"prior_target": "base_model"}
+    project.recipe |= {"prior_target": "base_model"}
 
     text = project.pack().text()
 
@@ -398,7 +397,7 @@ def test_a_prior_without_class_images_shows_the_pictures_with_the_classs_words(p
 
 def test_a_prior_that_no_concept_has_words_for_is_refused(project):
     project.concept("hitori", 1)
-    project.changes["dreambooth"] = {"prior_target": "base_model"}
+    project.recipe |= {"prior_target": "base_model"}
 
     with pytest.raises(ConfigError, match="no concept has class images, and none says what it is one of"):
         project.pack()
@@ -460,6 +459,106 @@ def test_balance_shows_concepts_about_equally_often(project):
     ]  # fmt: skip
     shown = Counter(concept for concept, _ in project.per_epoch()[0].elements())
     assert shown == {"a": 10, "a/class": 10, "b": 10, "b/class": 10, "c": 9, "c/class": 9}
+
+
+def test_what_is_odd_is_told(project):
+    hands = project.concept("hands", 2, token="hands", class_images={**CLASSES, "images_per_image": 5})
+    project.concept("hitori", 2, class_images={"folder": str(hands)[:-1]})
+    project.concept("unused", 1, seed=70)
+    paint(5, 200, 20).save(hands / "long.png")
+    (hands / "long.txt").write_text("long")
+    project.stages = [{"name": "all", "epochs": 4, "concepts": ["hands", "hitori"]}]
+    project.changes["data"] = {"chunks": ["newest/*"]}
+
+    notes = "\n".join(project.pack().notes)
+
+    assert "concept hands: token 'hands' is not looked at" in notes
+    assert f"concept hitori: class_images.folder {str(hands)[:-1]} is not looked at: images_per_image is 0" in notes
+    assert f"concept hands: 1 pictures have no bucket and are not trained, first {hands / 'long.png'}" in notes
+    assert "concept unused: is in no stage" in notes
+    assert "2 pictures belong to several concepts, first to hands and hitori" in notes
+    assert "concepts/01-all: class images need 5 epochs to come round, there are 4" in notes
+    assert "concepts/01-all: not in data.chunks ['newest/*']; set data.chunks = [\"concepts/*\"]" in notes
+    assert {sum(number for (concept, _), number in epoch.items() if concept == "hands/class")
+            for epoch in project.per_epoch()} == {2}  # fmt: skip
+
+
+# --- the command ---
+
+
+def run_toml(project, **changes):
+    project.write_concepts()
+    project.changes.update(changes)
+    path = project.root / "run.toml"
+    path.write_text(to_toml(project.config.model_dump(mode="json", exclude_unset=True, exclude_none=True)))
+    return str(path)
+
+
+def test_the_command_packs_and_says_what_to_run_next(project, capsys):
+    project.concept("hitori", 2)
+    path = run_toml(project)
+
+    codes = [main(["pack-concepts", path, *more]) for more in ([], ["--dry-run"], ["--set", "data.epochs=7"])]
+
+    assert codes == [0, 0, 0]
+    out = capsys.readouterr().out
+    assert "concepts/01-all: 1 epochs, packed" in out and "concepts/01-all: 7 epochs, nothing has changed" in out
+    assert f"then: python -m training run {path} --run-dir RUN_DIR" in out
+
+
+def test_the_command_tells_bad_settings_from_bad_data(project, capsys):
+    folder = project.concept("hitori", 2)
+    path = run_toml(project)
+    (folder / "01.txt").unlink()
+
+    bad_data = main(["pack-concepts", path])
+    bad_path = main(["pack-concepts", path, "--set", "dreambooth.concepts=none.toml"])
+    project.recipe.pop("concepts")
+    no_concepts = main(["pack-concepts", run_toml(project)])
+
+    assert (bad_data, bad_path, no_concepts) == (3, 2, 2)
+    errors = capsys.readouterr().err
+    assert "1 of 2 pictures have no caption" in errors and "none.toml: no such config file" in errors
+    assert "dreambooth.concepts is not set" in errors
+
+
+# --- class images that the model draws ---
+
+
+@pytest.fixture
+def toy_model(project, monkeypatch):
+    """A model file that stands for toy networks; the list grows with each time they are loaded."""
+    loaded, networks = [], networks_of("sd1")
+
+    def load(config):
+        loaded.append(config.of_dreambooth.model)
+        return networks
+
+    monkeypatch.setattr(drawing, "_load", load)
+    (project.root / "model.safetensors").write_bytes(b"weights")
+    project.recipe |= {"model": str(project.root / "model.safetensors")}
+    project.draw = drawing.draw_class_images
+    return loaded
+
+
+def test_the_model_is_loaded_only_when_a_class_image_is_missing(project, toy_model):
+    project.concept("hitori", 2, class_images={**CLASSES, "images_per_image": 1})
+    project.pack(dry_run=True)
+    assert not toy_model
+    project.pack()
+    folder = project.root / "ws" / "class_images"
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+
+    project.pack()
+    project.pack(dry_run=True)
+    assert len(toy_model) == 1 and len(before) == 2
+    next(folder.glob("*.png")).unlink()
+    assert "1 class images are to be drawn" in project.pack(dry_run=True).text()
+    project.pack()
+    assert len(toy_model) == 2 and {path.name for path in folder.glob("*.png")} == set(before)
+    (project.root / "model.safetensors").write_bytes(b"other weights")
+    project.pack()
+    assert len(toy_model) == 3
 
 
 # --- writing ---
@@ -536,6 +635,27 @@ def test_a_chunk_of_somebody_else_is_left_alone(project):
     project.stages = [{"name": "other", "epochs": 1}]
     project.pack()
     assert [one.name for one in list_chunks(project.chunks)] == ["concepts/01-all", "concepts/01-other"]
+
+
+def test_a_killed_pack_goes_on_to_the_same_bytes(project, monkeypatch):
+    project.concept("hitori", 4)
+    project.pack()
+    before = project.files()
+    shutil.rmtree(project.root / "ws")
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(chunks, "commit_chunk", killed)
+        project.pack()
+    assert list_chunks(project.chunks) == [] and list(project.chunks.rglob("*.tar"))
+    project.pack()
+
+    assert {name: data for name, (data, _) in project.files().items()} == {
+        name: data for name, (data, _) in before.items()
+    }
+    assert not (project.chunks / "concepts" / "01-all" / ".building").exists()
 
 
 def test_a_lost_shard_is_written_again(project):

@@ -51,7 +51,7 @@ def kept_in_front(text: str, concept: ConceptConfig, settings: CaptionConfig) ->
     """Return a caption with the mark `caption.keep_separator` behind the concept's own number of first tags.
 
     Without that number, and where the run leaves captions in their order, the caption stays as it is; so does one that
-    has the mark already.
+    has the mark already, or a single tag.
     """
     keep = concept.keep_first_tags
     if keep is None or keep == settings.keep_first_tags or not _is_taken_apart(settings):
@@ -62,10 +62,10 @@ def kept_in_front(text: str, concept: ConceptConfig, settings: CaptionConfig) ->
             f"concept {concept.name!r}: keep_first_tags {keep} is not the run's {settings.keep_first_tags}: where they "
             "end is marked in the captions, and the run has to know the mark: --set caption.keep_separator='|||'"
         )
-    if mark in text:
-        return text
     separator = settings.separator.strip()
     tags = text.split(separator)
+    if mark in text or len(tags) < 2:
+        return text
     return separator.join(tags[:keep]) + mark + separator.join(tags[keep:]).lstrip()
 
 
