@@ -23,8 +23,11 @@ _COARSE = 8  # pixels a cell: a background connected to the border is followed i
 _GROUND_SHARE = 0.6  # of the border: what a drawing's white ground takes at least
 _BAR_STD = 2.5 / 255  # a bar of a JPEG is not quite constant
 _BAR_DRIFT = 4 / 255
+_BAR_ROWS = 24
 _BAR_EDGE = 4 / 255  # luma by which the first row of the picture leaves the bar …
 _BAR_EDGE_SHARE = 0.6  # … in this share of its pixels; a drawing on a plain ground leaves it in few
+_CAST_ONE = 0.35
+_PALE = 0.65  # mean of the channels: pure orange is at the end of one, and is not burnt
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class PixelNumbers:
     contrast: float
     """Luma of the 99th less that of the 1st percentile."""
     cast: float
-    """Distance between the channels' black points, or white points if that is more."""
+    """Distance between the channels' black points and between their white points, the smaller one. A coloured scene
+    mostly has one of them; _CAST_ONE of the larger one counts, too."""
 
 
 def measure(image: Image.Image) -> PixelNumbers:
@@ -81,7 +85,7 @@ def _burnt_fraction(rgb: Plane, luma: Plane) -> float:
     whole = np.s_[: rows * _COARSE, : columns * _COARSE]
     cells = [
         part[whole].reshape(rows, _COARSE, columns, _COARSE).mean(axis=(1, 3))
-        for part in (rgb.max(axis=2) > CLIPPED, luma > BRIGHT)
+        for part in ((rgb.max(axis=2) > CLIPPED) & (rgb.mean(axis=2) > _PALE), luma > BRIGHT)
     ]
     is_white = cells[1] > 0.5
     border = np.concatenate([is_white[0], is_white[-1], is_white[:, 0], is_white[:, -1]])
@@ -108,7 +112,8 @@ def _reaching_border(is_candidate: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool
 
 def _cast(rgb: Plane) -> float:
     points = np.percentile(rgb.reshape(-1, 3), (1, 99), axis=0)
-    return float((points.max(axis=1) - points.min(axis=1)).max())
+    apart = points.max(axis=1) - points.min(axis=1)
+    return float(max(apart.min(), _CAST_ONE * apart.max()))
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def find_bars(image: Image.Image) -> Bars:
 
     The ground of a drawing is none: there the picture begins in few places of a row.
     """
-    rgb = np.asarray(image.convert("RGB"), np.float32) / 255
+    rgb = np.asarray(image.convert("RGB"))
     top, bottom = _bar_rows(rgb), _bar_rows(rgb[::-1])
     height, width = rgb.shape[:2]
     middle = rgb[top : height - bottom]
@@ -139,16 +144,28 @@ def find_bars(image: Image.Image) -> Bars:
     return Bars(top / height, bottom / height, left / width, right / width)
 
 
-def _bar_rows(rgb: Plane) -> int:
+def _bar_rows(rgb: npt.NDArray[np.uint8]) -> int:
     """Count rows of one colour from the top, up to a clear edge; 0 when there is none."""
-    if not rgb.size:
-        return 0
-    means, stds = rgb.mean(axis=1), rgb.std(axis=1).max(axis=1)
-    is_bar = (stds < _BAR_STD) & (np.abs(means - means[0]).max(axis=1) < _BAR_DRIFT)
-    count = int(np.argmin(is_bar)) if not is_bar.all() else 0
-    if count == 0:
+    count = _plain_rows(rgb) if rgb.size else 0
+    if count in (0, len(rgb)):
         return 0
     # Resizing and compression blur the edge over a few rows. Of a drawn sky's gradient no row leaves the one before.
-    inside = rgb[min(count + 3, len(rgb) - 1)]
-    differs = np.abs(inside - means[count - 1]).max(axis=1) > _BAR_EDGE
+    outside, inside = (_levels(rgb[row : row + 1]) for row in (count - 1, min(count + 3, len(rgb) - 1)))
+    differs = np.abs(inside - outside.mean(axis=1)).max(axis=2) > _BAR_EDGE
     return count if differs.mean() > _BAR_EDGE_SHARE else 0
+
+
+def _plain_rows(rgb: npt.NDArray[np.uint8]) -> int:
+    """Count the rows from the top that have the first one's colour, a few at a time: most pictures have none."""
+    first = _levels(rgb[:1]).mean(axis=1)
+    for start in range(0, len(rgb), _BAR_ROWS):
+        rows = _levels(rgb[start : start + _BAR_ROWS])
+        drift = np.abs(rows.mean(axis=1) - first).max(axis=1)
+        is_bar = (rows.std(axis=1).max(axis=1) < _BAR_STD) & (drift < _BAR_DRIFT)
+        if not is_bar.all():
+            return start + int(np.argmin(is_bar))
+    return len(rgb)
+
+
+def _levels(rows: npt.NDArray[np.uint8]) -> Plane:
+    return rows.astype(np.float32) / 255

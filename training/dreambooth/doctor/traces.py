@@ -22,6 +22,8 @@ _ROLL_OFF = (
 )
 _BLOCK = 8
 _EDGE = 0.03  # luma: steps above it belong to the picture
+_BUSY = 1.5 / 255  # luma of three steps together: below it a place is flat, which no compression changes
+_MIN_BUSY = 0.1  # share of a picture
 # ITU-T T.81, table K.1: what a JPEG of quality 50 divides luma by.
 _STANDARD = (
     16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51,
@@ -80,14 +82,18 @@ def _spectrum_end(luma: Plane) -> float:
 
 
 def _blockiness(luma: Plane) -> float:
+    """Compare steps at the borders of blocks with their neighbours, where there are steps at all."""
     steps = np.abs(np.diff(luma, axis=1))
-    beyond = np.clip(steps[:, 1:-1] - (steps[:, :-2] + steps[:, 2:]) / 2, -_EDGE, _EDGE)
+    near = steps[:, 1:-1] + steps[:, :-2] + steps[:, 2:]
+    is_busy = near > _BUSY
+    beyond = np.clip(1.5 * steps[:, 1:-1] - near / 2, -_EDGE, _EDGE) * is_busy
     length = beyond.shape[1] // _BLOCK * _BLOCK
     if not length:
         return 0.0
     columns = beyond[:, :length].mean(axis=0).reshape(-1, _BLOCK).mean(axis=0)
     at_border = _BLOCK - 2  # the step from pixel 7 to pixel 8 is the 8th; the first one has no neighbour
-    return float(columns[at_border] - np.delete(columns, at_border).mean()) * 255
+    difference = float(columns[at_border] - np.delete(columns, at_border).mean())
+    return difference * 255 / max(float(is_busy.mean()), _MIN_BUSY)
 
 
 def _jpeg_quality(data: bytes) -> int | None:
