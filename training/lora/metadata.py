@@ -9,7 +9,7 @@ from training.config import RunConfig
 from training.config.lora import LoraConfig
 
 
-def network_metadata(config: RunConfig, lora: LoraConfig, *, base: str, is_sd2: bool = False) -> dict[str, str]:
+def network_metadata(config: RunConfig, lora: LoraConfig, *, base: str) -> dict[str, str]:
     """Return kohya's entries about adapters. base: ss_base_model_version.
 
     Source: kohya-ss/sd-scripts, train_network.py (names and meaning).
@@ -20,7 +20,7 @@ def network_metadata(config: RunConfig, lora: LoraConfig, *, base: str, is_sd2: 
     is_plain = not any(block.rank or block.alpha for block in lora.blocks)
     return {
         "ss_base_model_version": base,
-        "ss_v2": str(is_sd2),
+        "ss_v2": str(base.startswith("sd_v2")),
         "ss_network_module": "lycoris.kohya" if arguments else "networks.lora",
         "ss_network_dim": str(lora.rank) if is_plain else "Dynamic",
         "ss_network_alpha": f"{lora.alpha:g}" if is_plain else "Dynamic",

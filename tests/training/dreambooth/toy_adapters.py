@@ -1,5 +1,7 @@
 """Toy models of Stable Diffusion with adapters and tokens, and what they predict."""
 
+import functools
+
 import torch
 
 from tests.training.dreambooth.toy_sd import toy_text, toy_unet
@@ -20,6 +22,12 @@ KINDS = {
 }
 
 
+@functools.cache
+def plain_tokenizer():
+    """CLIP's tokenizer, to which nothing may be added."""
+    return load_tokenizer("builtin")
+
+
 def toy_networks(family, *, clip_skip=1):
     """The UNet and text models of a family, all in one module."""
     texts = [toy_text(act="gelu" if family == "sd2" else "quick_gelu")]
@@ -36,7 +44,8 @@ def adapted(family, *, train=("unet",), clip_skip=1, stages=(), **changes):
     if stages:
         recipe["concepts"] = "none"
     config = toy_config(stage_c=None, dreambooth=recipe, **changes)
-    model, tokenizer = toy_networks(family, clip_skip=clip_skip), load_tokenizer("builtin")
+    model = toy_networks(family, clip_skip=clip_skip)
+    tokenizer = load_tokenizer("builtin") if "tokens" in changes else plain_tokenizer()
     return config, model, SdAdapters(config, model, tokenizer, family=family), tokenizer
 
 
@@ -52,7 +61,7 @@ def shake(model, *, seed=3, size=0.05):
 @torch.no_grad()
 def predict(model, tokenizer=None, caption="a [cat] with a hat"):
     """Return what a model predicts for one caption."""
-    family, tokenizer = model.text.family, tokenizer or load_tokenizer("builtin")
+    family, tokenizer = model.text.family, tokenizer or plain_tokenizer()
     windows = tuple(tokenize(tokenizer, [caption], max_tokens=75, pad_id=one).windows for one in pad_ids(family))
     noised = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     time_ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]]) if family == "sdxl" else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from training.config import RunConfig
 from training.dreambooth.adapters.adapters import SdAdapters
 from training.dreambooth.adapters.files import write_adapters
-from training.dreambooth.adapters.names import ARCHITECTURES, TEXT, TEXT_2, UNET
+from training.dreambooth.adapters.names import TEXT, TEXT_2, UNET, base_version
 from training.dreambooth.single_file.layout import Family
 from training.lora.metadata import network_metadata
 from training.recipes.base import ExportFile
@@ -18,9 +18,6 @@ from training.tokens.files import CLIP_G, CLIP_L, EMB_PARAMS, write_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_BASE_VERSIONS: Mapping[Family, str] = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
-"""kohya's ss_base_model_version; of a base that predicts v, with `_v` behind it."""
 
 
 def export_adapters(
@@ -37,11 +34,11 @@ def export_adapters(
 ) -> list[ExportFile]:
     """Write the layouts of `lora.formats` and the tokens. weights: what is trained, by name in the whole model.
 
-    tokenizer: the one that learned the tokens; header: of the run's weights files. Raises AdapterError for what a
-    layout cannot hold.
+    tokenizer: the one that learned the tokens; header: of the run's weights files, with ModelSpec's architecture.
+    Raises AdapterError for what a layout cannot hold.
     """
     lora, reports = config.lora, []
-    architecture = header.get("modelspec.architecture") or architecture_of(family, predicts_v=predicts_v)
+    architecture = header["modelspec.architecture"]
     if adapters.tokens is not None:
         keys = {TEXT: CLIP_L, TEXT_2: CLIP_G} if family == "sdxl" else {TEXT: EMB_PARAMS}
         rows = {keys[part]: own for part, own in adapters.token_rows(weights).items()}
@@ -50,15 +47,9 @@ def export_adapters(
     if lora is not None:
         own = {**header, "modelspec.architecture": f"{architecture}/lora"}
         if config.save.training_facts:
-            version = _BASE_VERSIONS[family] + ("_v" if predicts_v and family != "sdxl" else "")
-            own |= network_metadata(config, lora, base=version, is_sd2=family == "sd2")
+            own |= network_metadata(config, lora, base=base_version(family, predicts_v=predicts_v))
         reports += write_adapters(
             folder, adapters.adapters(weights), family=family, unet_layers=adapters.adaptable_layers()[UNET],
             formats=lora.formats, dtype=dtype, metadata=own,
         )  # fmt: skip
     return [ExportFile(report.path, report.num_overflowed, report.num_vanished) for report in reports]
-
-
-def architecture_of(family: Family, *, predicts_v: bool) -> str:
-    """Return ModelSpec's name of a base."""
-    return "stable-diffusion-v2-768-v" if family == "sd2" and predicts_v else ARCHITECTURES[family]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from training.dreambooth.adapters.names import KOHYA_PREFIXES, TEXT, UNET, kohya_names, text_parts
-from training.dreambooth.sd_models.models import with_prefix_name
 from training.dreambooth.single_file.layout import Family
+from training.dreambooth.single_file.text_names import with_prefix_name
 from training.lora.adapter import DOWN, MAGNITUDE, UP, Adapter, AdapterError, adapter_of
 from training.lora.kohya import is_kohya, read_kohya, write_cast, write_kohya
 from training.lora.peft_folder import CONFIG, as_rows, pattern_value, read_peft
@@ -44,16 +44,32 @@ def write_adapters(
     """
     reports = []
     if "kohya" in formats:
-        renamed = {}
-        for part, adapters in parts.items():
-            names = kohya_names(part, unet_layers if part == UNET else adapters, family)
-            renamed[part] = {names[layer]: adapter for layer, adapter in adapters.items()}
-        prefixes = {part: names[0] for part, names in KOHYA_PREFIXES[family].items()}
-        path = folder / KOHYA_FILE
-        reports.append(write_kohya(path, renamed, prefixes=prefixes, dtype=dtype, metadata=metadata))
+        reports.append(
+            write_kohya_file(
+                folder / KOHYA_FILE, parts, family=family, unet_layers=unet_layers, dtype=dtype, metadata=metadata
+            )
+        )
     if "diffusers" in formats:
         reports.append(_write_diffusers(folder / DIFFUSERS_FILE, parts, dtype=dtype, metadata=metadata))
     return reports
+
+
+def write_kohya_file(
+    path: Path,
+    parts: Parts,
+    *,
+    family: Family,
+    unet_layers: Sequence[str],
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+) -> WeightsReport:
+    """Write one file as kohya's trainer does; see `write_adapters`."""
+    renamed = {}
+    for part, adapters in parts.items():
+        names = kohya_names(part, unet_layers if part == UNET else adapters, family)
+        renamed[part] = {names[layer]: adapter for layer, adapter in adapters.items()}
+    prefixes = {part: names[0] for part, names in KOHYA_PREFIXES[family].items()}
+    return write_kohya(path, renamed, prefixes=prefixes, dtype=dtype, metadata=metadata)
 
 
 def _write_diffusers(path: Path, parts: Parts, *, dtype: torch.dtype, metadata: Mapping[str, str]) -> WeightsReport:

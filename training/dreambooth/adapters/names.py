@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from training.dreambooth.sd_models.models import with_prefix_name
 from training.dreambooth.single_file.layout import Family
+from training.dreambooth.single_file.text_names import with_prefix_name
 from training.dreambooth.single_file.unet_names import unet_names
 from training.dreambooth.text import SdText
 
@@ -36,12 +36,13 @@ KOHYA_PREFIXES: Mapping[Family, Mapping[str, tuple[str, ...]]] = {
     "sdxl": {UNET: ("lora_unet",), TEXT: ("lora_te1", "lora_te"), TEXT_2: ("lora_te2",)},
 }
 """The first are written; the others are those of files that other programs converted."""
-ARCHITECTURES: Mapping[Family, str] = {
-    "sd1": "stable-diffusion-v1",
-    "sd2": "stable-diffusion-v2-512",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
-"""ModelSpec's names of the bases; of a base that predicts v it is stable-diffusion-v2-768-v."""
+
+
+def base_version(family: Family, *, predicts_v: bool) -> str:
+    """Return kohya's `ss_base_model_version`."""
+    if family == "sdxl":
+        return "sdxl_base_v1-0"
+    return f"sd_{'v1' if family == 'sd1' else 'v2'}{'_v' if predicts_v else ''}"
 
 
 def text_parts(family: Family) -> tuple[str, ...]:
