@@ -19,6 +19,8 @@ COMMANDS = (
     "status",
     "export",
     "merge",
+    "extract-lora",
+    "resize-lora",
     "preview",
     "create-model",
     "import-concepts",
