@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
-from sharding.images import decode_rgb
+from sharding.images import decode_rgb, encode_jpeg
 from training.config.concepts import ConceptConfig
 from training.dreambooth.doctor.examination import examine
 from training.dreambooth.doctor.rules import load_rules
@@ -51,12 +51,17 @@ PLANTED = {
     "size": lambda image: image.resize((image.width // 4, image.height // 4)),
     "borders": letterboxed,
     "subtitle": subtitled,
+    "enlarged": lambda image: ImageOps.contain(ImageOps.contain(image, (200, 200)), (900, 900)),
+    "blockiness": lambda image: decode_rgb(encode_jpeg(image, quality=15)),
 }
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    return {Path(name).stem: decode_rgb((DEMO / name).read_bytes()) for name in CLEAN}
+    images = {Path(name).stem: decode_rgb((DEMO / name).read_bytes()) for name in CLEAN}
+    for image in images.values():
+        image.thumbnail((900, 900), Image.Resampling.LANCZOS)
+    return images
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +97,8 @@ def test_precision_and_recall_of_each_rule(found, capsys):
     follows = {  # what another fault brings with it
         ("darkness", "contrast"), ("aspect", "size"), ("size", "sharpness"), ("over_exposure", "contrast"),
         ("sharpness", "contrast"), ("over_exposure", "colour_cast"), ("contrast", "sharpness"),
+        ("enlarged", "sharpness"), ("sharpness", "enlarged"), ("size", "enlarged"), ("blockiness", "contrast"),
         ("aspect", "over_exposure"),  # the upper quarter of a picture may be all sky
-
     }  # fmt: skip
     with capsys.disabled():
         print("\nrule            precision  recall")
