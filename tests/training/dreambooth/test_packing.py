@@ -174,8 +174,10 @@ def test_an_empty_caption_leaves_no_comma_and_nothing_at_all_is_refused(project)
 
     assert [row["caption"] for row in project.rows()] == ["photo of hitori"]
     project.concepts[0]["prompt"] = "[filewords]"
+    project.concept("nijika", 1, seed=9, class_images=dict(CLASSES))
     with pytest.raises(ConfigError, match=r"nothing is said of .*00\.png: its caption is empty"):
         project.pack()
+    assert not project.drawn
 
 
 def test_each_line_of_a_caption_gets_the_prompt_where_one_is_drawn(project):
@@ -658,11 +660,12 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(project, monkeypatch):
     assert not (project.chunks / "concepts" / "01-all" / ".building").exists()
 
 
-def test_a_lost_shard_is_written_again(project):
+@pytest.mark.parametrize("name", ["*.tar", "index-*"])
+def test_what_is_damaged_is_written_again(project, name):
     project.concept("hitori", 2)
     project.pack()
     before = project.files()
-    next((project.chunks / "concepts" / "01-all").glob("*.tar")).unlink()
+    next((project.chunks / "concepts" / "01-all").glob(name)).write_bytes(b"damaged")
 
     project.pack()
 

@@ -89,13 +89,24 @@ def own_chunks(workspace: Workspace, *, dry_run: bool) -> Iterator[dict[str, Chu
 
 def known_keys(chunks: Mapping[str, Chunk]) -> dict[str, None]:
     """Return the keys in whole chunks: their pictures were decoded when they were packed."""
-    whole = [chunk for chunk in chunks.values() if not damaged_files(chunk)]
+    whole = [chunk for chunk in chunks.values() if _is_whole(chunk)]
     return dict.fromkeys(key for chunk in whole for key in chunk.read_index().column("key").to_pylist())
 
 
 def is_current(chunk: Chunk | None, wanted: Wanted) -> bool:
     """Tell whether a chunk is what is wanted, with all of its files."""
-    return chunk is not None and chunk.info.made_from == wanted.made_from and not damaged_files(chunk)
+    return chunk is not None and chunk.info.made_from == wanted.made_from and _is_whole(chunk)
+
+
+def _is_whole(chunk: Chunk) -> bool:
+    """Tell whether all files are there, shards by their size."""
+    if damaged_files(chunk):
+        return False
+    try:
+        chunk.read_index()
+    except ChunkError:
+        return False
+    return True
 
 
 def write_chunk(workspace: Workspace, wanted: Wanted, *, seed: int) -> Chunk:

@@ -60,6 +60,7 @@ def _load(config: RunConfig) -> "SdPictures":
         tokenizer=conditioning.tokenizer,
         prediction=model.prediction,
         max_tokens=settings.max_tokens,
+        strict_tokens=settings.strict_tokens,
     )
 
 
@@ -73,7 +74,7 @@ def _look_of(settings: DreamBoothConfig) -> str | None:
             return None
         files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
         stamps += [[str(one.absolute()), one.stat().st_size, one.stat().st_mtime_ns] for one in files]
-    used = ("weights", "clip_skip", "max_tokens", "prediction", "zero_terminal_snr")
+    used = ("weights", "clip_skip", "max_tokens", "strict_tokens", "prediction", "zero_terminal_snr")
     return digest_of([stamps, {name: getattr(settings, name) for name in used}])
 
 

@@ -32,7 +32,14 @@ from training.dreambooth.packing.chunks import (
 from training.dreambooth.packing.concepts import ReadConcept, read_concepts
 from training.dreambooth.packing.drawing import FOLDER, draw_class_images
 from training.dreambooth.packing.pictures import Picture
-from training.dreambooth.packing.report import ChunkLine, PackingReport, concept_line, next_steps, notes_of
+from training.dreambooth.packing.report import (
+    ChunkLine,
+    PackingReport,
+    StageContent,
+    concept_line,
+    next_steps,
+    notes_of,
+)
 from training.dreambooth.packing.rows import held_out_rows, repeats_of, stage_rows
 from training.dreambooth.packing.words import has_class
 from training.stages import Stage, stages_of
@@ -59,34 +66,24 @@ def pack_concepts(
     """
     stages, file = _stages(config)
     workspace = Workspace(config.data.workspace)
-    names_of = {stage.chunk: stage.concepts or tuple(one.name for one in file.concepts) for stage in stages}
     with own_chunks(workspace, dry_run=dry_run) as chunks:
-        used = {name for names in names_of.values() for name in names}
+        used = {name for stage in stages for name in _names(stage, file)}
         concepts = read_concepts(config, file, sorted(used), known_keys=known_keys(chunks))
         _require_prior(config, concepts)
-        made = _made(config, concepts, workspace, draw, dry_run=dry_run)
-        wanted: list[Wanted] = []
-        lines, every = [], []
-        seen: set[str] = set()
-        for stage in stages:
-            own = [one for one in concepts if one.name in names_of[stage.chunk]]
-            repeats = repeats_of(own, file)
-            rows = stage_rows(own, repeats, made, config)
-            keys = {row.key for row in rows}
-            wanted.append(Wanted(stage.chunk, tuple(rows), shares_samples=bool(seen & keys)))
-            seen |= keys
-            every.append(max(row.turn.every for row in rows))
-            lines.append((stage, own, repeats))
-        if held_out := held_out_rows(concepts, config):
-            wanted.append(Wanted(HELD_OUT, tuple(held_out), shares_samples=False))
+        stand_ins = {image: _stand_in(image, workspace.root / FOLDER) for one in concepts for image in one.wanted}
+        _contents(stages, file, concepts, stand_ins, config)  # what is wrong with words is told before any is drawn
+        made = stand_ins | _made(list(stand_ins), config, workspace.root / FOLDER, draw, dry_run=dry_run)
+        contents = _contents(stages, file, concepts, made, config)
+        held_out = held_out_rows(concepts, config)
+        wanted = [*(one.wanted for one in contents), *[Wanted(HELD_OUT, tuple(held_out), False)] * bool(held_out)]
         gone = [chunk for name, chunk in chunks.items() if name not in {one.name for one in wanted}]
         done = _bring_up_to_date(workspace, wanted, chunks, gone, config=config, dry_run=dry_run)
     return PackingReport(
-        chunks=tuple(_chunk_line(*line, config=config, what=done[line[0].chunk]) for line in lines),
+        chunks=tuple(_chunk_line(one, config, what=done[one.wanted.name]) for one in contents),
         held_out=f"{HELD_OUT}: {len(held_out):,} pictures, {done[HELD_OUT]}" if held_out else "",
         removed=tuple(chunk.name for chunk in gone),
         broken=tuple(broken for one in concepts for broken in one.broken),
-        notes=(*notes_of(stages, file, concepts, every), *_to_be_made(made), *_not_in_run(config, stages)),
+        notes=(*notes_of(contents, file, concepts), *_to_be_made(made), *_not_in_run(config, stages)),
         next=tuple(next_steps(config, run_toml, has_held_out=bool(held_out))),
     )
 
@@ -115,19 +112,37 @@ def _require_prior(config: RunConfig, concepts: Sequence[ReadConcept]) -> None:
         )
 
 
+def _names(stage: Stage, file: ConceptsFile) -> tuple[str, ...]:
+    return stage.concepts or tuple(one.name for one in file.concepts)
+
+
+def _contents(
+    stages: Sequence[Stage],
+    file: ConceptsFile,
+    concepts: Sequence[ReadConcept],
+    made: Mapping[ClassImage, Picture],
+    config: RunConfig,
+) -> list[StageContent]:
+    """Return what each stage's chunk holds. Raises what `stage_rows` raises."""
+    contents = []
+    seen: set[str] = set()
+    for stage in stages:
+        own = tuple(one for one in concepts if one.name in _names(stage, file))
+        repeats = repeats_of(own, file)
+        rows = stage_rows(own, repeats, made, config)
+        keys = {row.key for row in rows}
+        wanted = Wanted(stage.chunk, tuple(rows), shares_samples=bool(seen & keys))
+        contents.append(StageContent(stage, own, repeats, wanted))
+        seen |= keys
+    return contents
+
+
 def _made(
-    config: RunConfig, concepts: Sequence[ReadConcept], workspace: Workspace, draw: Draw, *, dry_run: bool
+    wanted: Sequence[ClassImage], config: RunConfig, folder: Path, draw: Draw, *, dry_run: bool
 ) -> dict[ClassImage, Picture]:
-    """Return the pictures of all class images that are wanted; in a dry run stand-ins for those that are not there."""
-    wanted = list(dict.fromkeys(image for one in concepts for image in one.wanted))
-    if not wanted:
-        return {}
-    folder = workspace.root / FOLDER
-    paths = draw(config, wanted, folder, dry_run=dry_run)
-    return {
-        image: _stand_in(image, folder) if path is None else _picture(path, folder)
-        for image, path in zip(wanted, paths, strict=True)
-    }
+    """Return the pictures of class images; in a dry run of those that are there."""
+    paths = draw(config, wanted, folder, dry_run=dry_run) if wanted else ()
+    return {image: _picture(path, folder) for image, path in zip(wanted, paths, strict=True) if path is not None}
 
 
 def _picture(path: Path, folder: Path) -> Picture:
@@ -170,10 +185,9 @@ def _bring_up_to_date(
     return done
 
 
-def _chunk_line(
-    stage: Stage, concepts: Sequence[ReadConcept], repeats: Mapping[str, int], *, config: RunConfig, what: str
-) -> ChunkLine:
-    lines = (concept_line(one, stage, repeats[one.name], config=config) for one in concepts)
+def _chunk_line(content: StageContent, config: RunConfig, *, what: str) -> ChunkLine:
+    stage = content.stage
+    lines = (concept_line(one, stage, content.repeats[one.name], config=config) for one in content.concepts)
     return ChunkLine(stage.chunk, stage.epochs, what, tuple(lines))
 
 

@@ -1,13 +1,24 @@
 """What packing concepts came to, as text: per stage and concept, pictures, class images, repeats, exposures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from training.config import RunConfig
 from training.config.concepts import ConceptsFile
+from training.dreambooth.packing.chunks import Wanted
 from training.dreambooth.packing.concepts import ReadConcept, bucket_of
 from training.dreambooth.packing.words import stands_for_class
 from training.stages import Stage
+
+
+@dataclass(frozen=True)
+class StageContent:
+    """What a stage shows."""
+
+    stage: Stage
+    concepts: tuple[ReadConcept, ...]
+    repeats: Mapping[str, int]
+    wanted: Wanted
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class ChunkLine:
 
 @dataclass(frozen=True)
 class PackingReport:
-    """What was done. num_drawn: class images that the model makes, whether they were there or not."""
+    """What was done, or in a dry run would be."""
 
     chunks: tuple[ChunkLine, ...]
     held_out: str
@@ -92,10 +103,8 @@ def concept_line(read: ReadConcept, stage: Stage, repeats: int, *, config: RunCo
     )  # fmt: skip
 
 
-def notes_of(
-    stages: Sequence[Stage], file: ConceptsFile, concepts: Sequence[ReadConcept], every_of_stage: Sequence[int]
-) -> list[str]:
-    """Return what is worth knowing about all of it. every_of_stage: after so many epochs each class image was shown."""
+def notes_of(contents: Sequence[StageContent], file: ConceptsFile, concepts: Sequence[ReadConcept]) -> list[str]:
+    """Return what is worth knowing about all of it."""
     used = {one.name for one in concepts}
     notes = [f"concept {one.name}: {note}" for one in concepts for note in one.notes]
     notes += [f"concept {one.name}: is in no stage" for one in file.concepts if one.name not in used]
@@ -106,7 +115,8 @@ def notes_of(
     shared = [names for names in names_of.values() if len(names) > 1]
     if shared:
         notes.append(f"{len(shared)} pictures belong to several concepts, first to {' and '.join(shared[0])}")
-    for stage, every in zip(stages, every_of_stage, strict=True):
+    for content in contents:
+        stage, every = content.stage, max(row.turn.every for row in content.wanted.rows)
         if every > stage.epochs:
             notes.append(
                 f"{stage.chunk}: class images need {every} epochs to come round, there are {stage.epochs}: some are "
