@@ -231,6 +231,17 @@ def test_the_header_tells_what_it_is_and_the_hash_of_its_tensors(exported):
         assert header["modelspec.hash_sha256"] == f"0x{hashlib.sha256(tensors).hexdigest()}"
 
 
+def test_an_export_says_what_it_predicts_also_without_a_header_from_the_run(sources, tokenizer, tmp_path):
+    content = trained("sd2", sources, tokenizer)
+
+    wrong = {"modelspec.architecture": "stable-cascade"}
+    export_sd(content, tmp_path, formats=["original"], dtype=torch.float16, title="sote", header=wrong)
+
+    model = load_sd(str(tmp_path / "model.safetensors"))
+    assert model.prediction.kind == "epsilon" and model.metadata["modelspec.resolution"] == "768x768"
+    assert model.metadata["modelspec.architecture"] == "stable-diffusion-v2-512"
+
+
 def test_no_path_of_this_machine_gets_out(exported, sources):
     for _, folder in exported.values():
         for path in folder.rglob("*"):

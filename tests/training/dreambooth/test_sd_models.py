@@ -75,6 +75,7 @@ def test_the_settings_of_the_full_size_are_read_off_its_shapes(family):
     found = unet_settings(shapes, family)
 
     assert {key: found[key] for key in settings} == settings
+    assert found.get("upcast_attention", False) == (family == "sd2")
     assert {key: value for key, value in vae_settings(shapes, family).items() if key in vae_of_full_size()} == (
         vae_of_full_size()
     )

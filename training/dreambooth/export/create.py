@@ -1,6 +1,6 @@
 """The wiki's "Create Model": a model of any form, written as a diffusers folder that training and others start from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,14 +16,12 @@ from training.dreambooth.sd_models.folders import AVERAGE_FOLDER
 from training.dreambooth.sd_models.merged import merged_from
 from training.dreambooth.sd_models.models import SdModel, load_average, load_sd
 from training.dreambooth.sd_models.prediction import PredictionType
-from training.dreambooth.single_file.layout import Family
 from training.dreambooth.single_file.reading import open_single_file
 from training.exports import write_export
 from training.recipes.base import ExportFile
 from training.stage_c.text import load_tokenizer
 
 Average = Literal["both", "ema", "plain"]
-_SIDES: Mapping[Family, int] = {"sd1": 512, "sd2": 768, "sdxl": 1024}
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,8 @@ def create_model(source: Source, folder: Path, *, dtype: torch.dtype) -> list[Ex
     average = load_average(model).state_dict() if source.average == "both" else None
     tokenizer = load_tokenizer(model.name if folder_there else "builtin")
     content = SdWeights(model, tokenizer, average=average)
-    side = _SIDES[model.family]
     said = {key: model.metadata.get(f"modelspec.{key}", "") for key in ("license", "merged_from")}
-    header = sd_modelspec(
-        model, title=folder.name, width=side, height=side, extra={key: text for key, text in said.items() if text}
-    )
+    header = sd_modelspec(model, title=folder.name, extra={key: text for key, text in said.items() if text})
     card = {"tags": ["merge"]} if merged_from(model) is not None else {}
 
     def write(partial: Path) -> Iterable[ExportFile]:

@@ -12,7 +12,7 @@ import torch
 
 from training.dreambooth.export.content import SdWeights
 from training.dreambooth.export.folder import write_sd_folder
-from training.dreambooth.export.header import markers_of, sd_modelspec
+from training.dreambooth.export.header import markers_of, whole_header
 from training.dreambooth.export.model_card import write_sd_card
 from training.dreambooth.export.verify import verify_export
 from training.dreambooth.single_file.writing import write_single_file
@@ -43,13 +43,13 @@ def export_sd(
     """
     if unknown := sorted(set(formats) - {*_SINGLE_FILES, "diffusers"}):
         raise ValueError(f"save.export_formats {', '.join(unknown)}: dreambooth writes original, ckpt and diffusers")
-    fixed = _fixed(content, header)
+    header = whole_header(content.model, header, title=title)
     files: list[ExportFile] = []
     for name in dict.fromkeys(formats):
         if name == "diffusers":
-            file = write_folder(content, folder / DIFFUSERS_FOLDER, dtype=dtype, title=title, header=fixed, card=card)
+            file = write_folder(content, folder / DIFFUSERS_FOLDER, dtype=dtype, title=title, header=header, card=card)
         else:
-            file = _write_file(content, folder / _SINGLE_FILES[name], dtype, fixed)
+            file = _write_file(content, folder / _SINGLE_FILES[name], dtype, header)
         verify_export([file], content, dtype=dtype)
         files.append(file)
     return files
@@ -89,14 +89,6 @@ def _write_file(content: SdWeights, path: Path, dtype: torch.dtype, header: Mapp
         metadata=header,
     )
     return _file(path, [report])
-
-
-def _fixed(content: SdWeights, header: Mapping[str, str]) -> dict[str, str]:
-    """Return the header with what follows from the model, whatever the caller's says of it."""
-    if "modelspec.sai_model_spec" not in header:
-        return dict(header)
-    own = sd_modelspec(content.model, title="", width=0, height=0)
-    return {**header, **{key: own[key] for key in own if key not in ("modelspec.title", "modelspec.resolution")}}
 
 
 def _file(path: Path, reports: Sequence[WeightsReport]) -> ExportFile:

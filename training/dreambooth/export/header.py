@@ -12,12 +12,24 @@ _IMPLEMENTATION: Mapping[Family, str] = {
     "sd2": "https://github.com/Stability-AI/stablediffusion",
     "sdxl": "https://github.com/Stability-AI/generative-models",
 }
+_SIDES: Mapping[Family, int] = {"sd1": 512, "sd2": 768, "sdxl": 1024}
+_FREE = ("modelspec.title", "modelspec.resolution")
+"""Entries that do not follow from the model."""
 
 
 def sd_modelspec(
-    model: SdModel, *, title: str, width: int, height: int, extra: Mapping[str, str] | None = None
+    model: SdModel,
+    *,
+    title: str,
+    width: int | None = None,
+    height: int | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return the header entries of a model's weights files; see `training.modelspec`. The hash is added on writing."""
+    """Return the header entries of a model's weights files; see `training.modelspec`. The hash is added on writing.
+
+    width, height: pixels of the pictures trained on; default: of the family's published models.
+    """
+    width, height = width or _SIDES[model.family], height or _SIDES[model.family]
     return modelspec_of(
         architecture=architecture_of(model),
         implementation=_IMPLEMENTATION[model.family],
@@ -27,6 +39,12 @@ def sd_modelspec(
         height=height,
         extra=extra,
     )
+
+
+def whole_header(model: SdModel, header: Mapping[str, str], *, title: str) -> dict[str, str]:
+    """Return a header with all of ModelSpec; what follows from the model is the model's, whatever the header says."""
+    own = sd_modelspec(model, title=title)
+    return {**own, **header, **{key: text for key, text in own.items() if key not in _FREE}}
 
 
 def architecture_of(model: SdModel) -> str:

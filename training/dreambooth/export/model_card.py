@@ -12,7 +12,6 @@ PIPELINES: Mapping[Family, str] = {
     "sd2": "StableDiffusionPipeline",
     "sdxl": "StableDiffusionXLPipeline",
 }
-_SIDES: Mapping[Family, int] = {"sd1": 512, "sd2": 768, "sdxl": 1024}
 _SNIPPET = """
 ```python
 import torch
@@ -40,15 +39,17 @@ def write_sd_card(
     header: Mapping[str, str],
     front: Mapping[str, str | Sequence[str]],
 ) -> None:
-    """Write README.md. header: of the weights files; its size and text layer go into the example. front: its own front
-    matter, over what is always there."""
+    """Write README.md.
+
+    header: of the weights files, whole; its size and text layer go into the example. front: front matter, over what is
+    always there.
+    """
     from huggingface_hub import CardData
 
     values: dict[str, Any] = {"pipeline_tag": "text-to-image", "library_name": "diffusers"}
     values |= {key: one if isinstance(one, str) else list(one) for key, one in front.items()}
     facts = [f"- {key.partition('.')[2]}: {value}\n" for key, value in header.items() if key.startswith("chunkline.")]
-    side = str(_SIDES[family])
-    width, _, height = header.get("modelspec.resolution", f"{side}x{side}").partition("x")
+    width, _, height = header["modelspec.resolution"].partition("x")
     layer = int(header.get("modelspec.encoder_layer", "1"))
     counted_less = f"\n    clip_skip={layer - 1},  # clip skip {layer} as A1111 counts" if layer > 1 else ""
     snippet = _SNIPPET.format(

@@ -69,6 +69,8 @@ def unet_settings(shapes: Shapes, family: Family) -> dict[str, Any]:
         "use_linear_projection": len(own[f"{middle}.proj_in.weight"]) == 2,
         "attention_head_dim": _SD1_HEADS if family == "sd1" else [max(1, width // _HEAD_WIDTH) for width in channels],
     }
+    if family == "sd2":
+        settings["upcast_attention"] = True  # 2.1 overflows without it in fp16, and no key tells 2.1
     if max(depths) > 1:
         settings["transformer_layers_per_block"] = [max(depth, 1) for depth in depths]
     if family == "sdxl":
