@@ -100,7 +100,7 @@ class VerdictWatch:
         if row:
             self._rank.records.measured(position, {**row, **looks.values})
         told = read_verdict(self._rank.run_dir.root)
-        if told is None or (told["chunk"], told["global_step"]) != (position.chunk, position.global_step):
+        if row or told is None or told["global_step"] != position.global_step:
             self._tell(position, looks, before=told, at_end=at_end)
 
     # --- pictures ---
