@@ -57,10 +57,21 @@ class _Loaded:
     broken: str
 
 
-class ChunkData(Dataset[Batch]):
-    """Map-style: item i is the i-th micro-batch that this rank runs, from `first_step` on.
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """One micro-batch. step: in its epoch's plan."""
 
-    first_global_step: global step of the plan's step 0; the caption warm-up needs it. with_checksum: compare the
+    epoch: int
+    step: int
+    global_step: int
+    share: RankMicroBatch
+
+
+class ChunkData(Dataset[Batch]):
+    """Map-style: item i is the i-th micro-batch that this rank runs, from `first_step` of `plan` on.
+
+    later: plans of the epochs behind it, in order: the same workers go on with them. first_global_step: global step of
+    the plan's step 0; the caption warm-up needs it. with_checksum: compare the
     SHA-256 of every image with the index. ahead: latents and text outputs to read instead of decoding and encoding.
     An image that cannot be read becomes a weight-0 slot, never an exception. Raises ChunkError when a shard is missing
     or damaged (cut short, other bytes) or the index is another one than the plan's, ValueError for a first_step beyond
@@ -74,6 +85,7 @@ class ChunkData(Dataset[Batch]):
         *,
         rank: int,
         world_size: int,
+        later: Sequence[BatchPlan] = (),
         first_step: int = 0,
         first_global_step: int = 0,
         captions: CaptionSettings | None = None,
@@ -84,15 +96,22 @@ class ChunkData(Dataset[Batch]):
         if not 0 <= first_step <= len(plan.steps):
             raise ValueError(f"chunk {plan.chunk}: first_step must be 0 … {len(plan.steps)}, got {first_step}")
         self._source = source
-        self._seed, self._epoch, self._chunk = plan.seed, plan.epoch, plan.chunk
-        self._first_global_step = first_global_step
+        self._seed, self._chunk = plan.seed, plan.chunk
         self._captions = captions or CaptionSettings()
         self._pixels = pixels or PixelSettings()
-        self._items: list[tuple[int, RankMicroBatch]] = [
-            (step.number, share)
-            for step in plan.steps[first_step:]
-            for share in rank_share(step, rank=rank, world_size=world_size)
-        ]
+        self._items: list[_Item] = []
+        self.num_items: list[int] = []
+        """Of each plan."""
+        for one in (plan, *later):
+            steps = one.steps[first_step if one is plan else 0 :]
+            items = [
+                _Item(one.epoch, step.number, first_global_step + step.number, share)
+                for step in steps
+                for share in rank_share(step, rank=rank, world_size=world_size)
+            ]
+            self._items += items
+            self.num_items.append(len(items))
+            first_global_step += len(one.steps)
         self._index: pa.Table | None = None
         self._bytes = SampleBytes(source, with_checksum=with_checksum)
         self._ahead = ahead or Ahead()
@@ -108,10 +127,10 @@ class ChunkData(Dataset[Batch]):
         return {**self.__dict__, "_index": None}  # the index does not travel to a worker
 
     def __getitem__(self, item: int) -> Batch:
-        step, share = self._items[item]
-        micro_batch = share.micro_batch
+        wanted = self._items[item]
+        share, micro_batch = wanted.share, wanted.share.micro_batch
         pairs = zip(micro_batch.samples, micro_batch.placements, strict=True)
-        loaded = [self._load(sample, placed, step) for sample, placed in pairs]
+        loaded = [self._load(sample, placed, wanted) for sample, placed in pairs]
         weights = [
             0.0 if share.is_padding or one.broken else sample.loss_weight
             for one, sample in zip(loaded, micro_batch.samples, strict=True)
@@ -119,7 +138,7 @@ class ChunkData(Dataset[Batch]):
         broken = [(one.identity.key, one.broken) for one in loaded if one.broken]
         pictures, bucket = [one.picture for one in loaded], micro_batch.bucket
         return Batch(
-            step=step,
+            step=wanted.step,
             number=share.number,
             is_padding=share.is_padding,
             images=stacked_images(pictures),
@@ -141,9 +160,9 @@ class ChunkData(Dataset[Batch]):
         self._bytes.close()
         self._ahead.close()
 
-    def _load(self, sample: PlannedSample, placed: Placement, step: int) -> _Loaded:
+    def _load(self, sample: PlannedSample, placed: Placement, wanted: _Item) -> _Loaded:
         row = self._row(sample)
-        identity = sample.identity(seed=self._seed, epoch=self._epoch, chunk=self._chunk)
+        identity = sample.identity(seed=self._seed, epoch=wanted.epoch, chunk=self._chunk)
         broken = ""
         try:
             picture = self._pictures.load(row, placed, identity)
@@ -154,7 +173,7 @@ class ChunkData(Dataset[Batch]):
             row["groups"],
             settings=self._captions,
             identity=identity,
-            global_step=self._first_global_step + step,
+            global_step=wanted.global_step,
         )
         text: Sequence[torch.Tensor] = ()
         if self._ahead.text is not None:
@@ -178,7 +197,7 @@ class ChunkData(Dataset[Batch]):
         return rows[0]
 
     def _require_shards(self) -> None:
-        rows = {sample.row for _, share in self._items for sample in share.micro_batch.samples}
+        rows = {sample.row for item in self._items for sample in item.share.micro_batch.samples}
         table = self._table().select(["shard", "mask_bytes"]).take(pa.array(sorted(rows), pa.int64()))
         if self._ahead.latents is not None:  # of shards, only masks are read
             has_mask = pc.greater(table.column("mask_bytes"), 0)

@@ -1,6 +1,7 @@
 """The batch plans of a chunk, one per epoch, and this rank's batches from them."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 from training.batch_plan import BatchPlan
 from training.chunk_data import Batch, ChunkData, ChunkSource, make_loader
@@ -50,24 +51,30 @@ class ChunkPlans:
         return position.epoch >= len(self.plans)
 
     def batches(self, start: Position) -> Iterator[Iterator[Batch]]:
-        """Yield one iterator of this rank's batches per epoch that is left, from a position on."""
-        first_global_step = start.global_step - start.step
-        for plan in self.plans[start.epoch :]:
-            data = ChunkData(
-                ChunkSource.of_chunk(self._chunk),
-                plan,
-                rank=self._engine.rank,
-                world_size=self._engine.world_size,
-                first_step=start.step if plan.epoch == start.epoch else 0,
-                first_global_step=first_global_step,
-                captions=self._captions,
-                pixels=self._pixels,
-                with_checksum=self._config.data.verify_shards == "each_use",
-                ahead=self._ahead,
-            )
-            first_global_step += len(plan.steps)
-            if len(data):
-                yield iter(make_loader(data, workers=self._config.data.workers, prefetch=self._config.data.prefetch))
+        """Yield one iterator of this rank's batches per epoch that is left, from a position on.
+
+        The same workers load all of them, so that an epoch may be short.
+        """
+        left = self.plans[start.epoch :]
+        if not left:
+            return
+        data = ChunkData(
+            ChunkSource.of_chunk(self._chunk),
+            left[0],
+            later=left[1:],
+            rank=self._engine.rank,
+            world_size=self._engine.world_size,
+            first_step=start.step,
+            first_global_step=start.global_step - start.step,
+            captions=self._captions,
+            pixels=self._pixels,
+            with_checksum=self._config.data.verify_shards == "each_use",
+            ahead=self._ahead,
+        )
+        batches = iter(make_loader(data, workers=self._config.data.workers, prefetch=self._config.data.prefetch))
+        for num_items in data.num_items:
+            if num_items:
+                yield islice(batches, num_items)
 
     def require_all_accounted_for(self, position: Position) -> None:
         """Raise StateError unless each planned image was trained, passed over or broken: a done chunk says so."""

@@ -202,6 +202,7 @@ class DreamBooth:
             tokenizer=self._conditioning.tokenizer,
             prediction=self._source.prediction,
             max_tokens=self._settings.max_tokens,
+            strict_tokens=self._settings.strict_tokens,
         )
         return list(draw_pictures(prompts, networks=networks))
 
