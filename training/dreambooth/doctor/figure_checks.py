@@ -55,7 +55,7 @@ def _check_picture(patient: Patient, picture: Picture, boxes: Sequence[Box], not
         return
     subject, others = persons[0], persons[1:]
     area = sum(box.area - box.shared(subject) for box in others)
-    text = f"{len(others)} others cover {area:.0%} of the crop"
+    text = f"others ({len(others)}) cover {area:.0%} of the crop"
     notes.ask("others_area", area, patient.name, text, file=picture.path)
     text = f"the figure covers {subject.area:.0%} of the crop"
     notes.ask("subject_share", subject.area, patient.name, text, file=picture.path)

@@ -82,8 +82,9 @@ def _list(findings: Sequence[Finding], rules: Rules) -> str:
 def _item(finding: Finding, rules: Rules) -> str:
     rule = rules.rules[finding.rule]
     side = "at least" if rule.below else "at most"
+    advice = f"{rule.advice}." if rule.advice else ""
     return (
         f'<li><b class="{finding.severity}">{escape(finding.rule.replace("_", " "))}</b> {escape(finding.text)} '
-        f"<small>({finding.number:.4g}, {side} {finding.limit:g}). {escape(rule.advice)} "
+        f"<small>({finding.number:.4g}, {side} {finding.limit:g}). {escape(advice)} "
         f"<i>Wiki: {escape(rule.wiki)}</i></small></li>"
     )

@@ -75,10 +75,14 @@ def _spectrum_end(luma: Plane) -> float:
     if len(power) < 4 * _SMOOTH or not power.any():
         return 1.0  # too small to tell, or of one colour
     smooth = np.convolve(np.pad(power, _SMOOTH // 2, mode="edge"), np.ones(_SMOOTH) / _SMOOTH, mode="valid")
-    low = slice(int(0.06 * len(smooth)), int(0.25 * len(smooth)))
+    low = max(_between(smooth, 0.06, 0.25), _between(smooth, 0.02, 0.08) / 2)  # the second for what is enlarged 5 times
     begin = int(0.1 * len(smooth))
-    gone = np.flatnonzero(smooth[begin:] < _DROP * np.median(smooth[low]))
+    gone = np.flatnonzero(smooth[begin:] < _DROP * low)
     return float((begin + gone[0]) / (len(smooth) - 1)) if len(gone) else 1.0
+
+
+def _between(power: Plane, first: float, last: float) -> float:
+    return float(np.median(power[int(first * len(power)) : int(last * len(power))]))
 
 
 def _blockiness(luma: Plane) -> float:
