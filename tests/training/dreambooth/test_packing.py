@@ -228,6 +228,32 @@ def test_marked_tags_stay_in_front(project):
     assert all(caption.startswith("a, ") and sorted(caption.split(", ")) == [*"0abcdefgh"] for caption in captions)
 
 
+def test_what_not_every_reader_takes_is_stored_as_png_or_jpeg(project):
+    folder = project.concept("hitori", 0, prompt="hitori")
+    folder.mkdir(parents=True)
+    clear = paint(1)
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    clear.save(folder / "alpha.png")
+    paint(2).save(folder / "lossy.webp", quality=80)
+    paint(3).convert("P").save(folder / "palette.gif")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    paint(4).save(folder / "turned.jpg", exif=exif)
+
+    project.pack()
+
+    rows = {row["key"]: row for row in project.rows()}
+    stored = {
+        facts["source_path"]: (rows[key]["image_name"].partition(".")[2], rows[key]["width"], rows[key]["height"])
+        for key, _, facts, _ in iterate_samples(list_chunks(project.chunks)[0])
+    }
+    assert stored == {
+        "alpha.png": ("png", 96, 64), "lossy.webp": ("jpg", 96, 64), "palette.gif": ("png", 96, 64),
+        "turned.jpg": ("jpg", 64, 96),
+    }  # fmt: skip
+    assert verify(Workspace(project.root / "ws")) == []
+
+
 # --- bad input ---
 
 
@@ -657,7 +683,22 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(project, monkeypatch):
     assert {name: data for name, (data, _) in project.files().items()} == {
         name: data for name, (data, _) in before.items()
     }
-    assert not (project.chunks / "concepts" / "01-all" / ".building").exists()
+
+
+def test_a_picture_that_changes_while_it_is_packed_is_named(project):
+    folder = project.concept("hitori", 2, class_images=dict(CLASSES))
+    draw = project.draw
+
+    def changing(*arguments, **options):
+        paint(99).save(folder / "00.png")
+        return draw(*arguments, **options)
+
+    project.draw = changing
+    with pytest.raises(BrokenDataError, match=r"00\.png: it changed while it was packed"):
+        project.pack()
+    project.pack()
+
+    assert not list(project.chunks.rglob("*.partial-*")) and len(project.rows()) == 6
 
 
 @pytest.mark.parametrize("name", ["*.tar", "index-*"])

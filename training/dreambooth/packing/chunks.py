@@ -1,14 +1,13 @@
 """Chunks of concepts on disk: what is there, what has to be written anew, and what is no stage's any more.
 
 A chunk is written whole: its tars under names with their digests, then its index, then chunk.json, which is the only
-commit. What a run has started keeps its tars. Pixels are `sharding.packing`'s, the format is `sharding.chunk`'s.
+commit. What a run has started keeps its tars. What a sample holds is in `samples`, the format is `sharding.chunk`'s.
 """
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -26,33 +25,21 @@ from sharding.chunk import (
     load_chunk,
     name_of,
     remove_unnamed,
+    write_shard,
 )
 from sharding.files import digest_of, locked, require_free_bytes
-from sharding.images import MAX_PIXELS
-from sharding.packing.shard import BUILDING, ShardTask, pack_shard
-from sharding.packing.stored_image import ImagePolicy
-from sharding.schema import CAPTIONS, INDEX, MANIFEST, OF_CONCEPTS, PLAN, Workspace
+from sharding.schema import OF_CONCEPTS, Workspace, index_schema
 from training.dreambooth.packing.rows import Row
-from training.errors import BrokenDataError
+from training.dreambooth.packing.samples import JPEG_QUALITY, sample_of
 from training.stages import CONCEPTS
 
 POLICY = "concepts"
 """What chunk.json says of chunks that were packed here."""
 HELD_OUT = f"{CONCEPTS}/{HELD_OUT_NAME}"
-_IMAGES = ImagePolicy(
-    jpeg_quality=95, lossless_as_png=True, reencode="needed", max_pixels=0, pass_through_formats=(),
-    min_source_pixels=0, max_source_pixels=MAX_PIXELS,
-)  # fmt: skip
 _SHARD_SIZE = 1_000
 _FORMAT = 1
 """Counted up when the same rows are written otherwise: all chunks are then packed again."""
 _BYTES_PER_MEMBERS = 6_000
-_RECORDS = pa.schema(
-    {
-        field.name: field.type
-        for field in (*MANIFEST, PLAN.field("repeats"), PLAN.field("loss_weight"), INDEX.field("period"), *CAPTIONS)
-    }.items()
-)
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,7 @@ class Wanted:
             [row.label, row.picture.sha256, row.picture.path, row.text, row.loss_weight, asdict(row.turn)]
             for row in self.rows
         ]
-        return digest_of([_FORMAT, asdict(_IMAGES), self.shares_samples, facts])
+        return digest_of([_FORMAT, JPEG_QUALITY, self.shares_samples, facts])
 
 
 @contextmanager
@@ -120,26 +107,17 @@ def write_chunk(workspace: Workspace, wanted: Wanted, *, seed: int) -> Chunk:
         raise ChunkError(f"chunk {wanted.name}: {folder} was not made of concepts; take another data.workspace")
     num_bytes = sum(row.picture.num_bytes + _BYTES_PER_MEMBERS for row in wanted.rows)
     require_free_bytes(folder, num_bytes, "packing concepts")
-    sources = _sources(wanted.rows)
-    roots = {source: root for (_, root), source in sources.items()}
-    records = [_record(row, sources[row.label, row.picture.root]) for row in wanted.rows]
-    table = pa.Table.from_pylist(records, schema=_RECORDS)
-    tasks = [
-        ShardTask(folder, number, table.slice(start, _SHARD_SIZE), roots, _IMAGES)
-        for number, start in enumerate(range(0, table.num_rows, _SHARD_SIZE))
-    ]
-    finished = [pack_shard(task) for task in tasks]
-    for row in (row for one in finished for row in one.drops.to_pylist()):
-        raise BrokenDataError(
-            f"{roots[row['source']] / row['path']}: {row['reason']}: {row['detail']}: it changed while it was packed; "
-            "run the same command again"
-        )
-    index = _with_turns(pa.concat_tables([one.rows for one in finished]), wanted.rows)
+    shards, written = [], []
+    for number, start in enumerate(range(0, len(wanted.rows), _SHARD_SIZE)):
+        shard, index_rows = write_shard(folder, number, map(sample_of, wanted.rows[start : start + _SHARD_SIZE]))
+        shards.append(shard)
+        written += index_rows
+    index = _index(written, wanted.rows)
     chunk = commit_chunk(
         folder,
         index,
         name=wanted.name,
-        shards=[one.shard for one in finished if one.shard is not None],
+        shards=shards,
         policy=POLICY,
         shard_policy=POLICY,
         made_from=wanted.made_from,
@@ -149,7 +127,6 @@ def write_chunk(workspace: Workspace, wanted: Wanted, *, seed: int) -> Chunk:
         shards_from=wanted.made_from,
         shard_captions=captions_digest(index.column("key").to_pylist(), index.column("caption").to_pylist()),
     )
-    shutil.rmtree(folder / BUILDING, ignore_errors=True)
     if not is_sealed(folder):
         remove_unnamed(chunk)
     return chunk
@@ -162,52 +139,9 @@ def remove_chunk(chunk: Chunk) -> None:
         shutil.rmtree(chunk.folder)
 
 
-def _sources(rows: Sequence[Row]) -> dict[tuple[str, Path], str]:
-    """Return a name for each folder that pictures of a label are from: KEY.json names that, not the folder."""
-    names: dict[tuple[str, Path], str] = {}
-    for row in rows:
-        place = (row.label, row.picture.root)
-        if place not in names:
-            number = sum(label == row.label for label, _ in names) + 1
-            names[place] = row.label if number == 1 else f"{row.label} {number}"
-    return names
-
-
-def _record(row: Row, source: str) -> dict[str, Any]:
-    picture, facts = row.picture, row.picture.facts
-    lists: dict[str, list[str]] = {name: [] for name in _RECORDS.names if name.startswith("tags_")}
-    return {
-        "key": row.key,
-        "sha256": picture.sha256,
-        "dataset": row.label,
-        "source": source,
-        "path": picture.path,
-        "num_bytes": picture.num_bytes,
-        "format": facts.format,
-        "width": facts.width,
-        "height": facts.height,
-        "has_alpha": facts.has_alpha,
-        "is_animated": facts.is_animated,
-        "is_pass_through": facts.is_pass_through,
-        "rating": "",
-        **lists,
-        "custom": [],
-        "period": "",
-        "repeats": row.turn.repeats,
-        "loss_weight": row.loss_weight,
-        "text": row.text,
-        "groups": [],
-    }
-
-
-def _with_turns(index: pa.Table, rows: Sequence[Row]) -> pa.Table:
-    by_key = {row.key: row for row in rows}
-    own = [by_key[key] for key in index.column("key").to_pylist()]
-    values = {
-        "concept": [row.label for row in own],
-        "every_epochs": [row.turn.every for row in own],
-        "epoch_offset": [row.turn.offset for row in own],
-    }
-    for field in OF_CONCEPTS:
-        index = index.append_column(field, pa.array(values[field.name], field.type))
-    return index
+def _index(written: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> pa.Table:
+    of_concepts = (
+        {"concept": row.label, "every_epochs": row.turn.every, "epoch_offset": row.turn.offset} for row in rows
+    )
+    whole = [{**one, **more} for one, more in zip(written, of_concepts, strict=True)]
+    return pa.Table.from_pylist(whole, schema=index_schema(OF_CONCEPTS.names))
