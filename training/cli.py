@@ -26,6 +26,7 @@ COMMANDS = (
     "import-concepts",
     "pack-concepts",
     "doctor",
+    "suggest",
     "explain-kohya",
     "import-state",
 )
