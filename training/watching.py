@@ -31,9 +31,9 @@ class Watching:
         self._validation = Validation(rank)
         self._verdict: VerdictWatch | None = None
         if rank.config.dreambooth is not None:
-            sanity = sanity_prompt(rank.config)
+            sanity = sanity_prompt(rank.config, self.prompts)
+            self._verdict = VerdictWatch(rank, chunk, previews=self.prompts, sanity=sanity)
             self.prompts += (sanity,) if sanity is not None else ()
-            self._verdict = VerdictWatch(rank, chunk, self.prompts)
 
     def begin(self, trained: Trained, position: Position) -> str:
         """Make what later verdicts are compared with, before the chunk's first update: with that of the run's first

@@ -9,11 +9,10 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 from tests.training.toy import toy_config
 from training.config import Prompt, RunConfig
-from training.config.concepts import ConceptConfig, ConceptsFile
 from training.dreambooth.verdict.curves import ConceptCurves, Curve, Curves, read_curves
 from training.dreambooth.verdict.likeness import drift, likeness, structure, windows
 from training.dreambooth.verdict.limits import builtin_limits
-from training.dreambooth.verdict.prompts import concept_words, sanity_prompt, shown_concept
+from training.dreambooth.verdict.prompts import sanity_prompt, shown_concepts
 from training.dreambooth.verdict.remedies import remedies
 from training.dreambooth.verdict.report import Nearest, Preview, Verdict, bleed, read_verdict, verdict_lines
 from training.dreambooth.verdict.rule import best_step, judge, judge_concept
@@ -307,27 +306,41 @@ def test_means_do_not_depend_on_the_order():
 def test_the_sanity_prompt_is_drawn_as_the_first_preview_is():
     config = dreambooth_config(sanity_prompt="a castle", sanity_negative="blurry", sanity_seed=7)
     own = {"text": "rin", "width": 512, "height": 768, "steps": 9, "guidance": 6.0, "sampler": "ddim"}
-    with_preview = config.model_copy(
-        update={"preview": config.preview.model_copy(update={"prompts": (Prompt(**own),)})}
-    )
 
-    drawn = sanity_prompt(with_preview)
+    drawn = sanity_prompt(config, [Prompt(**own), Prompt(text="aoi")])
 
     assert drawn == Prompt(**{**own, "text": "a castle", "negative": "blurry", "seed": 7})
-    assert sanity_prompt(config).width == config.buckets.resolution[0]
-    assert sanity_prompt(dreambooth_config()) is None
+    assert sanity_prompt(config, []).width == config.buckets.resolution[0]
+    assert sanity_prompt(dreambooth_config(), [Prompt(**own)]) is None
 
 
-def test_a_preview_shows_the_concept_that_its_prompt_names():
-    file = ConceptsFile(
-        concepts=(ConceptConfig(name="shirakiin_rin", folder="a", token="srrin"), ConceptConfig(name="aoi", folder="b"))
-    )
-    words = concept_words(["aoi", "shirakiin_rin"], file)
+CONCEPTS = """
+[[concepts]]
+name = "shirakiin_rin"
+folder = "a"
+token = "srrin"
+[[concepts]]
+name = "aoi"
+folder = "b"
+[concepts.sample]
+prompt = "a girl, standing"
+images = 2
+"""
 
-    assert shown_concept("1girl, SRRIN, smile", words) == "shirakiin_rin"
-    assert shown_concept("1girl, shirakiin rin", words) == "shirakiin_rin"
-    assert shown_concept("aoi, standing", words) == "aoi"
-    assert shown_concept("aoisora, a castle", words) is None
+
+def test_a_preview_shows_the_concept_that_asks_for_it_or_that_its_prompt_names(tmp_path):
+    path = tmp_path / "concepts.toml"
+    path.write_text(CONCEPTS)
+    config = dreambooth_config(concepts=str(path))
+    texts = {
+        "1girl, SRRIN, smile": "shirakiin_rin",
+        "shirakiin rin": "shirakiin_rin",
+        "aoi, standing": "aoi",
+        "aoisora, a castle": None,
+    }
+    previews = [Prompt(text=text) for text in texts] + [Prompt(text="a girl, standing")] * 2
+
+    assert shown_concepts(previews, ["aoi", "shirakiin_rin"], config) == (*texts.values(), "aoi", "aoi")
 
 
 def test_verdict_json_is_told_in_words(tmp_path):

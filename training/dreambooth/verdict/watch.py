@@ -20,14 +20,13 @@ from sharding.config import load_config
 from sharding.files import digest_of, open_replacing
 from training.chunk_data import ChunkSource
 from training.config import Prompt, RunConfig
-from training.config.concepts import ConceptsFile
 from training.dreambooth.verdict.best import epochs_until, keep_best, saved_states
 from training.dreambooth.verdict.curves import DRIFT, NEAREST, TRAINED, read_curves
 from training.dreambooth.verdict.likeness import drift
 from training.dreambooth.verdict.limits import builtin_limits
 from training.dreambooth.verdict.losses import VerdictLosses
 from training.dreambooth.verdict.nearest import References
-from training.dreambooth.verdict.prompts import concept_words, sanity_prompt, shown_concept
+from training.dreambooth.verdict.prompts import shown_concepts
 from training.dreambooth.verdict.remedies import remedies
 from training.dreambooth.verdict.report import Preview, Verdict, read_verdict, verdict_lines
 from training.dreambooth.verdict.rule import best_step, judge
@@ -56,11 +55,11 @@ class _Looks:
 class VerdictWatch:
     """See the module. Of one chunk, on every rank; made before networks are loaded. Raises as `VerdictLosses`.
 
-    prompts: of all previews, the sanity prompt, if there is one, last.
+    previews: as `preview_prompts` gives them. sanity: drawn as the last preview after these.
     """
 
-    def __init__(self, rank: Rank, chunk: str, prompts: Sequence[Prompt]) -> None:
-        self._rank, self._prompts = rank, tuple(prompts)
+    def __init__(self, rank: Rank, chunk: str, *, previews: Sequence[Prompt], sanity: Prompt | None) -> None:
+        self._rank, self._sanity, self._num_previews = rank, sanity, len(previews)
         started = rank.run_dir.started_chunk(chunk, check_shards=False)
         assert started is not None  # it was copied just now
         self._limits = builtin_limits()
@@ -69,10 +68,7 @@ class VerdictWatch:
             ChunkSource.of_chunk(started), most=self._limits.measure.reference_pictures, seed=rank.config.seed
         )
         self._has_class_images = any(name.endswith(CLASS_SUFFIX) for name in group_of(started.read_index()))
-        concepts = rank.config.of_dreambooth.concepts
-        is_there = concepts is not None and concepts.exists()
-        file = load_config(concepts, ConceptsFile) if is_there and concepts is not None else None
-        self._words = concept_words(self._losses.names, file)
+        self._shown = rank.from_main(lambda: shown_concepts(previews, self._losses.names, rank.config))
 
     def is_there(self, position: Position) -> bool:
         """Tell whether this step's row is in metrics.jsonl; for rank 0."""
@@ -109,16 +105,13 @@ class VerdictWatch:
         """Compare the previews of this step, if there are any."""
         looks, run_dir = _Looks(), self._rank.run_dir
         drawn = read_pictures(run_dir.previews_folder(position.chunk)).get(position.global_step, {})
-        sanity = sanity_prompt(self._rank.config)
-        for number, prompt in enumerate(self._prompts):
+        for number, concept in enumerate(self._shown):
             path = drawn.get(f"preview/{number:02d}")
-            if path is None:
-                continue
-            is_sanity = sanity is not None and number == len(self._prompts) - 1
-            if is_sanity:
-                looks.values[DRIFT], looks.since_step = self._drift(path, prompt, position)
-            elif (concept := shown_concept(prompt.text, self._words)) is not None:
+            if path is not None and concept is not None:
                 looks.previews += self._compared(path, concept)
+        path = drawn.get(f"preview/{self._num_previews:02d}")
+        if path is not None and self._sanity is not None:
+            looks.values[DRIFT], looks.since_step = self._drift(path, self._sanity, position)
         for preview in looks.previews:
             if preview.concept in preview.nearest:
                 chart = NEAREST + preview.concept
