@@ -9,6 +9,8 @@ from sharding.images import EXTENSIONS, ImageError, ImageFacts, decode_rgb, prob
 from training.dreambooth.doctor.captions import read_caption
 from training.errors import BrokenDataError
 
+_SHOWN = 5
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -55,7 +57,7 @@ def read_folder(
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     first_with: dict[str, str] = {}
-    pictures, broken, notes = [], [], []
+    pictures, broken, doubled = [], [], []
     paths = list(_pictures_below(root, without))
     for path in paths:
         name = path.relative_to(root).as_posix()
@@ -69,13 +71,13 @@ def read_folder(
             broken.append(f"{path}: {error}")
             continue
         if sha256 in first_with:
-            notes.append(f"{path}: the same bytes as {first_with[sha256]}; left out")
+            doubled.append(f"{path}: the same bytes as {first_with[sha256]}; left out")
             continue
         first_with[sha256] = name
         caption = _caption(path.with_suffix(caption_extension))
         pictures.append(Picture(root, name, sha256, len(data), facts, caption))
-    notes += _shared_captions(paths, caption_extension)
-    return Found(tuple(pictures), tuple(broken), tuple(notes))
+    notes = (*_some(doubled), *_some(_shared_captions(paths, caption_extension)))
+    return Found(tuple(pictures), tuple(broken), notes)
 
 
 def _pictures_below(root: Path, without: Sequence[Path]) -> Iterator[Path]:
@@ -93,6 +95,11 @@ def _caption(path: Path) -> str | None:
     if caption is not None and not caption.is_decodable:
         raise BrokenDataError(f"{path}: not UTF-8; save it as UTF-8 and pack again")
     return caption.text if caption is not None else None
+
+
+def _some(notes: list[str]) -> list[str]:
+    """Return notes of one kind, of many the first ones and how many more there are."""
+    return [*notes[:_SHOWN], *[f"… {len(notes) - _SHOWN:,} more like this"] * (len(notes) > _SHOWN)]
 
 
 def _shared_captions(paths: Sequence[Path], caption_extension: str) -> list[str]:
