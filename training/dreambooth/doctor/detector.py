@@ -78,9 +78,10 @@ class _OnnxDetector:
         self._path, self._rules = path, rules
         self._input = self._session.get_inputs()[0]
         shape = self._input.shape
-        if len(shape) != 4 or (shape[1] not in (3, "3") and isinstance(shape[1], int)):
+        if len(shape) != 4 or (isinstance(shape[1], int) and shape[1] != 3):
             raise ValueError(f"{path}: takes {shape}; a detector takes (1, 3, height, width)")
-        self._size = tuple(side if isinstance(side, int) else _SIDE for side in (shape[3], shape[2]))
+        width, height = (side if isinstance(side, int) else _SIDE for side in (shape[3], shape[2]))
+        self._size = (width, height)
         written = self._session.get_modelmeta().custom_metadata_map.get("names", "")
         self._labels = _names(written) or rules.labels
 
@@ -97,9 +98,9 @@ class _OnnxDetector:
     def _rows(self, output: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         wanted = 4 + len(self._labels)
         if output.ndim == 3 and output.shape[2] == wanted:
-            return output[0]
+            return np.asarray(output[0])
         if output.ndim == 3 and output.shape[1] == wanted:
-            return output[0].T
+            return np.asarray(output[0].T)
         raise ValueError(
             f"{self._path}: returned {output.shape}; with {len(self._labels)} labels (1, {wanted}, N) is "
             "expected: set detector.labels to its classes, in order"

@@ -34,14 +34,17 @@ def _check_class_images(patient: Patient, notes: Notes) -> None:
     folder = patient.concept.class_images.folder
     if not folder or not Path(folder).is_dir():
         return
-    own = [picture for picture in patient.pictures if picture.measured and picture.measured.phash is not None]
+    own = [
+        (picture.path, picture.measured.phash)
+        for picture in patient.pictures
+        if picture.measured and picture.measured.phash is not None
+    ]
     for path in pictures_in(Path(folder)):
         phash = read_phash(path)
-        for picture in own if phash is not None else ():
-            mine = picture.measured.phash if picture.measured else None
-            distance = ((mine or 0) ^ phash).bit_count()
+        for mine, bits in own if phash is not None else ():
+            distance = (bits ^ (phash or 0)).bit_count()
             text = f"{distance} of 64 bits from the class image {path.name}"
-            notes.ask("class_leak", distance, patient.name, text, file=picture.path)
+            notes.ask("class_leak", distance, patient.name, text, file=mine)
 
 
 def _are_meant(one: Picture, other: Picture) -> bool:

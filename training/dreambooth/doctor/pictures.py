@@ -55,9 +55,11 @@ class Measured:
     """What a detector found; None without one."""
 
     @property
-    def figures(self) -> tuple[Box, ...]:
-        """Persons and faces that were found."""
-        return tuple(box for box in self.boxes or () if box.label in (PERSON, FACE))
+    def subject(self) -> tuple[Box, ...]:
+        """The largest person that was found, else the largest face; nobody without a detector."""
+        found = self.boxes or ()
+        people = [box for box in found if box.label == PERSON] or [box for box in found if box.label == FACE]
+        return (max(people, key=lambda box: box.area),) if people else ()
 
 
 @dataclass(frozen=True)

@@ -106,4 +106,5 @@ def _jpeg_quality(data: bytes) -> int | None:
     if not tables:
         return None
     scale = 100 * sum(tables[0]) / sum(_STANDARD)
-    return round(min(100.0, max(1.0, (200 - scale) / 2 if scale <= 100 else 5000 / scale)))
+    quality = (200 - scale) / 2 if scale <= 100 else 5000 / scale
+    return int(min(100.0, max(1.0, quality)) + 0.5)

@@ -10,6 +10,7 @@ from training.config.concepts import ClassImagesConfig, ConceptConfig
 from training.dreambooth.doctor.boxes import Box
 from training.dreambooth.doctor.detector import load_detector
 from training.dreambooth.doctor.examination import examine
+from training.dreambooth.doctor.fix.copies import write_copies
 from training.dreambooth.doctor.rules import DetectorRules, load_rules
 
 
@@ -216,3 +217,16 @@ def test_what_is_cut_off_a_long_caption_is_named(tmp_path):
     (finding,) = [one for one in examine([concept], load_rules()).findings if one.rule == "token_count"]
 
     assert finding.text.endswith("the end")
+
+
+def test_the_crop_of_a_copy_keeps_the_main_figure(tmp_path):
+    concept = ConceptConfig(name="a", folder=tmp_path / "set", prompt="x")
+    (tmp_path / "set").mkdir()
+    painting(560, 320).save(tmp_path / "set" / "wide.png")
+    boxes = [("person", 0.6, 0.0, 1.0, 1.0), ("person", 0.0, 0.2, 0.1, 0.8)]
+
+    write_copies(examine([concept], load_rules(), detector=detector_of(boxes)), tmp_path / "out")
+
+    copy = Image.open(tmp_path / "out" / "a" / "wide.png")
+    assert copy.size == (512, 320)
+    assert copy.tobytes() == painting(560, 320).crop((48, 0, 560, 320)).tobytes()

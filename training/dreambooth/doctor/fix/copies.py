@@ -106,7 +106,7 @@ def _copy(job: Job, folder: Path, known: dict[str, Copied], settings: FixRules, 
         return Copied(job.concept, sources, old.files, old.steps, fingerprint, is_new=False)
     files: dict[str, str] = {}
     told: list[str] = []
-    for one in finish(job.opened(), settings, upscaler=upscaler, figures=job.figures, ends=job.ends):
+    for one in finish(job.opened(), settings, upscaler=upscaler, keep=job.keep, ends=job.ends):
         source = job.sources[0]
         data = _png(one.image) if one.steps else source.read_bytes()
         suffix = ".png" if one.steps else source.suffix.lower()

@@ -30,7 +30,7 @@ class Job:
     caption: Path
     """May not be there."""
     ends: tuple[str, ...]
-    figures: tuple[Box, ...] = ()
+    keep: tuple[Box, ...] = ()
     pan: Pan | None = None
 
     def opened(self) -> Opened:
@@ -48,7 +48,7 @@ class Job:
         parts = [
             settings.model_dump_json(),
             upscaler.sha256 if upscaler else "",
-            json.dumps([self.concept, self.stem, self.ends, [vars(box) for box in self.figures], str(self.pan)]),
+            json.dumps([self.concept, self.stem, self.ends, [vars(box) for box in self.keep], str(self.pan)]),
             *(
                 hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in (*self.sources, self.caption)
@@ -72,7 +72,7 @@ def jobs_of(patient: Patient, settings: FixRules) -> tuple[list[Job], list[Pictu
             (picture.path,),
             _caption(patient, picture.path),
             _ends(stem, stems),
-            picture.measured.figures if picture.measured else (),
+            picture.measured.subject if picture.measured else (),
         )
         for number, (picture, stem) in enumerate(zip(good, stems, strict=True))
         if number not in framed

@@ -73,20 +73,20 @@ def finish(
     settings: FixRules,
     *,
     upscaler: Upscaler | None = None,
-    figures: Sequence[Box] = (),
+    keep: Sequence[Box] = (),
     ends: Sequence[str] = (LEVEL, CONTRAST),
 ) -> list[Repaired]:
     """Return the copy, and those with levels beside it when they are asked for.
 
-    figures: what the crop should keep, as shares of the file's sides. ends: which copies may be made beside it.
+    keep: what the crop should not cut, as shares of the file's sides. ends: which copies may be made beside it.
     """
     image, steps = opened.image, list(opened.steps)
     if upscaler is not None:
         image = upscaler.enlarge(image, settings.upscale)
         steps.append(f"upscaled {settings.upscale:g} times" if settings.upscale != 1 else "cleaned by the upscaler")
     copies = _levelled(image, settings, ends)
-    keep = [_within(opened.kept, box) for box in figures]
-    return [_shaped(end, copy, [*steps, *told], settings, keep) for end, copy, told in copies]
+    inside = [_within(opened.kept, box) for box in keep]
+    return [_shaped(end, copy, [*steps, *told], settings, inside) for end, copy, told in copies]
 
 
 def _without(bars: Bars, image: Image.Image) -> tuple[Image.Image, str]:

@@ -142,9 +142,11 @@ def _refined(one: Image.Image, two: Image.Image, at: tuple[int, int], *, scale: 
         scale /= step
         right, down = right * step, down * step
         size = (round(one.width / scale), round(one.height / scale))
-        planes = [_luma(frame.resize(size, Image.Resampling.BOX) if scale > 1 else frame) for frame in (one, two)]
+        first, second = (
+            _luma(frame.resize(size, Image.Resampling.BOX) if scale > 1 else frame) for frame in (one, two)
+        )
         around = [(round(right) + x, round(down) + y) for x in range(-2, 3) for y in range(-2, 3)]
-        right, down = min(around, key=lambda place: _difference(*planes, place))
+        right, down = min(around, key=lambda place: _difference(first, second, place))
     return round(right), round(down)
 
 

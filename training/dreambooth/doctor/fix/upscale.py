@@ -46,29 +46,24 @@ class Upscaler:
         result = Image.new("RGB", (round(image.width * factor), round(image.height * factor)))
         padded = np.pad(np.asarray(image), [(OVERLAP, self._tile), (OVERLAP, self._tile), (0, 0)], mode="edge")
         inner = self._tile - 2 * OVERLAP
+        across, down = image.width / result.width, image.height / result.height
         for left, right in _spans(result.width, inner * factor):
             for top, bottom in _spans(result.height, inner * factor):
-                across, down = (
-                    math.floor(left * image.width / result.width),
-                    math.floor(top * image.height / result.height),
-                )
-                tile = self._run(padded[down : down + self._tile, across : across + self._tile])
+                x, y = math.floor(left * across), math.floor(top * down)
+                tile = self._run(padded[y : y + self._tile, x : x + self._tile])
                 scale = tile.width / self._tile
-                box = tuple(
-                    (place * length / whole - start + OVERLAP) * scale
-                    for place, length, whole, start in (
-                        (left, image.width, result.width, across),
-                        (top, image.height, result.height, down),
-                        (right, image.width, result.width, across),
-                        (bottom, image.height, result.height, down),
-                    )
+                box = (
+                    (left * across - x + OVERLAP) * scale,
+                    (top * down - y + OVERLAP) * scale,
+                    (right * across - x + OVERLAP) * scale,
+                    (bottom * down - y + OVERLAP) * scale,
                 )
                 piece = tile.resize((right - left, bottom - top), Image.Resampling.LANCZOS, box=box)
                 result.paste(piece, (left, top))
         return result
 
     def _run(self, pixels: npt.NDArray[np.uint8]) -> Image.Image:
-        planes = (pixels.astype(self._dtype) / self._dtype(255)).transpose(2, 0, 1)[None]
+        planes = (pixels.astype(np.float32) / 255).astype(self._dtype).transpose(2, 0, 1)[None]
         (output,) = self._session.run(None, {self._name: np.ascontiguousarray(planes)})
         is_picture = output.ndim == 4 and output.shape[1] == 3 and output.shape[2] == output.shape[3]
         if not is_picture or output.shape[2] < self._tile:
