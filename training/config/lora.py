@@ -68,7 +68,8 @@ class LoraConfig(Config):
     init: str | None = None
     """Start from this file: kohya's, the official or diffusers' layout, or a folder of PEFT's."""
     base_weights: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Format of the frozen base in memory; published weights lose nothing in bf16."""
+    """Format of the frozen base in memory; of Stable Diffusion, norms and biases stay in fp32. Published weights of
+    stage C lose nothing in bf16, those of Stable Diffusion nothing in fp16, which stage C does not take."""
     blocks: tuple[LoraBlockConfig, ...] = ()
     """Tables of name, targets, rank, alpha, learning_rate: layers that get others."""
     text_encoder: LoraTextConfig | None = None
@@ -162,11 +163,8 @@ def adapter_problems(config: Any) -> list[str]:
     """Return what does not go together with [lora] and [tokens] in a RunConfig, one sentence each."""
     lora, tokens, problems = config.lora, config.tokens, []
     recipe = config.recipe
-    problems += _recipe_problems(lora, config.recipe_name, autocast=config.precision.autocast)
-    if config.dreambooth is not None:
-        problems += _dreambooth_problems(lora, recipe, autocast=config.precision.autocast)
-    elif lora is not None and lora.text_encoder is not None and recipe.train_text_encoder:
-        problems.append("lora.text_encoder and stage_c.train_text_encoder: train adapters on it, or all of it")
+    if lora is not None:
+        problems += _recipe_problems(lora, config)
     given = [] if tokens is None else [tokens.learning_rate]
     given += [] if lora is None else [block.learning_rate for block in lora.blocks]
     if config.optimizer.name == "prodigy" and set(given) - {None, config.optimizer.learning_rate}:
@@ -189,46 +187,42 @@ def adapter_problems(config: Any) -> list[str]:
     return problems
 
 
-def _recipe_problems(lora: LoraConfig | None, recipe_name: str, *, autocast: str) -> list[str]:
+def _recipe_problems(lora: LoraConfig, config: Any) -> list[str]:
     """Return what of [lora] the recipe does not have."""
-    if lora is None:
-        return []
-    known = _FORMATS_OF[recipe_name]
-    problems = []
-    if recipe_name == "stage_c" and lora.base_weights == "fp16":
-        problems.append('lora.base_weights "fp16": stage C overflows in it; use "bf16"')
-    problems += [
-        f"lora.formats: {one!r} is not for the recipe {recipe_name}; choose from {', '.join(known)}"
+    known = _FORMATS_OF[config.recipe_name]
+    problems = [
+        f"lora.formats: {one!r} is not for the recipe {config.recipe_name}; choose from {', '.join(known)}"
         for one in lora.formats
         if one not in known
     ]
-    if recipe_name == "stage_c" and lora.kind != "lora" and "default" in lora.targets:
+    if config.dreambooth is not None:
+        return problems + _dreambooth_problems(lora, config.dreambooth, autocast=config.precision.autocast)
+    if lora.text_encoder is not None and config.recipe.train_text_encoder:
+        problems.append("lora.text_encoder and stage_c.train_text_encoder: train adapters on it, or all of it")
+    if lora.base_weights == "fp16":
+        problems.append('lora.base_weights "fp16" does not hold all values of stage C; set "bf16"')
+    if lora.kind != "lora" and "default" in lora.targets:
         problems.append(
             f'lora.kind "{lora.kind}" needs q, k and v apart to be read by other programs; the default targets have '
             'them together: set targets = ["kohya"], or patterns that name to_q, to_k, to_v'
         )
-    if recipe_name == "stage_c" and lora.base_weights == "fp16":
-        problems.append('lora.base_weights "fp16" does not hold all values of stage C; set "bf16"')
-    if recipe_name == "dreambooth" and lora.base_weights != "fp32" and autocast == "no":
-        problems.append(
-            f'lora.base_weights "{lora.base_weights}" needs precision.autocast, or the base cannot compute with fp32 '
-            'inputs; set precision.autocast "bf16" or lora.base_weights "fp32"'
-        )
-    if recipe_name == "dreambooth" and "diffusers" in lora.formats and lora.kind not in ("lora", "dora"):
-        problems.append(f'lora.formats: "diffusers" holds LoRA and DoRA only, kind is "{lora.kind}"')
     return problems
 
 
-def _dreambooth_problems(lora: LoraConfig | None, recipe: Any, *, autocast: str) -> list[str]:
+def _dreambooth_problems(lora: LoraConfig, recipe: Any, *, autocast: str) -> list[str]:
     """Return where [lora] disagrees with dreambooth.train, which says what gets adapters, and with autocast."""
-    if lora is None:
-        return []
+    problems = []
     if lora.base_weights != "fp32" and autocast == "no":
-        return [
+        problems.append(
             f'lora.base_weights "{lora.base_weights}" needs precision.autocast: set base_weights = "fp32", or autocast'
-        ]
+        )
+    if "diffusers" in lora.formats and lora.kind not in ("lora", "dora"):
+        problems.append(f'lora.formats: "diffusers" holds LoRA and DoRA only, kind is "{lora.kind}"')
     if recipe.trained_text and lora.text_encoder is None:
-        return [f"dreambooth.train names {recipe.trained_text[0]}: give the table [lora.text_encoder], too"]
+        problems.append(f"dreambooth.train names {recipe.trained_text[0]}: give the table [lora.text_encoder], too")
     if lora.text_encoder is not None and not recipe.trained_text:
-        return ["lora.text_encoder: dreambooth.train names no text encoder; add one, or take the table out"]
-    return []
+        problems.append("lora.text_encoder: dreambooth.train names no text encoder; add one, or take the table out")
+    trained = {*recipe.train, *(part for stage in recipe.stages for part in stage.train or ())}
+    if lora.blocks and "unet" not in trained:
+        problems.append("lora.blocks: they are of the UNet, which dreambooth.train does not name")
+    return problems

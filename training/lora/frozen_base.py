@@ -11,16 +11,19 @@ import torch
 from torch import nn
 
 
-def freeze_base(module: nn.Module, names: Iterable[str], *, dtype: torch.dtype | None = None) -> None:
+def freeze_base(
+    module: nn.Module, names: Iterable[str], *, dtype: torch.dtype | None = None, keeps_vectors: bool = False
+) -> None:
     """Freeze parameters of `module`, and keep them out of its `state_dict`, which then loads without them, too.
 
     names: of parameters and buffers of the whole module, as it is now. dtype: the format to keep them in.
+    keeps_vectors: norms and biases keep theirs; a norm in fp32 takes inputs of any format.
     """
     left_out = frozenset(names)
     for name, parameter in module.named_parameters():
         if name in left_out:
             parameter.requires_grad_(False)
-            if dtype is not None and parameter.dtype != dtype:
+            if dtype is not None and parameter.dtype != dtype and not (keeps_vectors and parameter.ndim < 2):
                 parameter.data = parameter.data.to(dtype)
     module._frozen_base = left_out  # type: ignore[assignment]
 

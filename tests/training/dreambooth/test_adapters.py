@@ -179,8 +179,31 @@ def test_starting_from_a_file_of_more_parts_than_are_trained_is_refused(tmp_path
         ),
         ({"formats": ["diffusers"], "kind": "loha"}, '"diffusers" holds LoRA and DoRA only, kind is "loha"'),
         ({"text_encoder": {}}, "dreambooth.train names no text encoder"),
+        ({"base_weights": "fp16"}, 'base_weights "fp16" needs precision.autocast'),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(lora, problem):
     with pytest.raises(ValueError, match=problem):
-        adapted("sd1", lora=lora)
+        adapted("sd1", lora=lora, precision={"autocast": "no"})
+
+
+def test_settings_of_parts_that_are_not_trained_are_refused():
+    with pytest.raises(ValueError, match=r"give the table \[lora.text_encoder\], too"):
+        adapted("sd1", train=("unet", "text_encoder"), lora={})
+    with pytest.raises(ValueError, match=r"lora.blocks: they are of the UNet"):
+        adapted("sd1", train=("text_encoder",), lora={**KINDS["conv"], "text_encoder": {}})
+
+
+@pytest.mark.parametrize("base_weights", ["fp16", "bf16"])
+def test_a_base_in_16_bits_predicts_under_autocast_and_loses_little(base_weights):
+    lora = {"rank": 2, "base_weights": base_weights, "text_encoder": {}}
+    _, model, adapters, _ = adapted("sd1", train=("unet", "text_encoder"), lora=lora)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        predicted = predict(model)
+
+    torch.testing.assert_close(predicted.float(), predict(toy_networks("sd1")), rtol=0, atol=0.05)
+    formats = {(one.dtype, one.ndim < 2) for one in model.parameters() if not one.requires_grad}
+    half = torch.float16 if base_weights == "fp16" else torch.bfloat16
+    assert formats == {(half, False), (torch.float32, True)}
+    assert all(one.dtype == torch.float32 for part in adapters.parts().values() for one in part)

@@ -58,7 +58,7 @@ class SdAdapters:
         self._modules: dict[str, nn.Module] = {UNET: model.unet}
         if model.text is not None:
             self._modules |= dict(zip(text_parts(family), model.text.texts, strict=True))
-        ever = {*self._recipe.train, *self._recipe.trained_text, *(part for one in self._stages() for part in one)}
+        ever = {*self._recipe.train, *(part for stage in self._recipe.stages for part in stage.train or ())}
         keeps_bases = config.lora is not None or (config.tokens is not None and config.tokens.only)
         self._frozen = frozenset(part for part in self._modules if keeps_bases or part not in ever)
         """Components whose own weights are never trained in this run."""
@@ -72,15 +72,12 @@ class SdAdapters:
         if config.lora is not None:
             self._put_adapters([part for part in self._modules if part in ever])
         dtype = None if config.lora is None else DTYPES[config.lora.base_weights]
-        freeze_base(model, list(self._base_names()), dtype=dtype)
+        freeze_base(model, list(self._base_names()), dtype=dtype, keeps_vectors=True)
         if config.lora is not None and config.lora.init is not None and not is_empty:
             self._start_from(Path(config.lora.init))
         self._freeze_what_other_stages_train()
 
     # --- making them ---
-
-    def _stages(self) -> Iterator[tuple[str, ...]]:
-        return (stage.train or () for stage in self._recipe.stages)
 
     def _digests(self) -> dict[str, str]:
         frozen = {part: module for part, module in self._modules.items() if part in self._frozen}
@@ -146,8 +143,7 @@ class SdAdapters:
             logger.info("lora.init: %d of %d adapters of the %s start from %s", num, len(own), part, path)
 
     def adaptable_layers(self) -> dict[str, list[str]]:
-        """Return the names of layers that can have an adapter by component, those of text models that are not here
-        left out."""
+        """Return the names of layers that can have an adapter, by component that is here."""
         return {part: adaptable_names(module) for part, module in self._modules.items()}
 
     def _base_names(self) -> Iterator[str]:
@@ -158,12 +154,11 @@ class SdAdapters:
                 yield name
 
     def _freeze_what_other_stages_train(self) -> None:
+        tokens_only = self._config.tokens is not None and self._config.tokens.only
         for name, parameter in self._model.named_parameters():
-            if _component_of(name) not in self._recipe.train and not name.endswith(f"{_EMBEDDING}.{CHANGE}"):
+            is_token = name.endswith(f"{_EMBEDDING}.{CHANGE}")
+            if not is_token and (tokens_only or _component_of(name) not in self._recipe.train):
                 parameter.requires_grad_(False)
-        if self._config.tokens is not None and self._config.tokens.only:
-            for name, parameter in self._model.named_parameters():
-                parameter.requires_grad_(name.endswith(f"{_EMBEDDING}.{CHANGE}"))
 
     def _of(self, component: str) -> Iterator[LayerChoice]:
         return (layer for layers in self.layers.get(component, {}).values() for layer in layers)
