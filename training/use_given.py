@@ -5,12 +5,12 @@ The run's settings, where there are any, give what does not come with the weight
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from training.config import Prompt, RunConfig
+from training.config import Prompt, RunConfig, dreambooth, stage_c
 from training.config.saving import SaveConfig
-from training.config.stage_c import prompt_problems
 from training.exports import write_export
 from training.precision import DTYPES, choose_device
 from training.preview import write_pictures
@@ -77,7 +77,7 @@ def draw_given(
 
     Raises FileNotFoundError, WeightsError, ConfigError for the prompt file, ValueError when something is missing.
     """
-    prompts = [with_inference_settings(prompt) for prompt in _prompts(config, prompts_file)]
+    prompts = [with_inference_settings(prompt) for prompt in prompts_of_given(config, prompts_file, recipe="stage_c")]
     if previewer is None and config is not None and config.of_stage_c.previewer is not None:
         previewer = Path(config.of_stage_c.previewer)
     if decoder is None and previewer is None:
@@ -103,12 +103,16 @@ def _text_of(config: RunConfig | None, text_encoder: str | None) -> tuple[str | 
     return text_encoder or config.of_stage_c.text_encoder, config.of_stage_c.tokenizer
 
 
-def _prompts(config: RunConfig | None, prompts_file: Path | None) -> tuple[Prompt, ...]:
+def prompts_of_given(
+    config: RunConfig | None, prompts_file: Path | None, *, recipe: Literal["stage_c", "dreambooth"]
+) -> tuple[Prompt, ...]:
+    """Return what to draw from given weights. Raises ConfigError for the file, ValueError when there is nothing."""
+    problems = stage_c.prompt_problems if recipe == "stage_c" else dreambooth.prompt_problems
     if prompts_file is not None:
-        prompts = read_prompts(prompts_file, problems=prompt_problems)
+        prompts = read_prompts(prompts_file, problems=problems)
     elif config is not None:
         file = config.preview.file
-        prompts = config.preview.prompts + (read_prompts(file, problems=prompt_problems) if file is not None else ())
+        prompts = config.preview.prompts + (read_prompts(file, problems=problems) if file is not None else ())
     else:
         prompts = ()
     if not prompts:

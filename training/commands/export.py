@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from training.config.saving import SaveConfig
 
 SUMMARY = "write weights from the newest state, or convert others, for ComfyUI, kohya and diffusers"
-FORMATS = ("original", "diffusers", "combined")
+FORMATS = ("original", "ckpt", "diffusers", "combined")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +64,13 @@ def run(options: argparse.Namespace) -> int:
         print(decoder)
         save = save.model_copy(update={"hub_decoder": save.hub_decoder or str(decoder.resolve())})
     if options.source is not None:
+        from training.dreambooth.use_given import export_given_sd, recipe_of
         from training.use_given import export_given
 
+        if recipe_of(options.source, config) == "dreambooth":
+            for file in export_given_sd(options.source, output, config=config, save=save, dtype_name=options.dtype):
+                print(file)
+            return DONE
         for file in export_given(
             options.source,
             output,

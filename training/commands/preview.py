@@ -44,8 +44,14 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"would draw {options.source} into {output}")
         return DONE
-    from training.use_given import draw_given
+    from training.dreambooth.use_given import draw_given_sd, recipe_of
+    from training.use_given import draw_given, prompts_of_given
 
+    if recipe_of(options.source, config) == "dreambooth":
+        prompts = prompts_of_given(config, options.prompts, recipe="dreambooth")
+        for line in draw_given_sd(options.source, output, config=config, prompts=prompts):
+            print(line)
+        return DONE
     for line in draw_given(
         options.source,
         output,

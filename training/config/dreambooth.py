@@ -148,15 +148,7 @@ class DreamBoothConfig(Config):
 
     def prompt_problems(self, prompt: Prompt) -> list[str]:
         """Return why Stable Diffusion cannot draw a preview; empty when it can."""
-        problems = []
-        if prompt.sampler not in SAMPLERS:
-            problems.append(f"sampler {prompt.sampler!r}: the recipe dreambooth has {', '.join(SAMPLERS)}")
-        if wrong := [side for side in (prompt.width, prompt.height) if side % SIDE_MULTIPLE]:
-            problems.append(f"{prompt.width}x{prompt.height}: {wrong[0]} is not a multiple of {SIDE_MULTIPLE}")
-        for name in ("encode_scale", "attention_mask"):
-            if getattr(prompt, name) is not None:
-                problems.append(f"{name} is for the recipe stage_c")
-        return problems
+        return prompt_problems(prompt)
 
     @model_validator(mode="before")
     @classmethod
@@ -203,3 +195,16 @@ _UNREAD = {
     "freeze_clip_norms": "`train` names no text encoder",
     "stages": "`concepts` is not given, which their chunks are packed from",
 }
+
+
+def prompt_problems(prompt: Prompt) -> list[str]:
+    """Return why Stable Diffusion cannot draw a preview; empty when it can."""
+    problems = []
+    if prompt.sampler not in SAMPLERS:
+        problems.append(f"sampler {prompt.sampler!r}: the recipe dreambooth has {', '.join(SAMPLERS)}")
+    if wrong := [side for side in (prompt.width, prompt.height) if side % SIDE_MULTIPLE]:
+        problems.append(f"{prompt.width}x{prompt.height}: {wrong[0]} is not a multiple of {SIDE_MULTIPLE}")
+    for name in ("encode_scale", "attention_mask"):
+        if getattr(prompt, name) is not None:
+            problems.append(f"{name} is for the recipe stage_c")
+    return problems
