@@ -83,14 +83,15 @@ def disk_forecast(
         + _RECORD_BYTES_PER_CHUNK
         + index_bytes
     )
+    best = int(config.dreambooth is not None)  # the state that a verdict keeps, and weights of its chunk
     return DiskForecast(
         # in the chunk at hand those kept and the one being written; of chunks before, their final ones; and one that a
         # chunk which is trained again has from before
-        num_states=save.keep_states + 1 + min(save.keep_chunks + 1, num_chunks) + milestones,
+        num_states=save.keep_states + 1 + min(save.keep_chunks + 1, num_chunks) + milestones + best,
         state_bytes=state_bytes + num_tensors * _BYTES_PER_TENSOR + _BYTES_PER_STATE,
-        num_exports=min(exports, save.keep_exports + 1) if save.keep_exports else exports,
+        num_exports=min(exports, save.keep_exports + 1 + best) if save.keep_exports else exports,
         export_bytes=export_bytes(num_parameters, num_tensors, save=save),
-        preview_bytes=previews * sum(3 * prompt.width * prompt.height + 10_000 for prompt in prompts),
+        preview_bytes=(previews + best) * sum(3 * prompt.width * prompt.height + 10_000 for prompt in prompts),
         record_bytes=num_chunks * records,
     )
 

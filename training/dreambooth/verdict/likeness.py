@@ -29,7 +29,8 @@ _FLAT = 1e-3  # of the range of a channel: a picture without structure
 
 def structure(picture: Image.Image) -> Floats:
     """Return (D,) the whole picture's structure, to be compared with `windows` of others; zeros for a flat one."""
-    return _structures([_small(picture, (0.0, 0.0, float(picture.width), float(picture.height)))])[0]
+    whole: Floats = _structures([_small(picture, (0.0, 0.0, float(picture.width), float(picture.height)))])[0]
+    return whole
 
 
 def windows(picture: Image.Image, *, ratio: float) -> Floats:
@@ -64,9 +65,7 @@ def drift(picture: Image.Image, base: Image.Image) -> float:
     pixels) and the mean distance of colours in windows of 16 × 16, as a share of what pictures at random have.
     """
     size = (_DRIFT_SIDE, _DRIFT_SIDE)
-    a, b = (
-        np.asarray(one.convert("RGB").resize(size, Image.Resampling.BOX), np.float32) / 255 for one in (picture, base)
-    )
+    a, b = (_values(one.convert("RGB").resize(size, Image.Resampling.BOX)) for one in (picture, base))
     colour = float(np.abs(_means(a, 16) - _means(b, 16)).mean()) / _FAR_COLOUR
     luma = np.array([0.299, 0.587, 0.114], np.float32)
     return (1 - _ssim(a @ luma, b @ luma) + min(colour, 1.0)) / 2
@@ -77,7 +76,7 @@ def _ssim(a: Floats, b: Floats) -> float:
 
     def mean(values: Floats) -> Floats:
         parts = np.lib.stride_tricks.sliding_window_view(values, (_SSIM_WINDOW, _SSIM_WINDOW))[::2, ::2]
-        return parts.mean(axis=(2, 3), dtype=np.float32)
+        return np.asarray(parts.mean(axis=(2, 3)), np.float32)
 
     mean_a, mean_b = mean(a), mean(b)
     var_a, var_b, both = mean(a * a) - mean_a**2, mean(b * b) - mean_b**2, mean(a * b) - mean_a * mean_b
@@ -105,7 +104,12 @@ def _small(picture: Image.Image, box: tuple[float, float, float, float]) -> Floa
     left, top, right, bottom = box
     inside = (max(left, 0.0), max(top, 0.0), min(right, picture.width), min(bottom, picture.height))
     small = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR, box=inside, reducing_gap=3.0)
-    return np.asarray(small, np.float32) / 255
+    return _values(small)
+
+
+def _values(picture: Image.Image) -> Floats:
+    """Return the pixels in 0 … 1."""
+    return np.asarray(np.asarray(picture, np.float32) / 255, np.float32)
 
 
 def _structures(pictures: list[Floats]) -> Floats:

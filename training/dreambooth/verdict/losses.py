@@ -42,7 +42,9 @@ class VerdictLosses:
         self.names = sorted({name for name in group_of(index) if not name.endswith(CLASS_SUFFIX)})
         self._trained = self._data(index, chunk, is_held_out=False)
         held_out = self._held_out()
-        self._held_out_data = held_out and self._data(held_out.read_index(), held_out, is_held_out=True)
+        self._held_out_data: ChunkData | None = None
+        if held_out is not None:
+            self._held_out_data = self._data(held_out.read_index(), held_out, is_held_out=True)
 
     def run(self, trained: Trained) -> tuple[dict[str, float], str]:
         """Return what the charts get, and why the ranks agreed to stop meanwhile, or "". Every rank has to call it."""
