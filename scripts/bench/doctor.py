@@ -159,6 +159,9 @@ def _judged(
         for rule, count in false.items()
         if count
     ]
+    notes.append(
+        "altered: " + (" ".join(sorted(f"{one.rule}/{one.planted}/{one.picture}" for one in alarms)) or "none")
+    )
     notes.append(f"clean: {' '.join(sorted(f'{rule}/{name}' for rule, name in natural)) or 'nothing'}")
     notes.append(f"missed: {' '.join(missed) or 'nothing'}")
     return summed | figures, notes

@@ -30,7 +30,7 @@ def _of_pixels(measured: Measured) -> list[tuple[str, float, str]]:
     area = sum(box.area for box in measured.text)
     return [
         ("sharpness", numbers.blur, f"blur {numbers.blur:.2f} of 1"),
-        ("darkness", numbers.mean_luma, f"mean brightness {numbers.mean_luma:.2f}"),
+        ("darkness", numbers.lit_luma, f"mean brightness {numbers.lit_luma:.2f}"),
         ("over_exposure", numbers.burnt_fraction, f"{numbers.burnt_fraction:.0%} of its pixels are burnt out"),
         ("too_bright", numbers.mean_luma, f"mean brightness {numbers.mean_luma:.2f}"),
         ("contrast", numbers.contrast, f"contrast {numbers.contrast:.2f} of 1"),

@@ -5,6 +5,7 @@ Luma and channels are float32 from 0 to 1.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,8 @@ _BAR_ROWS = 24
 _BAR_EDGE = 4 / 255  # luma by which the first row of the picture leaves the bar …
 _BAR_EDGE_SHARE = 0.6  # … in this share of its pixels; a drawing on a plain ground leaves it in few
 _CAST_ONE = 0.35
+_BLACK = 0.03  # luma
+_MIN_FIGURE = 0.1  # of the picture: less than that beside a black ground is no figure
 _PALE = 0.65  # mean of the channels: pure orange is at the end of one, and is not burnt
 
 
@@ -37,6 +40,8 @@ class PixelNumbers:
     blur: float
     """How little is lost by blurring once more: 0 sharp, 1 without any detail."""
     mean_luma: float
+    lit_luma: float
+    """Mean luma without a black ground that reaches the border all around: a figure on black is not dark."""
     burnt_fraction: float
     """Pixels with a channel at its end (CLIPPED) that do not belong to a white ground which reaches the border."""
     contrast: float
@@ -54,6 +59,7 @@ def measure(image: Image.Image) -> PixelNumbers:
     return PixelNumbers(
         blur=blur_of(luma),
         mean_luma=float(luma.mean()),
+        lit_luma=_lit_luma(luma),
         burnt_fraction=_burnt_fraction(rgb, luma),
         contrast=float(high - low),
         cast=_cast(rgb),
@@ -79,19 +85,30 @@ def _blur_along(luma: Plane) -> float:
     return 1.0 if total == 0 else float(1 - np.maximum(0, before - after).sum() / total)
 
 
+def _lit_luma(luma: Plane) -> float:
+    cells, is_black = (_in_cells(part) for part in (luma, luma < _BLACK))
+    ground = _ground(is_black > 0.5)
+    return float(cells[~ground].mean()) if (~ground).mean() > _MIN_FIGURE else float(luma.mean())
+
+
+def _in_cells(part: npt.NDArray[Any]) -> Plane:
+    rows, columns = (side // _COARSE for side in part.shape)
+    cut = part[: rows * _COARSE, : columns * _COARSE].reshape(rows, _COARSE, columns, _COARSE)
+    return np.asarray(cut.mean(axis=(1, 3)))
+
+
+def _ground(is_candidate: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return the candidates that reach the border, if they take most of it: a burnt sky is not all around."""
+    border = np.concatenate([is_candidate[0], is_candidate[-1], is_candidate[:, 0], is_candidate[:, -1]])
+    return _reaching_border(is_candidate) if border.mean() > _GROUND_SHARE else np.zeros_like(is_candidate)
+
+
 def _burnt_fraction(rgb: Plane, luma: Plane) -> float:
     """The white ground of a drawing is no fault: bright cells that reach the border through each other are left out."""
-    rows, columns = (side // _COARSE for side in luma.shape)
-    whole = np.s_[: rows * _COARSE, : columns * _COARSE]
-    cells = [
-        part[whole].reshape(rows, _COARSE, columns, _COARSE).mean(axis=(1, 3))
-        for part in ((rgb.max(axis=2) > CLIPPED) & (rgb.mean(axis=2) > _PALE), luma > BRIGHT)
-    ]
-    is_white = cells[1] > 0.5
-    border = np.concatenate([is_white[0], is_white[-1], is_white[:, 0], is_white[:, -1]])
-    # A burnt sky reaches the border, too, but not all around.
-    ground = _reaching_border(is_white) if border.mean() > _GROUND_SHARE else np.zeros_like(is_white)
-    return float(cells[0][~ground].sum() / cells[0].size)
+    burnt = (rgb.max(axis=2) > CLIPPED) & (rgb.mean(axis=2) > _PALE)
+    cells, is_white = (_in_cells(part) for part in (burnt, luma > BRIGHT))
+    ground = _ground(is_white > 0.5)
+    return float(cells[~ground].sum() / cells.size)
 
 
 def _reaching_border(is_candidate: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

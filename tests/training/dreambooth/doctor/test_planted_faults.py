@@ -110,6 +110,17 @@ def test_precision_and_recall_of_each_rule(found, capsys):
             assert precision >= 0.75, wrong
 
 
+def test_a_figure_on_black_is_not_dark_but_a_dark_one_is(pictures, tmp_path):
+    for name, light in (("lit", 1.0), ("dark", 0.3)):
+        canvas = Image.new("RGB", (700, 900))
+        canvas.paste(ImageEnhance.Brightness(pictures["205519"].resize((400, 500))).enhance(light), (150, 200))
+        canvas.save(tmp_path / f"{name}.png")
+
+    findings = examine([ConceptConfig(name="a", folder=tmp_path, prompt="x")], load_rules()).findings
+
+    assert [one.file.stem for one in findings if one.rule == "darkness"] == ["dark"]
+
+
 def test_a_repeated_frame_and_a_leak_are_found(pictures, tmp_path):
     for folder, name, image in (
         ("a", "one", pictures["205519"]),
