@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharding.config import apply_override
+from training.commented_toml import shown
 from training.config import RunConfig
-from training.frozen_config import to_toml
+from training.kohya.dreambooth_settings import dreambooth_settings
 from training.kohya.flag_table import OF_THE_BRANCH, SCRIPTS, Flag, launcher_flags, trainer_flags
 from training.kohya.following import following_commands
 from training.kohya.given import Given, Unknown
-from training.kohya.run_settings import shared_settings, stage_c_settings
+from training.kohya.run_settings import stage_c_settings
 from training.kohya.setting import Problem, Setting
-
-_TO_COME = "dreambooth."
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,6 @@ class Explanation:
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
     commands: tuple[str, ...]
-    has_recipe: bool
-    """Whether a run.toml can be made: the script's recipe is here."""
 
     def values(self) -> dict[str, Any]:
         """Return the settings as nested tables."""
@@ -73,8 +70,7 @@ def explain(
 
     Raises ConfigError for an override that is none.
     """
-    is_here = given.script in OF_THE_BRANCH
-    translate = stage_c_settings if is_here else shared_settings
+    translate = stage_c_settings if given.script in OF_THE_BRANCH else dreambooth_settings
     found = translate(given, workspace=workspace, chunks=chunks)
     changed = dict(_override(override) for override in overrides)
     kept = [one for one in found.settings if one.is_off or one.key not in changed]
@@ -92,7 +88,6 @@ def explain(
         ),
         notes=tuple(given.notes),
         commands=tuple(following_commands(given, workspace=workspace, chunks=chunks, run_toml=run_toml)),
-        has_recipe=is_here,
     )
 
 
@@ -130,14 +125,9 @@ def _rows(given: Given, settings: Sequence[Setting]) -> list[Row]:
 
 def _row(title: str, value: Any, flag: Flag, given: Given, own: Sequence[Setting]) -> Row:
     here = [f"{'# ' * one.is_off}{one.key} = {shown(one.value)}" for one in own]
-    if not own and flag.meant_by(given.script).startswith(_TO_COME):
-        here.append(f"{flag.meant_by(given.script)} (a recipe to come)")
+    if not own and (key := flag.meant_by(given.script)).startswith("dreambooth."):
+        here.append(f"about {key}")
     whys = dict.fromkeys(one.why for one in own if one.why)
     is_bare = flag.kind == "switch" and value is True
     written = "" if is_bare else " ".join(value) if isinstance(value, list) else str(value)
     return Row(title, written, (*here, flag.here, *(f"({why})" for why in whys)), flag.done_by(given.script))
-
-
-def shown(value: Any) -> str:
-    """Return a value as TOML writes it."""
-    return to_toml({"value": value}).partition("=")[2].strip()

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Iterator
 
+from training.kohya.dreambooth_settings import CONCEPTS, packs_concepts
 from training.kohya.flag_table import OF_THE_BRANCH
 from training.kohya.given import Given
 from training.kohya.run_settings import run_folder
@@ -11,7 +12,34 @@ _DATASET = "dataset.toml"
 
 
 def following_commands(given: Given, *, workspace: str, chunks: str, run_toml: str) -> Iterator[str]:
-    """Yield the commands in their order; those of a recipe to come are left out. run_toml: the settings' file."""
+    """Yield the commands in their order. run_toml: the settings' file."""
+    if given.script not in OF_THE_BRANCH:
+        yield from _of_dreambooth(given, workspace=workspace, chunks=chunks, run_toml=run_toml)
+        return
+    yield from _packed_chunks(given, workspace=workspace, chunks=chunks)
+    if given.has("cache_latents", "cache_latents_to_disk"):
+        yield _module("training", "encode-latents", run_toml)
+    if given.value("resume"):
+        run_dir = str(run_folder(given))
+        yield _module("training", "import-state", given.value("resume"), run_toml, "--run-dir", run_dir)
+    yield _run_command(given, run_toml)
+
+
+def _of_dreambooth(given: Given, *, workspace: str, chunks: str, run_toml: str) -> Iterator[str]:
+    source = given.value("dataset_config") or given.value("train_data_dir")
+    if packs_concepts(given):
+        if source:
+            yield _module("training", "import-concepts", source, "--output", CONCEPTS)
+            yield _module("training", "doctor", CONCEPTS)
+        yield _module("training", "pack-concepts", run_toml)
+    else:
+        yield from _packed_chunks(given, workspace=workspace, chunks=chunks)
+    if given.has("cache_latents", "cache_latents_to_disk"):
+        yield _module("training", "encode-latents", run_toml)
+    yield _run_command(given, run_toml)
+
+
+def _packed_chunks(given: Given, *, workspace: str, chunks: str) -> Iterator[str]:
     if folder := given.value("train_data_dir") or (given.value("dataset_config") and "."):
         words = ["sharding", "import-kohya", folder, "--output", _DATASET, "--name", chunks.split("/")[0]]
         if given.value("dataset_config"):
@@ -20,14 +48,6 @@ def following_commands(given: Given, *, workspace: str, chunks: str, run_toml: s
             words += ["--metadata", given.value("in_json")]
         yield _module(*words)
         yield _module("scripts.build_chunks", _DATASET, "--workspace", workspace)
-    if given.script not in OF_THE_BRANCH:
-        return
-    if given.has("cache_latents", "cache_latents_to_disk"):
-        yield _module("training", "encode-latents", run_toml)
-    if given.value("resume"):
-        run_dir = str(run_folder(given))
-        yield _module("training", "import-state", given.value("resume"), run_toml, "--run-dir", run_dir)
-    yield _run_command(given, run_toml)
 
 
 def _run_command(given: Given, run_toml: str) -> str:

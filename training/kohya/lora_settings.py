@@ -1,5 +1,6 @@
 """From the flags of kohya's network trainers to [lora]."""
 
+from training.kohya.flag_table import OF_THE_BRANCH
 from training.kohya.given import Given
 from training.kohya.setting import Translation
 
@@ -16,12 +17,15 @@ def lora_settings(given: Given, found: Translation) -> None:
     rank, alpha = given.value("network_dim") or _RANK, given.value("network_alpha")
     found.put("lora.rank", rank, "network_dim")
     found.put("lora.alpha", alpha, "network_alpha")
+    if given.script not in OF_THE_BRANCH:
+        base, why = given.value("mixed_precision"), "the base, as in kohya"
+        found.put("lora.base_weights", "fp32" if base == "no" else base, "mixed_precision", why=why)
     if given.value("network_dropout"):
         found.put("lora.dropout", given.value("network_dropout"), "network_dropout")
     if given.value("network_weights"):
         found.put("lora.init", given.value("network_weights"), "network_weights")
     found.put("lora.formats", ["kohya"], "network_module")
-    if given.has("network_train_text_encoder_only"):
+    if given.has("network_train_text_encoder_only") and given.script in OF_THE_BRANCH:
         text = "adapters on the text encoder alone are not here: [lora] has them on the network, too"
         found.refuse("network_train_text_encoder_only", text, "lora.targets")
     if not given.has("network_train_unet_only"):

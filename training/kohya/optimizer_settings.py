@@ -4,6 +4,7 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
+from training.kohya.flag_table import OF_THE_BRANCH
 from training.kohya.given import Given
 from training.kohya.setting import Translation
 from training.schedules import NEEDS_HORIZON
@@ -60,7 +61,7 @@ def _rates(given: Given, found: Translation) -> None:
         flags, rate = ("learning_rate",), given.value("learning_rate")
         text_flag = "learning_rate_te" if given.has("learning_rate_te") else "learning_rate_te1"
         text_rate = given.value(text_flag)
-    if rate == 0 and given.has("train_text_encoder") and text_rate:
+    if rate == 0 and given.has("train_text_encoder") and text_rate and given.script in OF_THE_BRANCH:
         found.put("optimizer.freeze", ["network.*"], *flags, why="a rate of 0: only the text encoder is trained")
         rate = text_rate
     elif not rate:

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from training.kohya.explanation import Explanation, shown
+from training.commented_toml import shown
+from training.kohya.explanation import Explanation
 
 _GAP = "  "
 _NARROWEST = 80
@@ -27,8 +28,6 @@ def explanation_text(explanation: Explanation, *, width: int = 160) -> str:
     if explanation.notes:
         lines += ["", "Mind:", *(f"  {note}" for note in explanation.notes)]
     lines += ["", "Commands:", *(f"  {command}" for command in explanation.commands)]
-    if not explanation.has_recipe:
-        lines += ["", f"{explanation.script} trains Stable Diffusion; its recipe is still to come: no run.toml."]
     return "\n".join(lines)
 
 

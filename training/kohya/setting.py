@@ -39,6 +39,10 @@ class Translation:
         """Add a setting."""
         self.settings.append(Setting(key, value, flags, why, is_off))
 
+    def take_out(self, key: str) -> None:
+        """Forget a setting."""
+        self.settings = [one for one in self.settings if one.key != key]
+
     def refuse(self, flag: str, text: str, *keys: str) -> None:
         """Add a problem."""
         self.problems.append(Problem(flag, text, keys))

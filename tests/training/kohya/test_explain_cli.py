@@ -51,7 +51,7 @@ def test_json_says_the_same(capsys):
     assert {"flag": "--full_fp16", "value": ""}.items() <= next(
         row for row in values["rows"] if row["flag"] == "--full_fp16"
     ).items()
-    assert values["unknown"] == [] and values["has_recipe"] is True
+    assert values["unknown"] == []
 
 
 def test_unknown_flags_are_an_error_only_when_strict(tmp_path, capsys):
@@ -76,7 +76,7 @@ def test_nothing_is_written_over_or_by_a_dry_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["python train_db.py --resolution 512", "--output", "x.toml"], "its recipe is still to come"),
+        (["python train_db.py --resolution 512", "--output", "x.toml"], "--pretrained_model_name_or_path: is missing"),
         (
             [SEED.replace("relative_step=False", "relative_step=True"), "--output", "x.toml"],
             "relative_step=True is not",

@@ -1,10 +1,12 @@
 """Commands with files, files without a command, and the SD scripts': what is read, what is listed as unknown."""
 
 import json
+import tomllib
 
 import pytest
 
-from sharding.config import ConfigError
+from sharding.config import ConfigError, parse_config
+from training.config import RunConfig
 from training.kohya.explanation import explain
 from training.kohya.given import Given
 from training.kohya.printed import explanation_text
@@ -105,7 +107,7 @@ def test_the_guis_json_is_read_with_its_own_names(tmp_path):
     assert found.values()["optimizer"]["weight_decay"] == 0.1
     rows = {row.flag.split()[0]: row for row in found.rows}
     assert rows["--network_dim"].value == "64"
-    assert "dreambooth.model (a recipe to come)" in rows["--pretrained_model_name_or_path"].here
+    assert "dreambooth.model = " in rows["--pretrained_model_name_or_path"].here[0]
 
 
 @pytest.mark.parametrize(
@@ -152,21 +154,23 @@ def test_unknown_flags_are_listed_with_what_may_be_meant():
 
 
 @pytest.mark.parametrize("script", ["train_db", "fine_tune", "train_network", "sdxl_train", "sdxl_train_network"])
-def test_commands_of_the_sd_scripts_give_a_table_and_no_run_toml(script):
+def test_commands_of_the_sd_scripts_give_a_table_and_a_run_of_the_recipe_dreambooth(script):
     given = given_by_command(
         f"python {script}.py --pretrained_model_name_or_path m --resolution 512 --clip_skip 2 --train_batch_size 3 "
-        "--optimizer_type Prodigy --learning_rate 1 --min_snr_gamma 5 --enable_bucket"
+        "--optimizer_type Lion --learning_rate 1e-5 --min_snr_gamma 5 --enable_bucket --train_data_dir pictures"
     )
     found = explained(given)
 
     rows = {row.flag: row for row in found.rows}
-    assert "dreambooth.clip_skip (a recipe to come)" in rows["--clip_skip"].here
-    assert 'optimizer.name = "prodigy"' in rows["--optimizer_type"].here
+    about = "about dreambooth.clip_skip" if script.startswith("sdxl") else "dreambooth.clip_skip = 2"
+    assert about in rows["--clip_skip"].here
+    assert 'optimizer.name = "lion"' in rows["--optimizer_type"].here
     assert "batch.micro_batch_size = 3" in rows["--train_batch_size"].here
+    assert "dreambooth.loss_gamma = 5.0" in rows["--min_snr_gamma"].here
     assert not any(one.key.startswith("stage_c.") for one in found.settings)
-    assert "its recipe is still to come" in explanation_text(found)
-    with pytest.raises(ConfigError, match=f"{script}.py trains Stable Diffusion"):
-        run_toml(found)
+    config = parse_config(tomllib.loads(run_toml(found)), RunConfig, name="run.toml")
+    assert config.recipe_name == "dreambooth" and config.of_dreambooth.loss_weighting == "min_snr"
+    assert "python -m training import-concepts pictures --output concepts.toml" in found.commands
 
 
 def test_a_value_that_is_missing_is_refused():

@@ -87,7 +87,12 @@ def tables_of(method: Method, family: Family, model: str, *, side: int, checkpoi
     }
     if method == "lora":
         own = {"rank": _LORA_RANK, "alpha": _LORA_ALPHA}
-        tables["lora"] = {"targets": ["kohya"], **own, **({} if family == "sdxl" else {"text_encoder": own})}
+        tables["lora"] = {
+            "targets": ["kohya"],
+            **own,
+            "base_weights": "fp16",
+            **({} if family == "sdxl" else {"text_encoder": own}),
+        }
     return tables
 
 

@@ -156,6 +156,7 @@ def _lora(way: Way) -> Iterator[Line]:
     yield Line("lora.targets", table["targets"], "as kohya's networks.lora")
     yield Line("lora.rank", table["rank"], "not in the wiki")
     yield Line("lora.alpha", table["alpha"])
+    yield Line("lora.base_weights", table["base_weights"], "published weights lose nothing in it")
     yield Line("lora.formats", ["kohya"], "what A1111 and ComfyUI read")
     for key, value in table.get("text_encoder", {}).items():
         yield Line(f"lora.text_encoder.{key}", value)
