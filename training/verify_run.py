@@ -58,6 +58,8 @@ def _check_metrics(path: Path, places: Mapping[int, Place], base: int, reached: 
     images_seen, expected = 0, base + 1
     for row in read_metrics(path):
         step, place = row["global_step"], places.get(row["global_step"])
+        if "step" not in row:
+            continue  # measured before the first step; a row of a step that lost its own is missed below
         if step > reached:
             break
         where = (row["chunk"], row["epoch"], row["step"])

@@ -57,6 +57,8 @@ def test_tokens_with_signs_are_taken_as_they_are():
 
 
 def test_the_concepts_own_prompt_serves_when_both_tokens_are_given():
+    alone = concept({"prompt": "", "token": "girl"}, token="sks", prompt="photo of sks girl")
+    assert class_prompt(alone, "") == "photo of girl"
     both = concept({"prompt": ""}, prompt="photo of sks girl, [filewords]")
 
     assert class_prompt(both, "smile") == "photo of girl, smile"

@@ -30,7 +30,7 @@ def class_prompt(concept: ConceptConfig, caption: str) -> str:
         raise ValueError(f"{where} is empty; say what class images show, or give token and class_images.token")
     words = (made.prompt or concept.prompt).replace(FILEWORDS, caption)
     if token and made.token:
-        words = _whole(token).sub(lambda _: made.token, words)
+        words = _whole(token, followed_by=made.token).sub(lambda _: made.token, words)
     if words.strip() == instance_prompt(concept, caption).strip():
         raise ValueError(
             f"{where} makes {words!r} of the caption {caption!r}, which is what the picture itself is trained with: "
@@ -39,6 +39,10 @@ def class_prompt(concept: ConceptConfig, caption: str) -> str:
     return words
 
 
-def _whole(token: str) -> re.Pattern[str]:
-    """Match a token where it is no part of a longer word; what stands in it is taken as it is: `saber (fate)`."""
-    return re.compile(rf"(?<!\w){re.escape(token)}(?!\w)")
+def _whole(token: str, *, followed_by: str = "") -> re.Pattern[str]:
+    """Match a token where it is no part of a longer word; what stands in it is taken as it is: `saber (fate)`.
+
+    followed_by: taken in, too, where it comes next: of `sks dog` with the token `sks`, the class's `dog`.
+    """
+    tail = rf"(?:\s+{re.escape(followed_by)}(?!\w))?" if followed_by else ""
+    return re.compile(rf"(?<!\w){re.escape(token)}(?!\w){tail}")
