@@ -119,6 +119,8 @@ def _stop(given: Given, found: Translation, stop: int) -> None:
         return
     ratio = min(1.0, round(stop / given.value("max_train_steps"), 3))
     why = f"{stop:,} of {given.value('max_train_steps'):,} steps; here whole epochs"
+    text = "whole epochs are counted here: --set data.epochs=…, in place of --max_train_steps"
+    found.refuse("stop_text_encoder_training", text, "data.epochs")
     found.put("dreambooth.text_encoder_ratio", ratio, "stop_text_encoder_training", "max_train_steps", why=why)
 
 

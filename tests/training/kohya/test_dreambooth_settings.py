@@ -60,7 +60,6 @@ def test_the_parts_are_those_that_kohya_trains(script, words, train):
         ("--max_token_length 225", "max_tokens", 225),
         ("--prior_loss_weight 0.3", "prior_weight", 0.3),
         ("", "prior_weight", 1.0),
-        ("--max_train_steps 1000 --stop_text_encoder_training 350", "text_encoder_ratio", 0.35),
         ("--loss_type huber --huber_c 0.2", "huber_c", 0.2),
         ("--loss_type smooth_l1", "loss", "smooth_l1"),
         ("--min_snr_gamma 5", "loss_weighting", "min_snr"),
@@ -76,6 +75,14 @@ def test_the_parts_are_those_that_kohya_trains(script, words, train):
 )
 def test_flags_become_keys_of_the_recipe(words, key, value):
     assert getattr(config_of("train_db", words).of_dreambooth, key) == value
+
+
+def test_a_text_encoder_stops_after_a_share_of_the_epochs():
+    words = "--max_train_steps 1000 --stop_text_encoder_training 350"
+
+    assert config_of("train_db", words, "data.epochs=100").of_dreambooth.text_encoder_ratio == 0.35
+    with pytest.raises(ConfigError, match="whole epochs are counted here"):
+        config_of("train_db", words)
 
 
 def test_second_text_encoders_have_the_rates_of_their_flags():

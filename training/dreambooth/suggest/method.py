@@ -41,7 +41,7 @@ def choose_way(family: Family, model: str, *, side: int, vram_gb: float) -> Way:
     fits.
     """
     room = room_bytes(int(vram_gb * 2**30))
-    passed_over = []
+    passed_over: list[str] = []
     for method in _by_card(family, vram_gb):
         smallest = 0
         for checkpointing in (False, True):

@@ -48,7 +48,8 @@ def suggest(concepts: Path, *, vram_gb: float, model: str | None = None) -> Sugg
     way = choose_way(family, named, side=_side(family, named), vram_gb=vram_gb)
     length = length_for(min(counts.shown.values()), is_staged=way.method == "staged")
     lines = list(_lines(counts, way, length, concepts=concepts, model=named))
-    text = commented_toml(lines, head=_head(counts, way, length, concepts=concepts, vram_gb=vram_gb))
+    head = tuple(_head(counts, way, length, concepts=concepts, vram_gb=vram_gb))
+    text = commented_toml(lines, head=head)
     parse_config(tomllib.loads(text), RunConfig, name="the suggestion")
     notes = [*counts.notes, *way.passed_over, *([counts.advice] if counts.advice else [])]
     if not is_here:
