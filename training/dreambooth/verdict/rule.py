@@ -40,7 +40,8 @@ def judge_concept(concept: ConceptCurves, drift: Curve, rule: Rule) -> Reading:
     unknown = tuple(_unknown(concept, drift))
     longest = max(len(concept.trained.points), len(concept.held_out.points))
     if longest < rule.min_points:
-        return Reading("unknown", (f"{longest} of {rule.min_points} measurements are there",), unknown)
+        often = "preview.every_steps and validation.every_steps say how often it is measured"
+        return Reading("unknown", (f"{longest} of {rule.min_points} measurements are there; {often}",), unknown)
     if over := tuple(_signs_of_over(concept, drift, rule)):
         return Reading("over", over, unknown)
     if under := tuple(_signs_of_under(concept, rule)):
