@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from sharding.config import ConfigError
 from sharding.files import write_bytes, write_json
 from training.exit_codes import BAD_DATA, DONE
 
@@ -40,6 +41,10 @@ def run(options: argparse.Namespace) -> int:
     from training.dreambooth.doctor.rules import load_rules
 
     rules = load_rules(options.rules, [*options.overrides, *_fix_overrides(options)])
+    if rules.fix.upscale != 1 and options.upscaler is None:
+        raise ConfigError(
+            f"fix.upscale = {rules.fix.upscale:g} needs a network; give --fix DIR --upscaler FILE.onnx, too"
+        )
     imported = import_concepts(options.concepts)
     for note in imported.notes:
         print(note, file=sys.stderr)
@@ -60,13 +65,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _fix_overrides(options: argparse.Namespace) -> list[str]:
-    """Return the options of --fix as settings of the rules. Raises ConfigError for one that nothing would read."""
-    from sharding.config import ConfigError
-
+    """Return the options of --fix as settings of the rules. Raises ConfigError for those that nothing would read."""
     given = {"levels": options.levels, "stitch": options.stitch or None, "upscale": options.upscale}
     overrides = [f"fix.{key}={str(value).lower()}" for key, value in given.items() if value is not None]
     if options.fix is None and (overrides or options.upscaler is not None):
         raise ConfigError("--levels, --stitch, --upscaler and --upscale are of copies; give --fix DIR, too")
-    if options.upscale is not None and options.upscaler is None:
-        raise ConfigError(f"--upscale {options.upscale}: needs a network; give --upscaler FILE.onnx, too")
     return overrides

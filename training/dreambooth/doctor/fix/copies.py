@@ -63,9 +63,10 @@ class FixReport:
         lines += [f"removed {name}: its original is gone or it is called otherwise now" for name in self.removed]
         new = sum(one.is_new for one in self.copied)
         changed = sum(bool(one.steps) for one in self.copied)
+        files = sum(len(one.files) for one in self.copied)
         lines.append(
             f"{self.folder}: {len(self.copied):,} pictures, {changed:,} of them repaired, {new:,} written now; "
-            f"{len(self.left_out):,} left out; train with {self.folder / CONCEPTS}"
+            f"{files:,} files; {len(self.left_out):,} left out; train with {self.folder / CONCEPTS}"
         )
         return "\n".join(lines) + "\n"
 

@@ -104,11 +104,17 @@ def _caption(patient: Patient, picture: Path) -> Path:
 
 def _stems(folder: Path, pictures: Sequence[Path]) -> list[str]:
     """Return names below the folder, without suffix: those of pictures that share a name get it behind: "a-png"."""
-    stems = [path.relative_to(folder).with_suffix("").as_posix() for path in pictures]
-    return [
-        stem if stems.count(stem) == 1 else f"{stem}-{path.suffix[1:].lower()}"
-        for stem, path in zip(stems, pictures, strict=True)
-    ]
+    plain = [path.relative_to(folder).with_suffix("").as_posix() for path in pictures]
+    taken = {stem for stem in plain if plain.count(stem) == 1}
+    stems = []
+    for stem, path in zip(plain, pictures, strict=True):
+        if stem not in taken or plain.count(stem) > 1:
+            stem = f"{stem}-{path.suffix[1:].lower()}"
+            while stem in taken:
+                stem += "-2"
+            taken.add(stem)
+        stems.append(stem)
+    return stems
 
 
 def _ends(stem: str, stems: Sequence[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from training.dreambooth.doctor.pixels import Bars, find_bars
 from training.dreambooth.doctor.rules import FixRules
 
 _EDGE = 2  # pixels of a picture that a bar's edge is smeared over
+_MIN_SIDE = 16  # pixels that must be left between bars
 _SQUARE = 0.02  # pixels whose aspect is nearer to 1 are square
 _MAX_STRETCH = 2.5  # a file that says more says nonsense
 
@@ -61,8 +62,9 @@ def open_picture(path: Path) -> Opened:
         steps.append(f"stretched {aspect:.2f} times: its pixels are not square")
         image = image.resize((round(image.width * aspect), image.height), Image.Resampling.LANCZOS)
     bars = find_bars(image)
-    if bars.largest:
-        image, told = _without(bars, image)
+    inside, told = _without(bars, image)
+    if told and min(inside.size) >= _MIN_SIDE:
+        image = inside
         steps.append(told)
     kept = Box("", bars.left, bars.top, 1 - bars.right, 1 - bars.bottom)
     return Opened(image, tuple(steps), kept)
@@ -95,7 +97,7 @@ def _without(bars: Bars, image: Image.Image) -> tuple[Image.Image, str]:
     cut = {side: round(share * whole[side]) + _EDGE if share else 0 for side, share in sides.items()}
     told = ", ".join(f"{side} {pixels}" for side, pixels in cut.items() if pixels)
     box = (cut["left"], cut["top"], image.width - cut["right"], image.height - cut["bottom"])
-    return image.crop(box), f"bars cut off ({told} pixels)"
+    return image.crop(box), f"bars cut off ({told} pixels)" if told else ""
 
 
 def _levelled(image: Image.Image, settings: FixRules, ends: Sequence[str]) -> list[tuple[str, Image.Image, list[str]]]:

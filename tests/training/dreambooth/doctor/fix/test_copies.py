@@ -150,12 +150,13 @@ def test_copies_with_levels_are_no_repeated_frames(concept, tmp_path):
 def test_two_pictures_with_one_name_get_captions_of_their_own(concept, tmp_path):
     painting().save(concept.folder / "a.png")
     painting(seed=1).save(concept.folder / "a.jpg")
+    painting(seed=2).save(concept.folder / "a-png.bmp")
     (concept.folder / "a.txt").write_text("nagisa")
 
     fixed(concept, tmp_path / "out")
 
     assert {path.name for path in (tmp_path / "out" / "nagisa").iterdir()} == {
-        "a-png.png", "a-png.txt", "a-jpg.jpg", "a-jpg.txt"
+        "a-png-2.png", "a-png-2.txt", "a-jpg.jpg", "a-jpg.txt", "a-png.bmp"
     }  # fmt: skip
 
 
@@ -200,10 +201,13 @@ def test_the_command_writes_copies_and_refuses_options_without_it(concept, tmp_p
     given = ["doctor", str(tmp_path), "--levels", "replace"]
 
     alone = main(given)
+    without = main(["doctor", str(tmp_path), "--fix", str(tmp_path / "out"), "--upscale", "1.5"])
     dry = main([*given, "--fix", str(tmp_path / "dry"), "--dry-run"])
     done = main([*given, "--fix", str(tmp_path / "out")])
 
-    assert (alone, dry, done) == (2, 3, 3)
-    assert "give --fix DIR" in capsys.readouterr().err
+    assert (alone, without, dry, done) == (2, 2, 3, 3)
+    said = capsys.readouterr().err
+    assert "give --fix DIR" in said
+    assert "give --fix DIR --upscaler FILE.onnx" in said
     assert not (tmp_path / "dry").exists()
     assert json.loads((tmp_path / "out" / "fix.json").read_text())["settings"]["levels"] == "replace"
