@@ -93,6 +93,7 @@ class Session:
 
     def _trained_for(self, config: RunConfig) -> Trained:
         if self._trained is None:
+            self._rank.engine.release()  # what another stage trained: there may be no room for both
             self._trained = load_trained(config, self._rank.engine)
         return self._trained
 

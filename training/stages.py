@@ -42,15 +42,10 @@ def stages_of(config: RunConfig) -> tuple[Stage, ...]:
 
 
 def _halves(recipe: DreamBoothConfig, epochs: int) -> tuple[StageConfig, ...]:
-    with_text = round(epochs * recipe.text_encoder_ratio)
-    if not recipe.trained_text or with_text in (0, epochs):
+    with_text = recipe.epochs_with_text(epochs)
+    if with_text in (0, epochs):
         return (StageConfig(name="all", epochs=epochs),)
     rest = tuple(part for part in recipe.train if part == "unet")
-    if not rest:
-        raise ValueError(
-            f"dreambooth.text_encoder_ratio {recipe.text_encoder_ratio:g}: `train` names text encoders only, so "
-            "nothing would be trained in the remaining epochs; add unet, or train fewer epochs"
-        )
     return (
         StageConfig(name=WITH_TEXT, epochs=with_text),
         StageConfig(name=WITHOUT_TEXT, epochs=epochs - with_text, train=rest),

@@ -13,6 +13,8 @@ SAMPLERS: tuple[SamplerName, ...] = ("ddim", "ddpm", "euler", "euler_a", "dpm++_
 """Of previews and class images, as A1111 names them."""
 SIDE_MULTIPLE = 8
 """Sides of a picture and of a bucket: pixels that the VAE makes one latent position of."""
+NUM_TIMESTEPS = 1000
+"""Of the noise schedule."""
 PartName = Literal["unet", "text_encoder", "text_encoder_2"]
 TEXT_PARTS: tuple[PartName, ...] = ("text_encoder", "text_encoder_2")
 Rate = Annotated[float, Field(gt=0)]
@@ -156,20 +158,24 @@ class DreamBoothConfig(Config):
         """Take text encoders out of `train` where they are never trained, so that no state holds them."""
         if isinstance(values, dict) and values.get("text_encoder_ratio") == 0 and not values.get("stages"):
             train = [part for part in values.get("train", ["unet"]) if part not in TEXT_PARTS]
-            return {**{key: value for key, value in values.items() if key != "text_encoder_ratio"}, "train": train}
+            others = {key: value for key, value in values.items() if key != "text_encoder_ratio"}
+            return {**others, "train": train} if train else values
         return values
 
     @model_validator(mode="after")
     def _every_option_is_read(self) -> "DreamBoothConfig":
         low, high = self.timestep_range
-        if low >= high:
-            raise ValueError(f"timestep_range [{low:g}, {high:g}]: the first must be smaller, such as [0.2, 1]")
+        if round(low * NUM_TIMESTEPS) >= round(high * NUM_TIMESTEPS):
+            raise ValueError(
+                f"timestep_range [{low:g}, {high:g}]: none of the {NUM_TIMESTEPS:,} timesteps lies there; the first "
+                "must be smaller, such as [0.2, 1]"
+            )
         readers = {
             "huber_c": self.loss != "l2",
             "huber_schedule": self.loss != "l2",
             "loss_gamma": self.loss_weighting in ("min_snr", "p2"),
             "multires_discount": self.multires_iterations > 0,
-            "text_encoder_ratio": bool(self.trained_text) and not self.stages,
+            "text_encoder_ratio": bool(self.trained_text) and self.concepts is not None and not self.stages,
             "text_encoder_2_learning_rate": "text_encoder_2" in self.trained_text,
             "freeze_clip_norms": bool(self.trained_text),
             "stages": self.concepts is not None,
@@ -177,12 +183,47 @@ class DreamBoothConfig(Config):
         for option, is_read in readers.items():
             if not is_read and getattr(self, option) != type(self).model_fields[option].default:
                 raise ValueError(f"{option} {getattr(self, option)!r} would not be read: {_UNREAD[option]}")
+        if self.text_encoder_ratio < 1 and "unet" not in self.train:
+            raise ValueError(
+                f"text_encoder_ratio {self.text_encoder_ratio:g}: `train` names text encoders only, so nothing would "
+                "be trained in the other epochs; add unet, or train fewer epochs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_are_read(self) -> "DreamBoothConfig":
+        for stage in self.stages:
+            text = [part for part in stage.train or self.train if part in TEXT_PARTS]
+            if stage.text_encoder_learning_rate is not None and not text:
+                raise ValueError(f"stages: {stage.name!r} has a text_encoder_learning_rate, but trains no text encoder")
+            if stage.text_encoder_2_learning_rate is not None and "text_encoder_2" not in text:
+                raise ValueError(
+                    f"stages: {stage.name!r} has a text_encoder_2_learning_rate, but does not train text_encoder_2"
+                )
         names = [stage.name for stage in self.stages]
         if doubled := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"stages: two are named {doubled!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _pure_noise_teaches_v(self) -> "DreamBoothConfig":
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError("zero_terminal_snr needs prediction v_prediction: pure noise says nothing about epsilon")
         return self
+
+    def epochs_with_text(self, epochs: int) -> int:
+        """Return how many of a run's epochs, its first ones, train the text encoders that `train` names."""
+        return round(epochs * self.text_encoder_ratio) if self.trained_text else 0
+
+
+def ratio_problems(recipe: DreamBoothConfig, *, epochs: int) -> list[str]:
+    """Return why text_encoder_ratio cannot be kept in so many epochs; empty when it can."""
+    if not recipe.trained_text or recipe.stages or recipe.epochs_with_text(epochs):
+        return []
+    return [
+        f"dreambooth.text_encoder_ratio {recipe.text_encoder_ratio:g} of data.epochs {epochs} is not one whole epoch: "
+        f"set it to 0, or to {1 / epochs:.2g} and more"
+    ]
 
 
 _UNREAD = {
@@ -190,7 +231,7 @@ _UNREAD = {
     "huber_schedule": 'loss is "l2"; set "huber" or "smooth_l1"',
     "loss_gamma": 'loss_weighting must be "min_snr" or "p2"',
     "multires_discount": "multires_iterations is 0",
-    "text_encoder_ratio": "`train` names no text encoder, or `stages` say what is trained when",
+    "text_encoder_ratio": "`train` names no text encoder, `concepts` is not given, or `stages` say what is trained",
     "text_encoder_2_learning_rate": "`train` does not name text_encoder_2",
     "freeze_clip_norms": "`train` names no text encoder",
     "stages": "`concepts` is not given, which their chunks are packed from",

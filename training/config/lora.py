@@ -225,4 +225,6 @@ def _dreambooth_problems(lora: LoraConfig, recipe: Any, *, autocast: str) -> lis
     trained = {*recipe.train, *(part for stage in recipe.stages for part in stage.train or ())}
     if lora.blocks and "unet" not in trained:
         problems.append("lora.blocks: they are of the UNet, which dreambooth.train does not name")
+    if recipe.freeze_clip_norms:
+        problems.append("dreambooth.freeze_clip_norms: adapters leave all norms as they are; take it out")
     return problems

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from sharding.config import Config, Name
 from training.config.captions import CaptionConfig
 from training.config.data import BatchConfig, BucketConfig, DataConfig
-from training.config.dreambooth import DreamBoothConfig
+from training.config.dreambooth import DreamBoothConfig, ratio_problems
 from training.config.latents import LatentsConfig, ahead_problems
 from training.config.lora import LoraConfig, TokensConfig, adapter_problems
 from training.config.optimizer import (
@@ -140,6 +140,8 @@ class RunConfig(Config):
         problems += parallel_problems(self)
         problems += ahead_problems(self)
         problems += adapter_problems(self)
+        if self.dreambooth is not None:
+            problems += ratio_problems(self.dreambooth, epochs=self.data.epochs)
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.config.dreambooth import DreamBoothConfig
-from training.dreambooth.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule, timestep
+from training.config.dreambooth import NUM_TIMESTEPS, DreamBoothConfig
+from training.dreambooth.diffusion.schedule import NoiseSchedule, timestep
 from training.dreambooth.diffusion.shaping import noise_of, perturbed
 from training.dreambooth.diffusion.weights import differences, huber_c, loss_weights
 from training.dreambooth.sd_models.prediction import Prediction

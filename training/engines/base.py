@@ -25,6 +25,9 @@ class Engine(Protocol):
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
         """Move the module to the device and return what forward must be called on."""
 
+    def release(self) -> None:
+        """Let go of module and optimizer, so that their memory is free before others are loaded."""
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context that forward and loss run in."""
 

@@ -59,6 +59,10 @@ class ZeroEngine(PlainEngine):
         self._prepared = self._deepspeed
         return self._deepspeed  # type: ignore[no-any-return]
 
+    def release(self) -> None:
+        self._by_name, self._trained, self._deepspeed, self._zero = {}, {}, None, None
+        super().release()
+
     def _settings(self) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.stage}
         pinned = {"device": "cpu", "pin_memory": self.device.type == "cuda"}

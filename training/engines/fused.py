@@ -37,10 +37,14 @@ class FusedEngine(PlainEngine):
         if not isinstance(optimizer, OneByOne):
             raise ValueError(f"fused backward needs an optimizer that steps one by one, got {type(optimizer).__name__}")
         prepared = super().prepare(module, optimizer)
-        self._one_by_one = optimizer
         for parameter in self._parameters():
             parameter.register_post_accumulate_grad_hook(self._update)  # type: ignore[no-untyped-call]
         return prepared
+
+    @property
+    def _one_by_one(self) -> OneByOne:
+        assert isinstance(self._optimizer, OneByOne)
+        return self._optimizer
 
     def _update(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None

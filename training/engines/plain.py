@@ -50,6 +50,11 @@ class PlainEngine:
             self._prepared = module
         return self._prepared
 
+    def release(self) -> None:
+        """Let go of what was prepared, so that its memory is free before another module is loaded."""
+        self._module = self._prepared = self._optimizer = None
+        self.accelerator.free_memory()
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context that forward and loss run in."""
         context: AbstractContextManager[Any] = self.accelerator.autocast()

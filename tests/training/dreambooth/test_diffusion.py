@@ -5,7 +5,8 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from training.dreambooth.diffusion.schedule import NUM_TIMESTEPS, NoiseSchedule, timestep
+from training.config.dreambooth import NUM_TIMESTEPS
+from training.dreambooth.diffusion.schedule import NoiseSchedule, timestep
 from training.dreambooth.diffusion.shaping import noise_of, perturbed
 from training.dreambooth.diffusion.weights import differences, huber_c, loss_weights
 from training.randomness import SampleIdentity

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from training.config.dreambooth import NUM_TIMESTEPS
 from training.dreambooth.sd_models.prediction import PredictionType
 
-NUM_TIMESTEPS = 1000
 _BETA_FIRST, _BETA_LAST = 0.00085, 0.012
 
 
