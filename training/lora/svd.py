@@ -30,8 +30,17 @@ def reduced_change(change: Tensor, *, rank: int | None, share: float = 1.0) -> R
     is taken. Computed in fp64; the tensors are fp32.
     """
     kernel = change.shape[1:]
-    left, values, right = torch.linalg.svd(change.flatten(1).double(), full_matrices=False)
-    return _reduced(left, values, right, rank=rank, share=share, kernel=kernel)
+    matrix = change.flatten(1).double()
+    is_wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.T if is_wide else matrix
+    # Eigenvectors of the small Gram matrix: several times faster than a whole decomposition, and as good as fp32 needs,
+    # because the large side is computed from the matrix itself.
+    squares, basis = torch.linalg.eigh(tall.T @ tall)
+    values, basis = squares.flip(0).clamp_min(0).sqrt(), basis.flip(1)
+    other = tall @ basis
+    if is_wide:
+        return _reduced(basis * values, values, (other / _above_zero(values)).T, rank=rank, share=share, kernel=kernel)
+    return _reduced(other, values, basis.T, rank=rank, share=share, kernel=kernel)
 
 
 def resized(adapter: Adapter, *, rank: int | None, share: float = 1.0, layer: str) -> Reduced:
@@ -46,7 +55,9 @@ def resized(adapter: Adapter, *, rank: int | None, share: float = 1.0, layer: st
     out_basis, out_part = torch.linalg.qr(up.flatten(1))
     in_basis, in_part = torch.linalg.qr(down.flatten(1).T)
     left, values, right = torch.linalg.svd(adapter.scale * out_part @ in_part.T, full_matrices=False)
-    return _reduced(out_basis @ left, values, right @ in_basis.T, rank=rank, share=share, kernel=down.shape[1:])
+    return _reduced(
+        (out_basis @ left) * values, values, right @ in_basis.T, rank=rank, share=share, kernel=down.shape[1:]
+    )
 
 
 def summary(results: Iterable[Reduced]) -> str:
@@ -60,16 +71,20 @@ def summary(results: Iterable[Reduced]) -> str:
 
 
 def _reduced(
-    left: Tensor, values: Tensor, right: Tensor, *, rank: int | None, share: float, kernel: torch.Size
+    scaled_left: Tensor, values: Tensor, right: Tensor, *, rank: int | None, share: float, kernel: torch.Size
 ) -> Reduced:
     energy = values.square().cumsum(0)
     whole = float(energy[-1])
     # A rounding error above nothing, so that a share of 1 does not ask for values that are rounding errors.
     needed = int((energy < share**2 * whole * (1 - 1e-12)).sum()) + 1
     own = max(1, min(needed, len(values), rank or len(values)))
-    root = values[:own].sqrt()
+    root = _above_zero(values[:own]).sqrt()
     factors = {
         DOWN: (root[:, None] * right[:own]).reshape(own, *kernel).float().contiguous(),
-        UP: (left[:, :own] * root).reshape(-1, own, *[1] * (len(kernel) - 1)).float().contiguous(),
+        UP: (scaled_left[:, :own] / root).reshape(-1, own, *[1] * (len(kernel) - 1)).float().contiguous(),
     }
     return Reduced(Adapter("lora", factors, float(own)), whole**0.5, float(energy[own - 1]) ** 0.5)
+
+
+def _above_zero(values: Tensor) -> Tensor:
+    return values.clamp_min(max(float(values[0]) * 1e-12, 1e-30))

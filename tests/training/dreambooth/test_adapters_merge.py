@@ -258,3 +258,15 @@ def test_the_commands_refuse_limits_that_are_none(tmp_path, capsys):
 
     errors = capsys.readouterr().err
     assert codes == [2, 2, 2] and "--rank and --conv-rank must be 1 or more" in errors and "must end in" in errors
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
+def test_changes_of_few_or_no_dimensions_have_finite_factors(shape):
+    thin = noise(shape[0], 2) @ noise(2, shape[1], seed=1)
+
+    found = reduced_change(thin, rank=6).adapter
+    nothing = reduced_change(torch.zeros(shape), rank=6, share=0.9).adapter
+
+    torch.testing.assert_close(found.change(thin.shape), thin, rtol=0, atol=1e-5)
+    assert nothing.rank == 1 and not nothing.change(thin.shape).any()
+    assert all(tensor.isfinite().all() for one in (found, nothing) for tensor in one.tensors.values())

@@ -245,7 +245,7 @@ def _component_of(name: str) -> str:
 
 
 def _of(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): one for name, one in weights.items() if name.startswith(prefix)}
 
 
 def _seed(seed: int, component: str) -> int:
