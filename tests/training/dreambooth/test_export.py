@@ -262,18 +262,20 @@ def test_half_is_counted_and_integers_stay(sources, tokenizer, tmp_path):
     assert {tensor.dtype for tensor in written.values()} == {torch.float16, torch.int64}
 
 
-def test_an_average_is_written_beside_and_extracted_again(sources, tokenizer, tmp_path):
+def test_an_average_is_written_beside_and_extracted_again(sources, exported, tokenizer, tmp_path):
     content = trained("sd1", sources, tokenizer)
     average = {key: tensor + 1 for key, tensor in content.unet.items()}
 
-    export(replace(content, average=average), tmp_path, "original", "diffusers")
+    export(replace(content, average=average), tmp_path, "original")
 
-    for name in ("model.safetensors", "diffusers"):
-        plain, averaged = (load_sd(str(tmp_path / name), extract_ema=ema) for ema in (False, True))
-        assert same(plain.unet.state_dict(), content.unet)
-        assert same(averaged.unet.state_dict(), average) and averaged.is_average
+    plain, averaged = (load_sd(str(tmp_path / "model.safetensors"), extract_ema=ema) for ema in (False, True))
+    assert same(plain.unet.state_dict(), content.unet)
+    assert same(averaged.unet.state_dict(), average) and averaged.is_average
     theirs = StableDiffusionPipeline.from_single_file(
-        tmp_path / "model.safetensors", config=str(tmp_path / "diffusers"), local_files_only=True, extract_ema=True
+        tmp_path / "model.safetensors",
+        config=str(exported["sd1"][1] / "diffusers"),
+        local_files_only=True,
+        extract_ema=True,
     )
     assert same(theirs.unet.state_dict(), average)
 
@@ -393,6 +395,17 @@ def test_a_module_that_was_trained_but_not_given_does_not_pass(sources, tokenize
     with pytest.raises(ExportMismatchError, match=r"unet: conv_out\.bias differs"):
         export(replace(content, unet=None), tmp_path, "original")
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_frozen_part_may_be_held_in_another_format_than_the_source_s(sources, tokenizer, tmp_path):
+    content = trained("sd1", sources, tokenizer)
+    content.model.texts[0].to(torch.bfloat16)
+
+    export(replace(content, texts=()), tmp_path, "original", dtype=torch.float16)
+
+    written, source = load_file(tmp_path / "model.safetensors"), load_file(sources / "sd1.safetensors")
+    text = [key for key in source if key.startswith("cond_stage_model.") and source[key].is_floating_point()]
+    assert len(text) > 20 and all(torch.equal(written[key], source[key].half()) for key in text)
 
 
 def test_a_format_of_another_recipe_is_refused(sources, tokenizer, tmp_path):

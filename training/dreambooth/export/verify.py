@@ -27,7 +27,7 @@ from training.dreambooth.single_file.text_names import with_prefix
 from training.dreambooth.text import pad_ids
 from training.recipes.base import ExportFile
 from training.tensor_file import bytes_of
-from training.weight_files import WeightsError, load_into
+from training.weight_files import WeightsError, converted, load_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def verify_export(files: Sequence[ExportFile], content: SdWeights, *, dtype: tor
     for file in files:
         try:
             _verify(file.path, content, dtype)
-        except (WeightsError, OSError) as error:
+        except (ValueError, RuntimeError, KeyError, OSError) as error:  # what libraries raise of files they cannot use
             if file.path.is_dir():
                 shutil.rmtree(file.path)
             else:
@@ -79,7 +79,10 @@ def _verify(path: Path, content: SdWeights, dtype: torch.dtype) -> None:
     settings = _modules(model) | ({AVERAGE_FOLDER: model.unet} if content.average is not None else {})
     for name, tensors in _tensors(content).items():
         module = read.modules.pop(name)  # so that it takes no memory once compared
-        _compare_tensors(f"{path}: {name}", module.state_dict(), tensors, dtype=dtype, is_kept=name in kept)
+        theirs: Mapping[str, Tensor] = module.state_dict()
+        if name in TEXT_NAMES:
+            theirs, tensors = with_prefix(theirs), with_prefix(tensors)
+        _compare_tensors(f"{path}: {name}", theirs, tensors, dtype=dtype, is_kept=name in kept)
         _compare_outputs(f"{path}: {name}", module, settings[name])
     for tokenizer, pad_id in zip(read.tokenizers, pad_ids(model.family), strict=False):
         _compare_tokens(f"{path}: tokenizer", tokenizer, content.tokenizer, pad_id)
@@ -150,19 +153,20 @@ def _tensors(content: SdWeights) -> dict[str, Mapping[str, Tensor]]:
 def _compare_tensors(
     where: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, dtype: torch.dtype, is_kept: bool
 ) -> None:
-    """Raise ExportMismatchError unless tensors are equal. is_kept: they come from the source file, and those in memory
-    may have been rounded to their own format."""
-    if "text_encoder" in where:
-        found, wanted = with_prefix(found), with_prefix(wanted)
+    """Raise ExportMismatchError unless tensors are equal.
+
+    is_kept: they come from the source file, and those in memory may have been rounded to a format of their own.
+    """
     if odd := sorted(found.keys() ^ wanted.keys()):
         raise ExportMismatchError(f"{where}: {len(odd)} tensors are missing or too many, first {odd[0]}")
     for key, tensor in wanted.items():
-        ours, theirs = tensor.detach().cpu().to(dtype).contiguous(), found[key].contiguous()
+        ours, theirs = converted(tensor.detach(), dtype).cpu().contiguous(), found[key].contiguous()
         if ours.shape == theirs.shape and bytes_of(ours) == bytes_of(theirs):
             continue
-        coarse = max(torch.finfo(tensor.dtype).eps, torch.finfo(dtype).eps)
-        if is_kept and tensor.dtype != torch.float32 and torch.allclose(ours.float(), theirs.float(), rtol=coarse):
-            continue
+        if is_kept and tensor.dtype != torch.float32:
+            coarse = max(torch.finfo(tensor.dtype).eps, torch.finfo(dtype).eps)
+            if torch.allclose(ours.float(), theirs.float(), rtol=coarse, atol=1e-7):
+                continue
         raise ExportMismatchError(f"{where}: {key} differs: {_difference(theirs, ours)}")
 
 
