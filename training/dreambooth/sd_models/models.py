@@ -25,7 +25,6 @@ from training.dreambooth.sd_models.shapes import LATENT_SCALE, detect_family
 from training.dreambooth.single_file.layout import TEXT_PREFIXES, Family
 from training.dreambooth.single_file.reading import open_single_file
 from training.dreambooth.single_file.text_names import with_prefix
-from training.dreambooth.single_file.text_names import with_prefix_name as with_prefix_name
 from training.tensor_file import digest_of_tensors
 from training.weight_files import WeightsError
 
