@@ -141,6 +141,16 @@ def test_too_few_measurements_give_no_word():
     assert judge_concept(ConceptCurves(few, few), few, RULE).word == "unknown"
 
 
+def test_ups_and_downs_are_no_fall_and_one_high_point_is_no_rise():
+    up_and_down = Curve(tuple((step, 0.1 + 0.004 * (step // 100 % 2)) for step in STEPS))
+    one_high = Curve((*falling(0.112).points[:-1], (1000, 0.12)))
+
+    assert up_and_down.fallen(since_share=0.34) <= 0
+    assert word(falling(0.11), up_and_down) == "good"
+    assert word(falling(0.11, speed=3), one_high) == "good"
+    assert word(falling(0.11, speed=3), Curve((*one_high.points[:-2], (900, 0.12), (1000, 0.12)))) == "over"
+
+
 def test_noise_below_the_limits_changes_no_word():
     noise = np.random.default_rng(0).normal(0, 0.0002, len(STEPS))
     for trained, held_out, expected in ((falling(0.11), falling(0.112), "good"), (falling(0.08), u_shaped(), "over")):

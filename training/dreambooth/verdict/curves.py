@@ -47,9 +47,17 @@ class Curve:
         return Curve(tuple(point for point in self.points if point[0] <= step))
 
     def fallen(self, *, since_share: float = 1.0) -> float:
-        """Return by how much the curve fell in the last share of its steps, as a share of its first value."""
+        """Return how far the curve's end lies below all that was before its last share of steps, as a share of the
+        first value. Negative where it was lower before: ups and downs are no fall.
+        """
         start = self.last_step - since_share * (self.last_step - self.points[0][0])
-        return (self.at(math.floor(start)) - self.last) / self.first if self.first else 0.0
+        before = self.up_to(math.floor(start)) or Curve(self.points[:1])
+        return (before.lowest[1] - self.last) / self.first if self.first else 0.0
+
+    def risen(self) -> float:
+        """Return how far the last two points lie above the minimum, the lower one of them, as a share of the first."""
+        lower = min(value for _, value in self.points[-2:])
+        return (lower - self.lowest[1]) / self.first if self.first else 0.0
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,7 @@ def _signs_of_over(concept: ConceptCurves, drift: Curve, rule: Rule) -> Iterator
     trained, held_out, nearest = concept.trained, concept.held_out, concept.nearest
     is_held_out_falling = _is_known(held_out, rule) and held_out.fallen(since_share=rule.recent) > rule.still_falling
     if _is_known(held_out, rule) and trained:
-        step, lowest = held_out.lowest
-        rise = (held_out.last - lowest) / held_out.first
+        step, rise = held_out.lowest[0], held_out.risen()
         if rise > rule.held_out_rise and trained.last < trained.at(step):
             yield (
                 f"the held-out loss has risen by {rise:.1%} since its minimum at step {step:,}, while the trained one "
