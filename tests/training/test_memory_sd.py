@@ -120,10 +120,13 @@ def test_settings_change_what_is_in_memory():
     assert base.num_frozen - plain.num_frozen == sum(shape.numel() for shape in plain.trained.values())
 
 
+def config_with_base(dtype):
+    lora = {"targets": ["kohya"], "rank": 4, "text_encoder": {}, "base_weights": dtype}
+    return sd_config(dreambooth={"train": ["unet", "text_encoder"]}, lora=lora)
+
+
 def test_adapters_are_what_is_trained_of_a_lora():
-    lora = {"targets": ["kohya"], "rank": 4, "text_encoder": {}}
-    config = sd_config(dreambooth={"train": ["unet", "text_encoder"]}, lora=lora)
-    architecture = replace(WITH_TEXT, adapters=config)
+    architecture = replace(WITH_TEXT, adapters=config_with_base("bf16"))
 
     shapes = shapes_of(architecture)
 
@@ -132,6 +135,7 @@ def test_adapters_are_what_is_trained_of_a_lora():
     assert any("attentions.0.proj_in" in name for name in shapes.trained)
     assert not any("resnets" in name for name in shapes.trained)
     assert shapes.frozen_bytes < 4 * shapes.num_frozen  # the base is in bf16
+    assert shapes == shapes_of(replace(architecture, adapters=config_with_base("fp16")))
     assert pass_bytes(architecture, replace(SMALL_PASS, autocast=True)).per_image > 0
 
 

@@ -48,6 +48,9 @@ class SdNetworksOnMeta(Networks):
         base = copy.deepcopy(self.model).requires_grad_(False) if architecture.keeps_base else None
         if config is not None:
             SdAdapters(config, self.model, load_tokenizer("builtin"), family=architecture.family, is_empty=True)
+            for parameter in self.model.parameters():
+                if parameter.dtype == torch.float16:  # the rules' 16 bits are bf16
+                    parameter.data = parameter.data.to(torch.bfloat16)
         if architecture.freeze:
             freeze(self.model, architecture.freeze)
         self.vae = AutoencoderKL(**dict(architecture.vae)).requires_grad_(False)
