@@ -46,12 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """See `training.commands`."""
-    from training.config.saving import SaveConfig
+    from training.config.saving import SaveConfig, formats_of
 
     config = run_config_if_any(options)
     if options.source is None and (config is None or options.run_dir is None):
         raise ValueError("what to export? Give --run-dir, or weights with --from")
     save = _save_config(options, config.save if config is not None else SaveConfig())
+    if config is not None and (other := sorted({*save.export_formats} - {*formats_of(config.recipe_name)})):
+        own = ", ".join(formats_of(config.recipe_name))
+        raise ValueError(f"--format {', '.join(other)}: the recipe {config.recipe_name} writes {own}")
     output = options.output or (options.run_dir / "export" if options.run_dir is not None else Path("export"))
     if options.dry_run:
         print(f"would write {', '.join(save.export_formats)} to {output}")

@@ -24,7 +24,6 @@ from training.stage_c.text import load_tokenizer
 from training.weight_files import open_weights
 
 _UNET_SIGN = f"{UNET_PREFIX}input_blocks.0.0.weight"
-_DEFAULT_SIZE = {"sd1": 512, "sd2": 768, "sdxl": 1024}
 
 
 def recipe_of(source: str, config: RunConfig | None) -> Literal["stage_c", "dreambooth"]:
@@ -58,9 +57,8 @@ def export_given_sd(
     settings = _settings(source, config)
     model = load_model(settings)
     title = config.name if config is not None else Path(source).stem
-    size = _DEFAULT_SIZE[model.family]
     header = {
-        **sd_modelspec(model, title=title, width=size, height=size, extra=dict(save.modelspec)),
+        **sd_modelspec(model, title=title, extra=dict(save.modelspec)),
         **{key: value for key, value in model.metadata.items() if key.startswith(("ss_", "chunkline."))},
     }
     content = SdWeights(model=model, tokenizer=load_tokenizer(settings.tokenizer))
