@@ -33,8 +33,8 @@ def reduced_change(change: Tensor, *, rank: int | None, share: float = 1.0) -> R
     matrix = change.flatten(1).double()
     is_wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if is_wide else matrix
-    # Eigenvectors of the small Gram matrix: faster than a whole decomposition, the more so the longer, and as good as fp32,
-    # because the large side is computed from the matrix itself.
+    # Eigenvectors of the small Gram matrix: faster than a whole decomposition, and as good as fp32 needs, because the
+    # large side is computed from the matrix itself.
     squares, basis = torch.linalg.eigh(tall.T @ tall)
     values, basis = squares.flip(0).clamp_min(0).sqrt(), basis.flip(1)
     other = tall @ basis
