@@ -39,7 +39,8 @@ class Traces:
     detail: float
     """Share of its sides that a picture without loss would need for what it shows: 1, or 0.5 when enlarged twice."""
     stretch: float
-    """How much further its detail reaches one way than the other; 1 when both are alike."""
+    """How much further its detail reaches one way than the other; 1 when both are alike, or neither is intact: a blur
+    may be uneven, too."""
     blockiness: float
     """Steps at the borders of 8 x 8 blocks beyond those inside of them, in levels of 255."""
     jpeg_quality: int | None
@@ -53,7 +54,7 @@ def find_traces(image: Image.Image, data: bytes) -> Traces:
     widest = max(across, down)
     return Traces(
         detail=1.0 if widest >= _INTACT else _ROLL_OFF * widest,
-        stretch=widest / min(across, down),
+        stretch=widest / min(across, down) if widest >= _INTACT else 1.0,
         blockiness=min(_blockiness(luma), _blockiness(luma.T)),
         jpeg_quality=_jpeg_quality(data),
     )
