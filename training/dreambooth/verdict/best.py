@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -30,12 +31,12 @@ def saved_states(run_dir: RunDir) -> dict[int, Path]:
 def keep_best(run_dir: RunDir, folder: Path) -> None:
     """Keep this state from now on, and no longer the one that was the best before."""
     mark = folder.parent / BEST_MARK
-    for other in _marks(run_dir):
-        if other != mark:
-            other.unlink(missing_ok=True)
     if not mark.exists() or mark.read_text(encoding="utf-8") != folder.name:
         with open_replacing(mark) as stream:
             stream.write(folder.name.encode())
+    for other in _marks(run_dir):  # last: a kill leaves one mark too many, not one too few
+        if other != mark:
+            other.unlink(missing_ok=True)
 
 
 def best_state(run_dir: RunDir) -> Path:
@@ -64,4 +65,4 @@ def epochs_until(lines: Iterable[Line], step: int) -> int:
     for fields in first.values():
         start, steps, planned = (int(str(fields[name])) for name in ("global_step", "steps", "epochs"))
         epochs += planned * min(max(step - start, 0) / max(steps, 1), 1.0)
-    return -int(-epochs // 1)
+    return math.ceil(round(epochs, 6))
