@@ -1,6 +1,6 @@
 """What people look at while a chunk is trained: previews, the loss of held-out pictures, the verdict; when each is due.
 
-The first two are due at steps by the config, and at the end of a chunk. The verdict (recipe `dreambooth`) comes with
+The first two are due at steps by the config, and at the end of a chunk. The verdict (of concepts, or a sanity prompt) comes with
 either, and at the start of each chunk, for what later ones are compared with. What was due in a step whose launch was
 stopped or killed is made by the next one, before it goes on; what is there already is not made again.
 """
@@ -30,7 +30,8 @@ class Watching:
         )
         self._validation = Validation(rank)
         self._verdict: VerdictWatch | None = None
-        if rank.config.dreambooth is not None:
+        recipe = rank.config.dreambooth
+        if recipe is not None and (recipe.concepts is not None or recipe.sanity_prompt):
             sanity = sanity_prompt(rank.config, self.prompts)
             self._verdict = VerdictWatch(rank, chunk, previews=self.prompts, sanity=sanity)
             self.prompts += (sanity,) if sanity is not None else ()
