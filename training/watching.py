@@ -1,8 +1,8 @@
 """What people look at while a chunk is trained: previews, the loss of held-out pictures, the verdict; when each is due.
 
-The first two are due at steps by the config, and at the end of a chunk. The verdict (of concepts, or a sanity prompt) comes with
-either, and at the start of each chunk, for what later ones are compared with. What was due in a step whose launch was
-stopped or killed is made by the next one, before it goes on; what is there already is not made again.
+The first two are due at steps by the config, and at the end of a chunk. The verdict (of concepts, or a sanity prompt)
+comes with either, and at the start of each chunk, for what later ones are compared with. What was due in a step whose
+launch was stopped or killed is made by the next one, before it goes on; what is there already is not made again.
 """
 
 from collections.abc import Iterator
