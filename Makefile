@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 INSTALL := $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
 
-.PHONY: env demo test slurm-test test-kills check format clean
+.PHONY: env demo test slurm-test test-kills lint check format clean
 
 env: $(VENV)/.installed
 
@@ -33,10 +33,12 @@ slurm-test: env
 test-kills: env
 	KILLS=$${KILLS:-50} $(BIN)/python -m pytest tests/sharding/test_kill.py -m slow -s
 
-check: env
+lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+check: lint
 	$(PYTEST) -m "not slow" -q -x
 
 format: env
