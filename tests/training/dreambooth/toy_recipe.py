@@ -1,6 +1,9 @@
 """The recipe dreambooth on toy models: folders of SD 1, SD 2 and SDXL, batches of noise, losses and steps."""
 
+import copy
+from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -11,6 +14,7 @@ from tests.training.toy import toy_config
 from training.chunk_data import Batch
 from training.optim.from_config import optimizer_from_config
 from training.randomness import SampleIdentity
+from training.recipes import dreambooth
 from training.recipes.dreambooth import DreamBooth
 from training.stages import stage_config
 
@@ -46,10 +50,11 @@ def sd_config(folder, *, tables=None, **recipe):
     return toy_config(stage_c=None, **changes, dreambooth={"model": str(folder), **recipe})
 
 
-def load_recipe(config, *, chunk=None):
-    """Return a loaded recipe; of a stage where its chunk is given."""
+def load_recipe(config, *, chunk=None, source=None):
+    """Return a loaded recipe; of a stage where its chunk is given. source: of `load_model`, in place of the files."""
     made = DreamBooth(config if chunk is None else stage_config(config, chunk))
-    made.load(torch.device("cpu"))
+    with nullcontext() if source is None else patch.object(dreambooth, "load_model", lambda _: copy.deepcopy(source)):
+        made.load(torch.device("cpu"))
     return made
 
 
