@@ -139,12 +139,17 @@ class RunDir:
         """Forget the last launch's exit code. A launcher does this before it launches, for `last_exit_code`."""
         self.last_exit_path.unlink(missing_ok=True)
 
-    def last_exit_code(self) -> int:
-        """Return the code of the launch just ended in this Slurm job (or shell); 1 when missing or another job's."""
+    def own_exit_code(self) -> int | None:
+        """Return the code that the launch just ended in this Slurm job (or shell) wrote; None when it wrote none."""
         last = self.read_last_exit()
         if last is None or any(last.get(name) != value for name, value in _slurm_job().items()):
-            return EXIT_FAILED
+            return None
         return int(last["code"])
+
+    def last_exit_code(self) -> int:
+        """Return the code of the launch just ended in this Slurm job (or shell); 1 when missing or another job's."""
+        code = self.own_exit_code()
+        return EXIT_FAILED if code is None else code
 
     # --- stopping ---
 
