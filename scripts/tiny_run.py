@@ -21,9 +21,12 @@ from sharding.schema import Workspace
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "scripts" / "demo_pictures"
+DEMO = ROOT / "configs" / "training" / "demo.toml"
 NUM_SAMPLES = 18
 PRELOAD = [
-    "training.session", "training.recipes.stage_c", "training.exit_codes", "torch.utils.tensorboard",
+    "training.session", "training.recipes.stage_c", "training.recipes.dreambooth", "training.exit_codes",
+    "torch.utils.tensorboard", "diffusers.models.unets.unet_2d_condition",
+    "diffusers.models.autoencoders.autoencoder_kl",
     "transformers.models.clip.modeling_clip", "transformers.models.clip.tokenization_clip",
     "transformers.models.auto.tokenization_auto",
 ]  # fmt: skip
@@ -91,14 +94,14 @@ class Launch:
 class TinyRun:
     """A run folder with the command line that trains its chunks."""
 
-    def __init__(self, root: Path, overrides: list[str]) -> None:
+    def __init__(self, root: Path, overrides: list[str], *, config: Path = DEMO) -> None:
         self.root = root
         self.overrides = overrides
+        self.config = config
 
     def arguments(self, command: str, *extra: str) -> list[str]:
         words = [word for override in self.overrides for word in ("--set", override)]
-        config = str(ROOT / "configs" / "training" / "demo.toml")
-        return [command, config, "--run-dir", str(self.root), *words, *extra]
+        return [command, str(self.config), "--run-dir", str(self.root), *words, *extra]
 
     @property
     def log(self) -> Path:
