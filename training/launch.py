@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sharding.chunk import Chunk
 from sharding.config import ConfigError
+from training.alerts import Alerts
 from training.campaign import Campaign, chunk_range, in_turn, read_campaign
 from training.chunk_records import totals
 from training.config import FREE_KEYS, GROWING_KEYS, RunConfig
@@ -26,6 +27,7 @@ from training.lock import LockLostError, RunLock
 from training.packages import require_packages
 from training.position import Position
 from training.run_dir import RunDir
+from training.set_aside import finish_rewind
 from training.stages import epochs_of
 from training.stop import StopRequest
 
@@ -52,7 +54,22 @@ def launch(
 
     Raises ConfigError, ConfigChangedError, LockHeldError, ChunkError, StateError, BrokenDataError, NonFiniteError.
     """
-    run_dir = RunDir(root)
+    is_told = _is_main() and not dry_run
+    with closing(Alerts(config.trackers, run=config.name, is_main=is_told)) as alerts:
+        return _launch(config, RunDir(root), chunk_name, chunks, num_processes, dry_run=dry_run, alerts=alerts)
+
+
+def _launch(
+    config: RunConfig,
+    run_dir: RunDir,
+    chunk_name: str | None,
+    chunks: str | None,
+    num_processes: int | None,
+    *,
+    dry_run: bool,
+    alerts: Alerts,
+) -> int:
+    root = run_dir.root
     code, coming = DONE, list[tuple[int, Chunk]]()
     try:
         mirror_remote(config.data, held_out=config.validation.chunk)
@@ -63,6 +80,7 @@ def launch(
             require_packages(config)
     except Exception as error:
         code = code_of(error)
+        alerts.failed(error, chunk=chunk_name)
         raise
     finally:
         is_answered = code != DONE or not coming
@@ -77,7 +95,7 @@ def launch(
             print(plan_text(config, root, chunk_name=chunk.name))
         return DONE
     with StopRequest(run_dir.stop_requested) as stop:  # from here on: loading networks may take minutes
-        return _train(config, run_dir, coming, num_processes, stop=stop)
+        return _train(config, run_dir, coming, num_processes, stop=stop, alerts=alerts)
 
 
 def _chunks_to_train(campaign: Campaign, root: Path, name: str | None, span: str | None) -> list[str]:
@@ -109,6 +127,7 @@ def _train(
     num_processes: int | None,
     *,
     stop: StopRequest,
+    alerts: Alerts,
 ) -> int:
     reached = chunks[0][1].name
 
@@ -118,8 +137,10 @@ def _train(
 
         session: Session | None = None
         try:
-            session = Session(config, run_dir, ledger=ledger, guard=guard, num_processes=num_processes, stop=stop)
-            with closing(session):
+            session = Session(
+                config, run_dir, ledger=ledger, guard=guard, num_processes=num_processes, stop=stop, alerts=alerts
+            )
+            with closing(session), alerts.on_failure(lambda: session.position if session is not None else None):
                 return session.run(chunks)
         except BaseException as error:
             if ledger is not None:
@@ -139,6 +160,7 @@ def _train(
             code = run_session(_open_run(config, run_dir, guard=lock.check), lock.check)
         except BaseException as error:
             code = code_of(error)
+            alerts.failed(error, chunk=reached)
             raise
         finally:
             with suppress(LockLostError):  # then the file is another launch's
@@ -160,6 +182,9 @@ def _open_run(config: RunConfig, run_dir: RunDir, *, guard: Callable[[], None]) 
             logger.info("%s: %s at the first launch, now %s (free to change)", key, change.was, change.now)
     run_dir.clear_stop()
     ledger = run_dir.open_ledger(guard=guard)
+    for told in finish_rewind(run_dir, ledger):
+        logger.warning("a rewind was killed half-way and is finished now: %s", told)
+    run_dir.update_run_json(folder=str(run_dir.root.absolute()))
     _extend(config, run_dir, ledger, changes)
     return ledger
 

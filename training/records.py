@@ -10,9 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from training.alerts import Alerts
 from training.batch_plan import BatchPlan
-from training.campaign import read_campaign
-from training.chunk_records import has_state, parent_of
+from training.campaign import next_chunk, read_campaign
+from training.chunk_records import chunk_records, has_state, parent_of
 from training.config import RunConfig
 from training.errors import TroubleError
 from training.gauges import Gauges, progress_of
@@ -24,6 +25,7 @@ from training.position import Position
 from training.preview import remove_pictures
 from training.run_dir import RunDir
 from training.spikes import Spike
+from training.stages import epochs_of
 from training.started_chunk import StartedChunk
 from training.state_folder import load_state
 from training.state_manifest import read_manifest
@@ -37,13 +39,14 @@ _PROBLEMS = {"not_finite": "a loss or gradient is not finite", "no_image": "none
 
 
 class Records:
-    """The records of one launch. `start_chunk` once the state to start from is known."""
+    """The records of one launch. `start_chunk` once the state to start from is known. alerts: by default none."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, ledger: Ledger) -> None:
+    def __init__(self, config: RunConfig, run_dir: RunDir, ledger: Ledger, alerts: Alerts | None = None) -> None:
         self.ledger = ledger
+        self._alerts = alerts or Alerts(config.trackers, run=config.name, is_main=False)
         self._config = config
         self._run_dir = run_dir
-        self._trace_path = run_dir.root / "trace.jsonl"
+        self._trace_path = run_dir.trace_path
         self._feed: TrackerFeed | None = None
         self._gauges = Gauges()
         self._validated_step = -1
@@ -93,6 +96,8 @@ class Records:
         )
         if self._feed is None:
             self._feed = TrackerFeed(self._config, self._run_dir, wandb_id=wandb_id, step=position.global_step)
+            for name, send in self._feed.alert_senders.items():
+                self._alerts.also_to(name, send)
         self._feed.covered_step = position.global_step
         campaign = read_campaign(self._config.data.workspace, self._config.data.chunks, self._run_dir)
         planned = sum(plan.num_images for plan in plans)
@@ -117,6 +122,8 @@ class Records:
     def close(self) -> None:
         """Flush and close the trackers; what a durable state covers reaches them first."""
         if self._feed is not None:
+            for name in self._feed.alert_senders:
+                self._alerts.let_go(name)
             self._feed.close()
             self._feed = None
 
@@ -135,6 +142,7 @@ class Records:
         self._append_row(metrics)
         if self._config.trackers.trace:
             append_metrics(self._trace_path, [report.trace()])
+        self._alerts.step_done(report, spike)
 
     def _append_row(self, row: Mapping[str, Any]) -> None:
         append_metrics(self._run_dir.metrics_path, [row])
@@ -202,6 +210,8 @@ class Records:
         self.ledger.append("state_saved", **self._saved_fields(folder, manifest_digest, position))
         if self._feed is not None:
             self._feed.covered_step = position.global_step
+        state_bytes = sum(file.num_bytes for file in read_manifest(folder).files.values())
+        self._alerts.state_saved(self._run_dir.root, position, state_bytes=state_bytes)
 
     def stopped(self, position: Position, reason: str, *, is_complete: bool) -> None:
         """Record that the launch ends on request, with its state saved. is_complete: see `TrackerFeed.feed`."""
@@ -223,6 +233,9 @@ class Records:
         self.ledger.append("chunk_done", **saved)
         self.feed_trackers(is_complete=True)
         logger.info("chunk %s is done: %s images trained", chunk.name, f"{position.chunk_images_trained:,}")
+        names = self._run_dir.read_run_json().get("chunks", [chunk.name])
+        if next_chunk(names, chunk_records(self.ledger.lines), epochs=epochs_of(self._config)) is None:
+            self._alerts.campaign_done(position, num_chunks=len(names))
 
     def feed_trackers(self, *, is_complete: bool = False) -> None:
         """Give the trackers what a durable state covers. is_complete: see `TrackerFeed.feed`."""

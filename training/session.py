@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from sharding.chunk import Chunk
 from sharding.config import ConfigError
+from training.alerts import Alerts
 from training.chunk_run import ChunkRun
 from training.config import RunConfig
 from training.engines.choose import make_engine
@@ -43,6 +44,7 @@ class Session:
         guard: Callable[[], None],
         num_processes: int | None,
         stop: StopRequest,
+        alerts: Alerts | None = None,
     ) -> None:
         device = choose_device(config.device)
         exact = config.precision.exact if config.precision.exact is not None else device.type == "cpu"
@@ -50,7 +52,7 @@ class Session:
         engine = make_engine(config, device=device, exact=exact)
         _require_world_size(engine.world_size, num_processes)
         assert (engine.rank == 0) == (ledger is not None)
-        records = Records(config, run_dir, ledger) if ledger is not None else None
+        records = Records(config, run_dir, ledger, alerts) if ledger is not None else None
         saver = StateSaver(
             asynchronous=config.save.asynchronous,
             check=guard,

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training.alerts import Send
 from training.config import RunConfig
 from training.metrics_file import read_metrics
 from training.preview import read_pictures
 from training.run_dir import RunDir
-from training.trackers import Trackers, make_trackers
+from training.trackers import Trackers, WandB, make_trackers
 
 
 class TrackerFeed:
@@ -25,7 +26,9 @@ class TrackerFeed:
         self.covered_step = step
         self._run_dir = run_dir
         made = make_trackers(config, run_dir, wandb_id=wandb_id, step=step)
-        self._trackers = Trackers(made, run_dir.root / "trackers.json")
+        self.alert_senders: dict[str, Send] = {one.name: one.alert for one in made if isinstance(one, WandB)}
+        """By name: trackers that people are told by, too."""
+        self._trackers = Trackers(made, run_dir.trackers_path)
         self._rows: list[dict[str, Any]] = []
         self.read_back()
 

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sharding.files import write_json
+from training.alerts import Alert
 from training.config import RunConfig
 from training.frozen_config import to_toml
 from training.run_dir import RunDir
@@ -59,7 +60,7 @@ class TensorBoard:
 
         self._earlier = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
         self._writer = FileWriter(str(folder))
-        lines = to_toml(config.model_dump(mode="json")).splitlines()
+        lines = to_toml(shown_settings(config)).splitlines()
         text = "".join(f"    {line}\n" for line in lines)  # indented: code in Markdown
         self._writer.add_summary(summary.text("config", text), step)  # type: ignore[no-untyped-call]
 
@@ -116,6 +117,11 @@ class WandB:
     def point(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
         drawn = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
         self._run.log({**values, **drawn, STEP_KEY: step}, step=step)
+
+    def alert(self, alert: Alert) -> None:
+        """Have W&B tell people; offline it is told when the files are synced."""
+        level = "INFO" if alert.kind == "campaign_done" else "ERROR" if alert.kind == "failed" else "WARN"
+        self._run.alert(title=f"{alert.run}: {alert.kind.replace('_', ' ')}", text=alert.text, level=level)
 
     def last_step(self) -> int | None:
         """Return the last step in the files of earlier offline launches; None online, and when they are gone."""
@@ -201,6 +207,11 @@ def chart_values(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def shown_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings of a run as others may see them: without the webhook, whose address may hold a secret."""
+    return config.model_dump(mode="json", exclude={"trackers": {"webhook"}})
+
+
 def make_trackers(config: RunConfig, run_dir: RunDir, *, wandb_id: str, step: int) -> list[Tracker]:
     """Return the trackers that a config asks for. step: where this launch begins."""
     settings, trackers = config.trackers, list[Tracker]()
@@ -210,7 +221,7 @@ def make_trackers(config: RunConfig, run_dir: RunDir, *, wandb_id: str, step: in
         trackers.append(
             WandB(
                 run_dir.wandb_folder, project=settings.wandb_project, run_name=config.name, run_id=wandb_id,
-                mode=settings.wandb, config=config.model_dump(mode="json"),
+                mode=settings.wandb, config=shown_settings(config),
             )
         )  # fmt: skip
     return trackers

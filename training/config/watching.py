@@ -69,7 +69,12 @@ class ValidationConfig(Config):
 class TrackerConfig(Config):
     """Where metrics go besides metrics.jsonl."""
 
-    FREE: ClassVar = frozenset({"tensorboard", "wandb", "wandb_project", "trace", "spike_factor", "on_spike"})
+    FREE: ClassVar = frozenset(
+        {
+            "tensorboard", "wandb", "wandb_project", "trace", "spike_factor", "on_spike", "webhook",
+            "alert_wait_fraction", "alert_wait_steps", "alert_free_states",
+        }
+    )  # fmt: skip
 
     tensorboard: bool = True
     """Event files in the run folder."""
@@ -83,6 +88,15 @@ class TrackerConfig(Config):
     """A spike: a step whose loss is this many robust standard deviations above the median of the last 100; 0 is off."""
     on_spike: Literal["warn", "rollback"] = "warn"
     """`rollback`: go back to the state before a spike and pass over its step, once per chunk; after that only warn."""
+    webhook: str = Field("", pattern=r"^(https?://.+)?$")
+    """Web address that alerts are POSTed to as JSON. One that holds a secret belongs into the environment variable
+    CHUNKLINE_WEBHOOK instead. Alerts go to W&B, too, when it is on."""
+    alert_wait_fraction: float = Field(0.5, ge=0, le=1)
+    """Alert when steps wait for data for more than this share of their time; 0 is off."""
+    alert_wait_steps: int = Field(50, gt=0)
+    """So many in a row."""
+    alert_free_states: float = Field(2.0, ge=0)
+    """Alert when fewer than so many more states fit on the disk; 0 is off."""
 
     @model_validator(mode="after")
     def _spikes_are_judged(self) -> "TrackerConfig":
