@@ -94,6 +94,7 @@ class ChunkFiles:
                 files = write_export(
                     folder,
                     lambda partial: trained.recipe.export(partial, dtype=dtype, metadata=metadata, weights=weights),
+                    licences=self._save.licence_files,
                 )
                 logger.info("weights %s", ", ".join(map(str, files)))
         rank.engine.barrier()

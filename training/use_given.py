@@ -59,7 +59,9 @@ def export_given(
     }
     title, dtype = header["modelspec.title"], DTYPES[dtype_name] if dtype_name is not None else None
     return write_export(
-        output, lambda partial: export_stage_c(weights, partial, save=save, dtype=dtype, title=title, header=header)
+        output,
+        lambda partial: export_stage_c(weights, partial, save=save, dtype=dtype, title=title, header=header),
+        licences=save.licence_files,
     )
 
 

@@ -45,7 +45,10 @@ def export_weights(
         weights = recipe.trainable().state_dict()
         num_parameters = sum(tensor.numel() for tensor in weights.values())
         require_free_bytes(output, export_bytes(num_parameters, len(weights), save=config.save), "an export of weights")
-        for file in write_export(output, lambda folder: recipe.export(folder, dtype=dtype, metadata=metadata)):
+        licences = config.save.licence_files
+        for file in write_export(
+            output, lambda folder: recipe.export(folder, dtype=dtype, metadata=metadata), licences=licences
+        ):
             yield str(file)
 
 

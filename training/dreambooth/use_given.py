@@ -69,7 +69,7 @@ def export_given_sd(
             content, partial, formats=save.export_formats, dtype=dtype, title=title, header=header, card=save.model_card
         )
 
-    return write_export(output, write)
+    return write_export(output, write, licences=save.licence_files)
 
 
 def draw_given_sd(source: str, output: Path, *, config: RunConfig | None, prompts: tuple[Prompt, ...]) -> Iterator[str]:

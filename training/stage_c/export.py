@@ -8,7 +8,6 @@
 Every weights file is read again and compared before it gets its name.
 """
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sharding.files import replacing, write_json
+from sharding.files import write_json
 from training.config.saving import SaveConfig
+from training.exports import copy_licences
 from training.recipes.base import ExportFile
 from training.stage_c.combined_file import save_combined
 from training.stage_c.decoder_folder import copy_decoder
@@ -84,19 +84,15 @@ def export_stage_c(
     """Write the formats of `save.export_formats` and return their files, with the values that did not fit dtype.
 
     header: entries of every weights file's metadata. dtype: None keeps each tensor's own.
-    Raises WeightsError, DiskFullError, FileNotFoundError for a licence file.
+    Raises WeightsError, DiskFullError.
     """
     files: list[ExportFile] = []
     if "original" in save.export_formats:
         files += _original(weights, folder, dtype, header)
     if "combined" in save.export_formats:
         files.append(_combined(weights, folder, dtype, header))
-    folders = [folder]
     if "diffusers" in save.export_formats:
         files += _diffusers(weights, folder / DIFFUSERS_FOLDER, save, dtype, title, header)
-        folders.append(folder / DIFFUSERS_FOLDER)
-    for target in folders:
-        copy_licences(save, target)
     return files
 
 
@@ -115,17 +111,8 @@ def copy_decoder_beside(folder: Path, base: str, save: SaveConfig, *, title: str
         front={"pipeline_tag": "text-to-image", **save.model_card},
         for_old_diffusers=old,
     )
-    copy_licences(save, target)
+    copy_licences(save.licence_files, target)
     return target
-
-
-def copy_licences(save: SaveConfig, folder: Path) -> None:
-    """Copy `save.licence_files`. Raises FileNotFoundError."""
-    for source in save.licence_files:
-        if not source.is_file():
-            raise FileNotFoundError(f"save.licence_files: {source}: no such file")
-        with replacing(folder / source.name) as temporary:
-            shutil.copyfile(source, temporary)
 
 
 def _original(
