@@ -1,7 +1,8 @@
-"""Ask Slurm: run one of its commands, and find in the queue what belongs to a workspace.
+"""Ask Slurm: run one of its commands, and find in the queue what belongs to a workspace or a run.
 
-Jobs of a workspace are known by their name, `scan-4.0f3a9c21`: stage, number of parts, digest of the workspace's path.
-What is submitted is decided elsewhere (`submit_build`).
+Jobs are known by their name, which ends in a digest of the folder's path: `scan-4.0f3a9c21` is stage and number of
+parts of a workspace, `newest/0005.7bd0c113` a chunk of a run. What is submitted is decided elsewhere (`submit_build`,
+`submit_chunks`).
 """
 
 import hashlib
@@ -31,10 +32,47 @@ class Queued:
     """Task number → id such as 12_3."""
 
 
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job in the queue, or a task of an array."""
+
+    name: str
+    """Without the digest."""
+    job_id: str
+    task: int | None
+    state: str
+    """Slurm's word for it, in lower case: pending, running, completing …; a pending one that is held is `held`."""
+
+    @property
+    def id(self) -> str:
+        """The id that names this one alone: 12, or 12_3."""
+        return self.job_id if self.task is None else f"{self.job_id}_{self.task}"
+
+
+def folder_digest(folder: Path) -> str:
+    """Return what the names of a folder's jobs end in."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+
+
+def jobs_of(folder: Path) -> list[QueuedJob]:
+    """Return the jobs of a workspace or run that the queue holds, whoever submitted them, in the order of their ids.
+
+    Raises SlurmError when squeue fails.
+    """
+    jobs = []
+    for line in run_slurm(["squeue", "--noheader", "--array", "--format=%F|%K|%T|%r|%j"]).splitlines():
+        job_id, task, state, reason, full_name = (word.strip() for word in line.split("|", 4))
+        name, _, digest = full_name.rpartition(".")
+        if digest == folder_digest(folder):
+            is_held = state in ("PENDING", "SPECIAL_EXIT") and (reason.startswith("JobHeld") or state != "PENDING")
+            number = int(task) if task.isdigit() else None
+            jobs.append(QueuedJob(name, job_id, number, "held" if is_held else state.lower()))
+    return sorted(jobs, key=lambda job: (int(job.job_id), job.task or 0))
+
+
 def job_name(workspace: Path, stage: str, num_parts: int) -> str:
     """Return the name by which the queue knows a stage of a workspace: `scan-4.0f3a9c21`."""
-    digest = hashlib.sha256(str(workspace.resolve()).encode()).hexdigest()[:8]
-    return f"{stage}-{num_parts}.{digest}"
+    return f"{stage}-{num_parts}.{folder_digest(workspace)}"
 
 
 def read_queue(workspace: Path, num_parts: int) -> dict[str, Queued]:
@@ -42,23 +80,21 @@ def read_queue(workspace: Path, num_parts: int) -> dict[str, Queued]:
 
     Raises ValueError when arrays of another number of parts are there, SlurmError when squeue fails.
     """
-    name = re.compile(rf"([a-z]+)-(\d+)\.{job_name(workspace, '', 0).rpartition('.')[2]}")
     found: dict[str, tuple[list[str], dict[int, str]]] = {}
-    for line in run_slurm(["squeue", "--noheader", "--array", "--format=%F|%K|%j"]).splitlines():
-        job_id, task, shown = (word.strip() for word in line.split("|", 2))
-        if not (match := name.fullmatch(shown)):
+    for job in jobs_of(workspace):
+        if not (match := re.fullmatch(r"([a-z]+)-(\d+)", job.name)):
             continue
         stage, parts = match[1], int(match[2])
         if parts != num_parts:
             raise ValueError(
-                f"job {job_id} ({shown}) of this workspace is in the queue with --num-parts {parts}, not {num_parts}; "
-                f"use --num-parts {parts}, or `scancel {job_id}` first"
+                f"job {job.job_id} ({stage}) of this workspace is in the queue with --num-parts {parts}, not "
+                f"{num_parts}; use --num-parts {parts}, or `scancel {job.job_id}` first"
             )
         job_ids, tasks = found.setdefault(stage, ([], {}))
-        if job_id not in job_ids:
-            job_ids.append(job_id)
-        if task.isdigit():
-            tasks[int(task)] = f"{job_id}_{task}"
+        if job.job_id not in job_ids:
+            job_ids.append(job.job_id)
+        if job.task is not None:
+            tasks[job.task] = job.id
     return {stage: Queued(tuple(job_ids), tasks) for stage, (job_ids, tasks) in found.items()}
 
 

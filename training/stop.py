@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FrameType
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
+STOP_FILE = "stop file"
+"""The reason when a stop was asked for by the file."""
 
 
 class StopRequest:
@@ -31,7 +33,7 @@ class StopRequest:
     def poll(self) -> str:
         """Return why to stop ("SIGTERM", "stop file"), or "" to go on."""
         if not self._reason and self._stop_file_exists():
-            self._reason = "stop file"
+            self._reason = STOP_FILE
         return self._reason
 
     def poll_signals(self) -> str:
