@@ -113,7 +113,7 @@ def work_of(
         )
     before = 0
     for chunk in chunks:
-        showings = config.data.epochs if config.batch.remainder == "merge" else 1  # a picture may have several places
+        showings = epochs_of(config)(chunk.name) if config.batch.remainder == "merge" else 1  # places of a picture
         first, most = (part_index - before) % num_parts_of_all, num_parts(chunk.info.num_samples * showings)
         before += most
         if first < most:
@@ -130,7 +130,8 @@ def _wanted_of(chunk: Chunk, config: RunConfig, *, with_text: bool) -> Iterator[
 
         plans, crop, with_flips = [validation_plan(index, chunk.name, config=config)], "centre", False
     else:
-        epochs = range(config.data.epochs if config.batch.remainder == "merge" else 1)  # else all show the same
+        differs = config.batch.remainder == "merge" or "every_epochs" in index.column_names
+        epochs = range(epochs_of(config)(chunk.name) if differs else 1)  # else all show the same
         plans = [batch_plan(index, chunk.name, config=config, epoch=epoch) for epoch in epochs]
         crop, with_flips = config.data.crop, config.data.horizontal_flip
     pictures = wanted_pictures(index, plans, with_flips=with_flips, with_masks=crop == "focus")

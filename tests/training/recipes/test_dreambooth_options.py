@@ -1,4 +1,4 @@
-"""Every option of [dreambooth] changes something: a loss, a weight, which parameters are trained, a schedule, a file."""
+"""Every option of [dreambooth] changes something: a loss, a weight, what is trained, a schedule, a file."""
 
 import json
 import re
@@ -52,11 +52,13 @@ WEIGHTS = {
     "prior_weight_end": ({}, {"prior_weight_end": 0.1}),
 }
 """The same for what losses are multiplied by."""
+_MODELS, _VERDICT = "tests/training/dreambooth/test_sd_models.py", "tests/training/dreambooth/test_verdict.py"
+_SANITY = f"{_VERDICT}::test_the_sanity_prompt_is_drawn_as_the_first_preview_is"
 BY_NAME = {
     "model": "test_another_model_or_part_of_it_has_other_losses",
     "vae": "test_another_model_or_part_of_it_has_other_losses",
     "tokenizer": "test_another_model_or_part_of_it_has_other_losses",
-    "weights": "tests/training/dreambooth/test_sd_models.py::test_the_running_average_of_a_file_is_taken_when_asked_for",
+    "weights": f"{_MODELS}::test_the_running_average_of_a_file_is_taken_when_asked_for",
     "concepts": "tests/training/dreambooth/test_packing.py::"
     "test_each_picture_is_a_row_with_the_prompt_its_caption_repeats_and_weight",
     "train": "test_what_is_trained_has_gradients_and_nothing_else",
@@ -65,10 +67,9 @@ BY_NAME = {
     "freeze_clip_norms": "test_frozen_norms_stay_bit_for_bit_and_all_else_moves",
     "attention": "test_attention_is_computed_otherwise_with_the_same_result",
     "gradient_checkpointing": "test_checkpointing_keeps_less_and_gives_the_same_gradients",
-    "sanity_prompt": "tests/training/dreambooth/test_verdict.py::test_the_sanity_prompt_is_drawn_as_the_first_preview_is",
-    "sanity_negative": "tests/training/dreambooth/test_verdict.py::"
-    "test_the_sanity_prompt_is_drawn_as_the_first_preview_is",
-    "sanity_seed": "tests/training/dreambooth/test_verdict.py::test_the_sanity_prompt_is_drawn_as_the_first_preview_is",
+    "sanity_prompt": _SANITY,
+    "sanity_negative": _SANITY,
+    "sanity_seed": _SANITY,
     "stages": "test_a_stage_changes_the_settings_of_its_chunk",
 }
 STAGE = {

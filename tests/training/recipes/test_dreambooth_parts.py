@@ -109,7 +109,7 @@ def test_accumulated_micro_batches_make_the_update_of_one_large_batch(make):
     whole = sd_batch(("rin", "a girl", "a dog", "a castle"), classes=(3,))
     results = []
     for micro_batches in ([[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0], [1, 2, 3]]):
-        recipe, config = make(train=BOTH)
+        recipe, _ = make(train=BOTH)
         found = {name: torch.zeros_like(one) for name, one in recipe.trainable().named_parameters()}
         for slots in micro_batches:
             for name, gradient in gradients(recipe, part_of(whole, slots)).items():
