@@ -95,8 +95,8 @@ def read_status(config: RunConfig, root: Path) -> Status:
         periods=period_rows(campaign, counts),
         totals=sums,
         next=campaign.next,
-        current=_current(campaign, run_dir),
-        eta=_eta(campaign, counts),
+        current=current_chunk(campaign, run_dir),
+        eta=eta_of(campaign, counts),
         devices=tuple(dict.fromkeys(name for record in records.values() for name in record.devices)),
         live=holder_state(run_dir.lock_path),
         last_exit=run_dir.read_last_exit(),
@@ -105,7 +105,8 @@ def read_status(config: RunConfig, root: Path) -> Status:
     )
 
 
-def _current(campaign: Campaign, run_dir: RunDir) -> CurrentChunk | None:
+def current_chunk(campaign: Campaign, run_dir: RunDir) -> CurrentChunk | None:
+    """Return the chunk that is half trained, and how far it is; None when there is none."""
     record = campaign.records.get(campaign.next or "")
     if record is None or record.status != "running":
         return None
@@ -133,7 +134,8 @@ def _last_row(path: Path) -> dict[str, Any] | None:
     return row
 
 
-def _eta(campaign: Campaign, counts: Mapping[str, ChunkCounts]) -> Eta:
+def eta_of(campaign: Campaign, counts: Mapping[str, ChunkCounts]) -> Eta:
+    """Return what is left to show. counts: of each chunk that is not done; only showings matter."""
     left = 0
     for name in campaign.names:
         record = campaign.records.get(name)
@@ -215,12 +217,13 @@ def _eta_text(eta: Eta, *, now: float) -> str:
     busy = eta.busy_seconds_per_image or 0.0
     whole = f", {eta.seconds_per_image:.3g} s with saves and previews" if eta.seconds_per_image is not None else ""
     return (
-        f"{eta.showings_left:,} images left to show, {busy:.3g} s each{whole}: {_duration(eta.seconds)}, "
+        f"{eta.showings_left:,} images left to show, {busy:.3g} s each{whole}: {duration_text(eta.seconds)}, "
         f"until {ends} UTC if it runs without a break"
     )
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """Return a time as people say it: `45 s`, `3 h 07 m`, `12 d 4 h`."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
