@@ -5,7 +5,7 @@ of the lines; what follows from all chunks together is in `training.chunk_record
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -143,7 +143,7 @@ class History:
 
 def histories(lines: Iterable[Line]) -> dict[str, History]:
     """Fold the lines, chunk by chunk, in the order of their (latest) first start. Raises as `chunk_records`."""
-    found: dict[str, History] = {}
+    lines, found = list(lines), dict[str, History]()
     for line in lines:
         fields = line.fields
         if line.event == "started":
@@ -153,11 +153,19 @@ def histories(lines: Iterable[Line]) -> dict[str, History]:
                 found[chunk] = History(fields, fields, [Visit(0, fields["global_step"], fields["parent"])])
             found[chunk].start(fields)
         elif line.event == "superseded":
-            for chunk in fields["chunks"]:
-                _history_of(found, chunk, line).status = "superseded"
+            _supersede(found, line, before=histories(lines[: fields.get("after_line", -1) + 1]))
         elif line.event not in MAY_COME_BEFORE_STARTED:
             _history_of(found, fields["chunk"], line).apply(line.event, fields)
     return found
+
+
+def _supersede(found: dict[str, History], line: Line, *, before: Mapping[str, History]) -> None:
+    """Undo chunks. before: what they were after the line that the run went back to."""
+    for chunk in line.fields["chunks"]:
+        if chunk in before and before[chunk].status == "done":
+            found[chunk] = before[chunk]  # trained in earlier epochs then, and again since
+        else:
+            _history_of(found, chunk, line).status = "superseded"
 
 
 def _history_of(found: dict[str, History], chunk: str, line: Line) -> History:

@@ -100,8 +100,15 @@ def has_state(lines: Iterable[Line], manifest_digest: str) -> bool:
 
     append its `state_saved` line from the state's facts before the `started` line of the launch that resumes from it.
     """
-    saved = ("state_saved", "chunk_done", "imported")
-    return any(line.event in saved and line.fields["manifest_digest"] == manifest_digest for line in lines)
+    chunk, global_step = None, -1
+    for line in lines:
+        fields = line.fields
+        if line.event in ("state_saved", "chunk_done", "imported"):
+            if fields["manifest_digest"] == manifest_digest:
+                chunk, global_step = fields.get("chunk", ""), fields["global_step"]
+        elif line.event == "superseded" and chunk in fields["chunks"] and global_step > fields.get("global_step", -1):
+            chunk = None
+    return chunk is not None
 
 
 def totals(lines: Iterable[Line]) -> Totals:

@@ -42,19 +42,14 @@ def freeze_config(
     Returns these differences by dotted key, for printing. The file keeps the first launch's values until
     `write_grown` is called. Raises ConfigChangedError that lists every other difference. None is the same as absent.
     """
-    now = _flatten(_plain(resolved, "config"))
     if not path.exists():
         write_bytes(path, to_toml(resolved).encode())
         return {}
     try:
-        was = _flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        frozen = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigChangedError(f"{path}: not readable ({error}); restore the file") from error
-    changes = {
-        key: Change(was.get(key), now.get(key), key in growing and _has_grown(was.get(key), now.get(key)))
-        for key in [*was, *(key for key in now if key not in was)]
-        if not _is_same(was.get(key), now.get(key))
-    }
+    changes = changes_between(frozen, resolved, growing=growing)
     refused = {key: change for key, change in changes.items() if not change.has_grown and not _is_free(key, free)}
     if refused:
         listing = "\n".join(
@@ -66,6 +61,18 @@ def freeze_config(
             "put the old values back, or start a new run folder (with the weights of this one as its init)"
         )
     return changes
+
+
+def changes_between(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, growing: Container[str] = ()
+) -> dict[str, Change]:
+    """Return what differs between two configs, by dotted key. growing: see `freeze_config`."""
+    was, now = _flatten(_plain(before, "config")), _flatten(_plain(after, "config"))
+    return {
+        key: Change(was.get(key), now.get(key), key in growing and _has_grown(was.get(key), now.get(key)))
+        for key in [*was, *(key for key in now if key not in was)]
+        if not _is_same(was.get(key), now.get(key))
+    }
 
 
 def write_grown(path: Path, changes: Mapping[str, Change]) -> None:

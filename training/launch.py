@@ -184,7 +184,7 @@ def _open_run(config: RunConfig, run_dir: RunDir, *, guard: Callable[[], None]) 
     ledger = run_dir.open_ledger(guard=guard)
     for told in finish_rewind(run_dir, ledger):
         logger.warning("a rewind was killed half-way and is finished now: %s", told)
-    run_dir.update_run_json(folder=str(run_dir.root.absolute()))
+    run_dir.update_run_json(folder=str(run_dir.root.resolve()))
     _extend(config, run_dir, ledger, changes)
     return ledger
 

@@ -21,7 +21,12 @@ and launches, as the state holds them; so steps that were lost or rolled back ar
     rolled_back  chunk from_global_step global_step path pass_over reason; pass_over: global steps not to be tried
                  again; reason is `not_finite` or `loss_spike`
     extended     epochs chunks global_step reason; of the run: the new number of epochs, and the chunks appended
-    superseded   chunks reason; these count as never trained (see `chunks_since`)
+    superseded   chunks reason; these count as never trained. With `after_line`, of a rewind: nothing after that line
+                 counts, so a chunk that was trained before it, too, is what it was then; global_step: of that line;
+                 moved_to: the folder that their files are moved into
+    rewound      path global_step; all of that is moved, see `training.set_aside`
+    forked       run_id source chunk path manifest_digest global_step settings changed; the lines before are another
+                 run's up to its `chunk_done` of `chunk`, see `training.fork`. settings: that run's; changed: by key
     stopped      chunk global_step reason; a state was saved, run again
     failed       chunk global_step reason
     recovered    num_bytes text; an unterminated last line that was cut
@@ -59,6 +64,8 @@ EVENTS: dict[str, tuple[str, ...]] = {
     "rolled_back": ("chunk", "from_global_step", "global_step", "path", "pass_over", "reason"),
     "extended": ("epochs", "chunks", "global_step", "reason"),
     "superseded": ("chunks", "reason"),
+    "rewound": ("path", "global_step"),
+    "forked": ("run_id", "source", "chunk", "path", "manifest_digest", "global_step", "settings", "changed"),
     "stopped": ("chunk", "global_step", "reason"),
     "failed": ("chunk", "global_step", "reason"),
     "recovered": ("num_bytes", "text"),
@@ -66,7 +73,9 @@ EVENTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Every event and the fields that its lines must have."""
 
-MAY_COME_BEFORE_STARTED = ("started", "extended", "superseded", "failed", "stopped", "recovered", "imported")
+MAY_COME_BEFORE_STARTED = (
+    "started", "extended", "superseded", "rewound", "forked", "failed", "stopped", "recovered", "imported",
+)  # fmt: skip
 """Lines that may be about a chunk that has no `started` line, or about none."""
 
 

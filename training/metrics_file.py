@@ -65,6 +65,24 @@ def trim_metrics(path: Path, *, after_step: int) -> int:
     return num_dropped
 
 
+def copy_metrics(path: Path, target: Path, *, after_step: int = -1, up_to_step: int | None = None) -> int:
+    """Write the rows of the steps after `after_step`, up to `up_to_step`, to `target`, whole or not at all.
+
+    Return how many they are; without any, nothing is written. Raises MetricsError.
+    """
+
+    def chosen() -> Iterator[bytes]:
+        for raw, row in _read(path):
+            if after_step < row["global_step"] and (up_to_step is None or row["global_step"] <= up_to_step):
+                yield raw
+
+    if num_rows := sum(1 for _ in chosen()):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open_replacing(target) as stream:
+            stream.writelines(chosen())
+    return num_rows
+
+
 def _encode(row: Mapping[str, Any]) -> bytes:
     step = row.get("global_step")
     if not isinstance(step, int) or isinstance(step, bool):

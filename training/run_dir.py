@@ -4,6 +4,7 @@
     chunks/newest/0005/  index.parquet  source.json  chunk.json     the chunk as it was when the run started it
                          state-00041216/  final/  weights/  previews/  complete.json
     tensorboard/  wandb/
+    superseded/<time>/                                              what a rewind moved out of the way
 
 No torch: status commands and submit scripts use this too. States are written by `state`, lines by `ledger`.
 """
@@ -38,11 +39,14 @@ class RunDir:
         self.run_json_path = root / "run.json"
         self.ledger_path = root / "ledger.jsonl"
         self.metrics_path = root / "metrics.jsonl"
+        self.trace_path = root / "trace.jsonl"
+        self.trackers_path = root / "trackers.json"
         self.last_exit_path = root / "last_exit.json"
         self.lock_path = root / "lock"
         self.stop_path = root / "stop"
         self.chunks_folder = root / "chunks"
         self.imported_folder = root / "imported"
+        self.superseded_folder = root / "superseded"
         self.tensorboard_folder = root / "tensorboard"
         self.wandb_folder = root / "wandb"
 
@@ -116,9 +120,7 @@ class RunDir:
         """Merge facts into run.json and return all. The first call makes the `run_id`; W&B's id is the same."""
         known = self.read_run_json()
         if "run_id" not in known:
-            name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.root.absolute().name).strip("-")
-            run_id = f"{name}-{secrets.token_hex(4)}"
-            known = {"run_id": run_id, "wandb_id": run_id}
+            known = new_ids(self.root)
         known.update(facts)
         write_json(self.run_json_path, known)
         return known
@@ -209,6 +211,13 @@ class RunDir:
     def read_complete(self, chunk: str) -> dict[str, Any] | None:
         """Return what complete.json says; None when the chunk is not complete."""
         return _read_json(self.complete_path(chunk))
+
+
+def new_ids(root: Path) -> dict[str, Any]:
+    """Return a run's ids, made from the name of its folder."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", root.absolute().name).strip("-")
+    run_id = f"{name}-{secrets.token_hex(4)}"
+    return {"run_id": run_id, "wandb_id": run_id}
 
 
 def _slurm_job() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from training.chunk_records import chunk_records, imported_state, parent_of, ste
 from training.ledger import Line
 from training.position import Position
 from training.rank import Rank
+from training.run_dir import RunDir
 from training.state_folder import newest_verified
 from training.state_manifest import StateError, read_manifest
 
@@ -22,20 +23,27 @@ def state_to_start_from(rank: Rank, chunk: str) -> Path | None:
 
     Raises StateError when the ledger names a state but there is none, or none verifies.
     """
-    lines = rank.ledger.lines
-    if own := _own_states(rank, chunk):
-        return _newest(rank, own)
+    folders = states_to_start_from(rank.run_dir, rank.ledger.lines, chunk)
+    return _newest(rank, folders) if folders is not None else None
+
+
+def states_to_start_from(run_dir: RunDir, lines: Sequence[Line], chunk: str) -> list[Path] | None:
+    """Return the states of which the newest verified one is what `chunk` starts from; None at the start of a run.
+
+    Raises StateError when the ledger names a state but there is none.
+    """
+    if own := _own_states(run_dir, lines, chunk):
+        return own
     record = chunk_records(lines).get(chunk)
     if (
         record is not None
         and record.last_state is not None
-        and record.last_state.global_step > _visit_start(rank, chunk)
+        and record.last_state.global_step > _visit_start(lines, chunk)
     ):
         raise StateError(
             f"chunk {chunk}: the ledger names {record.last_state.path}, but no state is there; restore it from a copy"
         )
-    folders = _parents_states(rank, chunk)
-    return _newest(rank, folders) if folders is not None else None
+    return _parents_states(run_dir, lines, chunk)
 
 
 def states_before(rank: Rank, chunk: str, *, step: int, reason: str) -> list[Path]:
@@ -46,8 +54,9 @@ def states_before(rank: Rank, chunk: str, *, step: int, reason: str) -> list[Pat
     """
     if steps_to_pass_over(rank.ledger.lines, chunk, reason=reason):
         return []
-    own = [folder for folder in _own_states(rank, chunk) if _holds_less_than(folder, step)]
-    return own or _parents_states(rank, chunk) or []
+    run_dir, lines = rank.run_dir, rank.ledger.lines
+    own = [folder for folder in _own_states(run_dir, lines, chunk) if _holds_less_than(folder, step)]
+    return own or _parents_states(run_dir, lines, chunk) or []
 
 
 def state_before(rank: Rank, chunk: str, *, step: int, reason: str) -> Path | None:
@@ -59,13 +68,13 @@ def state_before(rank: Rank, chunk: str, *, step: int, reason: str) -> Path | No
     return _newest(rank, folders) if folders else None
 
 
-def _parents_states(rank: Rank, chunk: str) -> list[Path] | None:
+def _parents_states(run_dir: RunDir, lines: Sequence[Line], chunk: str) -> list[Path] | None:
     """Return the states of the chunk before, for a run's first chunk the imported one; None when there is none."""
-    parent = parent_of(rank.ledger.lines, chunk)
+    parent = parent_of(lines, chunk)
     if parent is not None:
-        return rank.run_dir.state_folders(parent)
-    imported = imported_state(rank.ledger.lines)
-    return [rank.run_dir.root / imported.path] if imported is not None else None
+        return run_dir.state_folders(parent)
+    imported = imported_state(lines)
+    return [run_dir.root / imported.path] if imported is not None else None
 
 
 def _holds_less_than(folder: Path, step: int) -> bool:
@@ -102,9 +111,9 @@ def first_position(lines: Iterable[Line], chunk: str, base: Position) -> Positio
     )
 
 
-def _own_states(rank: Rank, chunk: str) -> list[Path]:
+def _own_states(run_dir: RunDir, lines: Sequence[Line], chunk: str) -> list[Path]:
     """Return the chunk's states since its latest start, without those that a killed rollback could not remove."""
-    undone, start = undone_states(rank.ledger.lines, chunk), _visit_start(rank, chunk)
+    undone, start = undone_states(lines, chunk), _visit_start(lines, chunk)
 
     def is_own(folder: Path) -> bool:
         try:
@@ -113,12 +122,12 @@ def _own_states(rank: Rank, chunk: str) -> list[Path]:
             return True  # damaged: who chooses the newest says so
         return manifest.global_step > start and manifest.digest not in undone
 
-    return [folder for folder in rank.run_dir.state_folders(chunk) if is_own(folder)]
+    return [folder for folder in run_dir.state_folders(chunk) if is_own(folder)]
 
 
-def _visit_start(rank: Rank, chunk: str) -> int:
+def _visit_start(lines: Sequence[Line], chunk: str) -> int:
     """Return the global step from which the chunk is, or is now to be, trained; -1 when it never was."""
-    record = chunk_records(rank.ledger.lines).get(chunk)
+    record = chunk_records(lines).get(chunk)
     if record is None or record.status == "superseded":
         return -1
     if record.status == "done" and record.last_state is not None:

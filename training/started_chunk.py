@@ -16,8 +16,8 @@ from sharding.files import replacing, write_json
 
 logger = logging.getLogger(__name__)
 
-_INDEX = "index.parquet"
-_SOURCE = "source.json"
+INDEX = "index.parquet"
+SOURCE = "source.json"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StartedChunk(Chunk):
 
     @property
     def index_path(self) -> Path:
-        return self.copy_folder / _INDEX
+        return self.copy_folder / INDEX
 
     def read_index(self) -> pa.Table:
         """Read the run's copy of the index. Raises ChunkError when it is missing or damaged."""
@@ -55,10 +55,10 @@ class StartedChunk(Chunk):
 def copy_chunk(chunk: Chunk, folder: Path) -> None:
     """Copy what a run keeps of a chunk into `folder`. Raises ChunkError when the index is damaged."""
     chunk.read_index()  # verified before it is copied
-    with replacing(folder / _INDEX) as temporary:
+    with replacing(folder / INDEX) as temporary:
         shutil.copyfile(chunk.index_path, temporary)
-    write_json(folder / _SOURCE, {"folder": str(chunk.folder.absolute())})
-    write_json(folder / CHUNK_JSON, asdict(replace(chunk.info, index=_INDEX)))  # last: this is the commit
+    write_json(folder / SOURCE, {"folder": str(chunk.folder.absolute())})
+    write_json(folder / CHUNK_JSON, asdict(replace(chunk.info, index=INDEX)))  # last: this is the commit
 
 
 def read_copy(copy_folder: Path, *, chunk_folder: Path | None = None) -> StartedChunk | None:
@@ -71,13 +71,13 @@ def read_copy(copy_folder: Path, *, chunk_folder: Path | None = None) -> Started
         return None
     info = load_chunk(copy_folder).info
     try:
-        folder = Path(json.loads((copy_folder / _SOURCE).read_text(encoding="utf-8"))["folder"])
+        folder = Path(json.loads((copy_folder / SOURCE).read_text(encoding="utf-8"))["folder"])
     except (FileNotFoundError, ValueError, TypeError, KeyError) as error:
         raise ChunkError(
-            f'{copy_folder / _SOURCE}: missing or damaged; restore it: {{"folder": "the chunk\'s folder"}}'
+            f'{copy_folder / SOURCE}: missing or damaged; restore it: {{"folder": "the chunk\'s folder"}}'
         ) from error
     if chunk_folder is not None and chunk_folder.absolute() != folder:
         logger.info("chunk %s: shards are now read from %s, not %s", info.name, chunk_folder, folder)
         folder = chunk_folder.absolute()
-        write_json(copy_folder / _SOURCE, {"folder": str(folder)})
+        write_json(copy_folder / SOURCE, {"folder": str(folder)})
     return StartedChunk(folder=folder, info=info, copy_folder=copy_folder)

@@ -1,7 +1,7 @@
 """`training status --verify`, one chunk: its batch plans, made anew, beside what ledger and complete.json say of it."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sharding.chunk import ChunkError
@@ -33,8 +33,13 @@ class Place:
         return [sample.key for micro_batch in self.step.micro_batches for sample in micro_batch.samples]
 
 
-def check_chunk(name: str, history: History, config: RunConfig, run_dir: RunDir, proof: Proof) -> dict[int, Place]:
-    """Compare a chunk's plans with its lines; return its steps by global step, counted from 1."""
+def check_chunk(
+    name: str, history: History, config_of: Callable[[int], RunConfig], run_dir: RunDir, proof: Proof
+) -> dict[int, Place]:
+    """Compare a chunk's plans with its lines; return its steps by global step, counted from 1.
+
+    config_of: the settings by epoch.
+    """
     chunk, latest = run_dir.started_chunk(name, check_shards=False), history.latest
     if chunk is None:
         raise ChunkError("the run's copy of its index is gone; restore it")
@@ -46,7 +51,7 @@ def check_chunk(name: str, history: History, config: RunConfig, run_dir: RunDir,
 
     compare("digest of the chunk", history.first["chunk_digest"], chunk.info.digest)
     index = chunk.read_index()
-    plans = [batch_plan(index, name, config=config, epoch=epoch) for epoch in range(latest["epochs"])]
+    plans = [batch_plan(index, name, config=config_of(epoch), epoch=epoch) for epoch in range(latest["epochs"])]
     digests = [plan.digest for plan in plans]
     for start in history.starts:
         told = start.get("plan_digests", [start["plan_digest"]])

@@ -8,6 +8,7 @@ state holds yet is not looked at.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from sharding.chunk import ChunkError
 from training.chunk_history import histories
 from training.chunk_records import imported_state
 from training.config import RunConfig
+from training.fork import settings_of
 from training.ledger import Line
 from training.metrics_file import read_metrics
 from training.proof import Proof
 from training.run_dir import RunDir
+from training.set_aside import pending_rewind
 from training.verify_chunk import Place, check_chunk
 
 
@@ -31,7 +34,7 @@ def verify_run(config: RunConfig, root: Path) -> Proof:
     for name, history in live.items():
         proof.num_chunks += 1
         try:
-            places |= check_chunk(name, history, config, run_dir, proof)
+            places |= check_chunk(name, history, partial(settings_of, lines, config, name), run_dir, proof)
         except (ChunkError, ValueError, OSError) as error:
             proof.problems.append(f"chunk {name}: {error}")
     saved = [line for history in live.values() for line in history.saved]
@@ -45,8 +48,16 @@ def verify_run(config: RunConfig, root: Path) -> Proof:
             break
     proof.left += sum(place.step.num_images for step, place in places.items() if step > reached)
     _check_metrics(run_dir.metrics_path, places, base, reached, proof)
-    _check_trace(run_dir.root / "trace.jsonl", places, reached, proof)
+    _check_trace(run_dir.trace_path, places, reached, proof)
     _check_states(run_dir, lines, newest, proof)
+    if pending_rewind(lines) is not None:
+        proof.problems.append("a rewind was killed half-way: the next launch, or `--rewind` again, finishes it")
+    proof.notes += [
+        f"{line.fields['chunk']} and what came before it was trained in {line.fields['source']} (run "
+        f"{line.fields['run_id']}), with the settings of that run"
+        for line in lines
+        if line.event == "forked"
+    ]
     return proof
 
 

@@ -37,7 +37,10 @@ class PaperRun:
         self.ledger = Ledger.open(self.run_dir.ledger_path, guard=lambda: None)
         self.skip, self.broken = skip, broken
         self.position = Position()
-        self.saver = StateSaver(
+        self.saver = self.new_saver()
+
+    def new_saver(self):
+        return StateSaver(
             asynchronous=False, check=lambda: None, keep_last=self.config.save.keep_states,
             on_saved=lambda folder, digest: self.records.state_saved(folder, digest),
         )  # fmt: skip
