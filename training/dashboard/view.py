@@ -17,6 +17,7 @@ from training.ledger import Line
 from training.run_dir import RunDir
 from training.status import duration_text
 from training.status_events import event_text
+from training.status_queue import QueueReader
 
 SPANS = {"all": None, "100": 100, "10": 10, "1": 1}
 """How many of the newest chunks the curves show; None: the whole run."""
@@ -36,6 +37,7 @@ class RunView:
         self.previews = Previews(self.run_dir)
         self._reader = OverviewReader(root)
         self._disk = DiskReader(self.run_dir)
+        self._queue = QueueReader(root)
 
     def read(self) -> Overview:
         """Return how the run is."""
@@ -50,6 +52,7 @@ class RunView:
             **header(overview),
             "groups": groups(squares),
             "verdict": read_verdict(self.root),
+            "queue": queue.text() if (queue := self._queue.read()) is not None else None,
             "ledger": [_shown(line) for line in overview.lines[-_LEDGER_LINES:]],
             "num_lines": len(overview.lines),
         }

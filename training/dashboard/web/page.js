@@ -44,6 +44,8 @@ function showOverview(data) {
   find("state").textContent = data.state;
   find("state").dataset.state = data.state;
   find("sentence").textContent = `${data.run_id} · ${data.sentence}`;
+  find("queue").hidden = data.queue === null;
+  find("queue").textContent = `Slurm: ${data.queue}`;
   const exit = data.last_exit, chunk = data.chunk;
   find("tiles").replaceChildren(
     tile("Chunks", `${count(data.chunks_done)} / ${count(data.chunks)}`, `${percent(data.done_fraction)} of ${count(data.images + data.images_left)} images`, data.done_fraction),

@@ -1,0 +1,79 @@
+"""The jobs of a run in Slurm's queue, where there is one: their names end in a digest of the run's folder."""
+
+import hashlib
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_KEPT_SECONDS = 30.0
+_TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of squeue. state: RUNNING, PENDING …; reason: the nodes it runs on, or why it waits, in brackets."""
+
+    job_id: str
+    name: str
+    state: str
+    elapsed: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Queue:
+    """problem: why the queue could not be asked; "" when it could."""
+
+    jobs: Sequence[Job] = ()
+    problem: str = ""
+
+    def text(self) -> str:
+        """Return it in a line: `31_0 train RUNNING 1:02 n1; 32 train PENDING 0:00 (Dependency)`; "no jobs"."""
+        if self.problem:
+            return self.problem
+        shown = [f"{job.job_id} {job.name} {job.state} {job.elapsed} {job.reason}".strip() for job in self.jobs[:5]]
+        more = [f"{len(self.jobs) - 5:,} more"] if len(self.jobs) > 5 else []
+        return "; ".join([*shown, *more]) or "no jobs of this run"
+
+
+class QueueReader:
+    """Asks at most every half a minute: a controller serves many users."""
+
+    def __init__(self, root: Path) -> None:
+        self._digest = run_digest(root)
+        self._known: tuple[float, Queue] | None = None
+        self._lock = threading.Lock()
+
+    def read(self) -> Queue | None:
+        """Return the run's jobs; None where there is no squeue."""
+        if shutil.which("squeue") is None:
+            return None
+        with self._lock:
+            if self._known is None or time.monotonic() - self._known[0] > _KEPT_SECONDS:
+                self._known = time.monotonic(), self._ask()
+            return self._known[1]
+
+    def _ask(self) -> Queue:
+        command = ["squeue", "--noheader", "--format=%i|%T|%M|%R|%j"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return Queue(problem=f"squeue does not answer ({error})")
+        if done.returncode != 0:
+            return Queue(problem=f"squeue: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'failed'}")
+        jobs = []
+        for line in done.stdout.splitlines():
+            job_id, state, elapsed, reason, name = (word.strip() for word in line.split("|", 4))
+            shown, _, digest = name.rpartition(".")
+            if digest == self._digest:
+                jobs.append(Job(job_id, shown, state, elapsed, reason))
+        return Queue(jobs)
+
+
+def run_digest(root: Path) -> str:
+    """Return what the names of a run's jobs end in: of its folder's path, as `scripts.slurm_queue` has it."""
+    return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
