@@ -18,6 +18,7 @@ from training.retention import retain_exports, retain_finals
 from training.run_dir import RunDir
 from training.start_state import first_position
 from training.state import StateSaver, take_snapshot
+from training.state_folder import load_state
 from training.step_report import StepReport
 
 TENSORS = {"model": {"weight": torch.zeros(2000)}, "optimizer": {"weight.exp_avg": torch.zeros(2000)}}
@@ -103,3 +104,16 @@ class PaperRun:
         self.records.before_save()
         facts = {"global_step": position.global_step, "position": asdict(position), "plan_digests": digests}
         self.saver.save(folder, take_snapshot(TENSORS, facts))
+
+
+def reopened(run, root, *, config=None):
+    """Return a run as a later launch finds it in `root`, a copy of its folder or a branch of it."""
+    again = object.__new__(PaperRun)
+    again.__dict__.update(run.__dict__)
+    again.config, again.run_dir = config or run.config, RunDir(root)
+    again.ledger = again.run_dir.open_ledger(guard=lambda: None)
+    again.saver = again.new_saver()
+    records = chunk_records(again.ledger.lines)
+    newest = max((one.last_state for one in records.values() if one.status == "done"), key=lambda one: one.global_step)
+    again.position = Position(**load_state(root / newest.path).facts["position"])
+    return again
