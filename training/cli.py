@@ -19,6 +19,7 @@ COMMANDS = (
     "status",
     "dashboard",
     "export",
+    "card",
     "merge",
     "extract-lora",
     "resize-lora",
