@@ -73,7 +73,8 @@ def read_campaign(
         matching = sorted(fnmatch.filter(known, pattern))
         if not matching:
             shown = ", ".join(sorted(there)[:5]) or "no chunks at all"
-            raise ChunkError(f"data.chunks: {pattern!r} matches no chunk in {workspace}; there are {shown}")
+            to_do = "; run `python -m training pack-concepts RUN.toml` first" * pattern.startswith("concepts/")
+            raise ChunkError(f"data.chunks: {pattern!r} matches no chunk in {workspace}; there are {shown}{to_do}")
         names.update(dict.fromkeys(matching))
     chunks = {name: there[name] for name in names if name in there}
     return Campaign(tuple(names), chunks, lines, records, epochs)

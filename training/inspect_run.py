@@ -9,6 +9,7 @@ import pyarrow as pa
 from sharding.chunk import Chunk
 from training.campaign import read_campaign
 from training.config import Prompt, RunConfig
+from training.dreambooth.concept_prompts import read_concepts
 from training.loading.remote import mirror_remote
 from training.packages import missing_packages
 from training.plan_checks import Finding, check_captions
@@ -17,7 +18,7 @@ from training.plan_totals import run_totals
 from training.plans import batch_plan, caption_settings, pixel_settings
 from training.prompt_file import read_prompts
 from training.run_dir import RunDir
-from training.stages import epochs_of, stage_config
+from training.stages import epochs_of, require_packed, stage_config
 
 
 class PlanRefusedError(ValueError):
@@ -41,6 +42,7 @@ def inspect_plan(
     run_dir = RunDir(root) if root is not None else None
     mirror_remote(config.data, held_out=config.validation.chunk)
     campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=epochs_of(config))
+    require_packed(config, campaign.names)
     name = chunk_name or campaign.next
     if name is None:
         return None
@@ -64,6 +66,7 @@ def inspect_plan(
     missing = [Finding("refused", str(need)) for need in missing_packages(config)]
     licences = [path for path in config.save.licence_files if not path.is_file()]
     missing += [Finding("refused", f"save.licence_files: {path}: no such file") for path in licences]
+    read_concepts(config)  # raises for a file of concepts that is gone or wrong
     found = (*check_captions(index, config=config), *(_not_encoded(config, index, name) if with_state else ()))
     return replace(report, findings=(*missing, *report.findings, *found))
 

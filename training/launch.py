@@ -28,7 +28,7 @@ from training.packages import require_packages
 from training.position import Position
 from training.run_dir import RunDir
 from training.set_aside import finish_rewind
-from training.stages import epochs_of
+from training.stages import epochs_of, require_packed
 from training.stop import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -170,7 +170,9 @@ def _train(
 
 
 def _campaign(config: RunConfig, run_dir: RunDir) -> Campaign:
-    return read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=epochs_of(config))
+    campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=epochs_of(config))
+    require_packed(config, campaign.names)
+    return campaign
 
 
 def _open_run(config: RunConfig, run_dir: RunDir, *, guard: Callable[[], None]) -> Ledger:

@@ -4,9 +4,10 @@ A stage is a chunk: it is saved, resumed and told like any other. What differs b
 parts, the weight of class images) stands in the config of its chunk, and nothing else knows of stages.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sharding.chunk import ChunkError
 from training.config import RunConfig
 from training.config.dreambooth import DreamBoothConfig, StageConfig
 
@@ -83,6 +84,16 @@ def stage_config(config: RunConfig, chunk: str) -> RunConfig:
 
 def _given(values: StageConfig, *names: str) -> dict[str, object]:
     return {name: getattr(values, name) for name in names if getattr(values, name) is not None}
+
+
+def require_packed(config: RunConfig, names: Sequence[str]) -> None:
+    """Raise ChunkError unless the chunks of a run in stages, by name in training order, are its stages'."""
+    stages = [stage.chunk for stage in stages_of(config)]
+    if stages and list(names) != stages:
+        raise ChunkError(
+            f"the run's stages are {', '.join(stages)}, but data.chunks finds {', '.join(names)}: run `python -m "
+            'training pack-concepts RUN.toml` with these settings, and let data.chunks be ["concepts/*"]'
+        )
 
 
 def epochs_of(config: RunConfig) -> Callable[[str], int]:

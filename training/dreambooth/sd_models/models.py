@@ -73,7 +73,12 @@ def load_sd(
     prediction, zero_terminal_snr: in place of what the model says; an SD 2 file may say nothing. Raises WeightsError or
     FileNotFoundError saying what is wrong with it.
     """
-    load = _load_file if Path(path_or_id).is_file() else _load_folder
+    path = Path(path_or_id)
+    if not path.exists() and (path.is_absolute() or path.suffix in (".safetensors", ".ckpt") or len(path.parts) > 2):
+        raise FileNotFoundError(
+            f"{path_or_id}: no such file or folder; give a single file, a diffusers folder or a hub id owner/name"
+        )
+    load = _load_file if path.is_file() else _load_folder
     model = load(path_or_id, dtype, average=extract_ema, vae=vae, prediction=prediction)
     if zero_terminal_snr is None:
         return model
