@@ -156,8 +156,8 @@ def _require_order(chunks: Sequence[str], missing: Sequence[str], assigned: dict
     if missing and behind and chunks.index(missing[0]) < chunks.index(behind[-1]):
         job = assigned[behind[-1]]
         raise ChunkError(
-            f"chunk {missing[0]}: neither done nor in the queue, but {behind[-1]}, which comes later, is "
-            f"(job {job.id}, {job.state}); wait until Slurm has cancelled it, or `scancel {job.job_id}`; then submit again"
+            f"chunk {missing[0]}: neither done nor in the queue, but {behind[-1]}, which comes later, "
+            f"is (job {job.id}, {job.state}); `scancel {job.job_id}` if Slurm does not, and submit again"
         )
     first = chunks[0] if chunks else None
     if missing and first != missing[0] and first not in assigned:
