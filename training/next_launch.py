@@ -158,7 +158,8 @@ def _choose(campaign: Campaign, run_dir: RunDir, chunk: str) -> Chosen:
             return Chosen(None, ())
         newest, problems = newest_verified(folders)
     except StateError as error:
-        raise StateError(f"chunk {chunk}: {error}; {_way_back(campaign, run_dir)}") from error
+        where = "" if str(error).startswith("chunk ") else f"chunk {chunk}: "
+        raise StateError(f"{where}{error}; {_way_back(campaign, run_dir)}") from error
     return Chosen(read_manifest(newest).global_step, tuple(f"{one.name} ({_short(why)})" for one, why in problems))
 
 
@@ -172,5 +173,5 @@ def _way_back(campaign: Campaign, run_dir: RunDir) -> str:
             verify_state(end.state)
         except StateError:
             continue
-        return f"restore it from a copy, or go back to the end of chunk {end.chunk} with `--rewind {end.chunk}`"
-    return "restore it from a copy; no final state of another chunk is kept"
+        return f"or go back to the end of chunk {end.chunk}, whose state is whole, with `--rewind {end.chunk}`"
+    return "restore one from a copy: no chunk's final state is whole"

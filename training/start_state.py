@@ -37,6 +37,7 @@ def states_to_start_from(run_dir: RunDir, lines: Sequence[Line], chunk: str) -> 
     record = chunk_records(lines).get(chunk)
     if (
         record is not None
+        and record.status != "superseded"
         and record.last_state is not None
         and record.last_state.global_step > _visit_start(lines, chunk)
     ):
@@ -113,6 +114,9 @@ def first_position(lines: Iterable[Line], chunk: str, base: Position) -> Positio
 
 def _own_states(run_dir: RunDir, lines: Sequence[Line], chunk: str) -> list[Path]:
     """Return the chunk's states since its latest start, without those that a killed rollback could not remove."""
+    record = chunk_records(lines).get(chunk)
+    if record is not None and record.status == "superseded":
+        return []
     undone, start = undone_states(lines, chunk), _visit_start(lines, chunk)
 
     def is_own(folder: Path) -> bool:
@@ -128,7 +132,7 @@ def _own_states(run_dir: RunDir, lines: Sequence[Line], chunk: str) -> list[Path
 def _visit_start(lines: Sequence[Line], chunk: str) -> int:
     """Return the global step from which the chunk is, or is now to be, trained; -1 when it never was."""
     record = chunk_records(lines).get(chunk)
-    if record is None or record.status == "superseded":
+    if record is None:
         return -1
     if record.status == "done" and record.last_state is not None:
         return record.last_state.global_step
