@@ -13,7 +13,8 @@ import torch.distributed as dist
 from training.config import RunConfig
 from training.launch_doctor.clock import Skew, clock_rows, measure_skew
 from training.launch_doctor.data import DataFindings, data_rows, look_at_data
-from training.launch_doctor.folder import FolderFindings, file_clock, folder_rows, look_at_folder
+from training.launch_doctor.folder import look_at_folder
+from training.launch_doctor.folder_findings import FolderFindings, file_clock, folder_rows
 from training.launch_doctor.network import Network, measure_network, network_rows, slowest
 from training.launch_doctor.process import (
     Process,

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from training.launch_doctor import folder as folder_module
 from training.launch_doctor.clock import Skew, clock_rows, measure_skew
 from training.launch_doctor.data import DataFindings, data_rows
-from training.launch_doctor.folder import FolderFindings, folder_rows, look_at_folder
+from training.launch_doctor.folder import look_at_folder
+from training.launch_doctor.folder_findings import FolderFindings, folder_rows
 from training.launch_doctor.network import Network, network_rows
 from training.launch_doctor.process import Device, Process, process_rows, scouts, silent_row, this_process
 from training.launch_doctor.report import Report, Row, listing
