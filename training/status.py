@@ -3,12 +3,12 @@
 Reads only; works while a launch writes, and in a folder that nobody may write to.
 """
 
-import calendar
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def _seconds_per_image(lines: Sequence[Line]) -> float | None:
 
 
 def _seconds(line: Line) -> float:
-    return calendar.timegm(time.strptime(line.time, "%Y-%m-%dT%H:%M:%SZ"))
+    return datetime.fromisoformat(line.time).timestamp()
 
 
 # --- as text and JSON ---

@@ -25,7 +25,7 @@ NAMES = (
     STEP, IMAGES, "train/loss", "validation/loss", "train/grad_norm", "speed/images_per_second", "data/wait_fraction",
 )  # fmt: skip
 """What is kept of every row, beside all `lr/…`."""
-_MERGE_BYTES = 1 << 20
+_MERGE_BYTES, _MUCH_BYTES = 1 << 20, 1 << 21
 _SAMPLE_BYTES = 8192
 _LAST_BYTES = 1 << 17
 
@@ -63,6 +63,10 @@ class MetricsColumns:
                 if time.monotonic() > deadline:
                     return False
             return True
+
+    def catch_up(self) -> bool:
+        """Take in what is new unless it is much, which is left to `read_on`; return whether the file is known."""
+        return size_of(self._path) - self._place.num_bytes < _MUCH_BYTES and self.read_on()
 
     @property
     def _place(self) -> Place:

@@ -78,6 +78,16 @@ class RunNotThereError(FileNotFoundError):
     """The folder has no run yet; the message says what is missing."""
 
 
+@dataclass(frozen=True)
+class _Folded:
+    """What follows from the ledger's lines alone. key: what it was made from."""
+
+    key: tuple[Any, ...]
+    campaign: Campaign
+    totals: Totals
+    eta: Eta
+
+
 class OverviewReader:
     """Reads a run's folder again and again; only new lines of the ledger are parsed."""
 
@@ -85,29 +95,39 @@ class OverviewReader:
         self.run_dir = RunDir(root)
         self._lines = LedgerLines(self.run_dir.ledger_path)
         self._config: tuple[int, RunConfig] | None = None
+        self._folded: _Folded | None = None
 
     def read(self, *, rows: Sequence[Mapping[str, Any]]) -> Overview:
         """Return how the run is. rows: the newest of metrics.jsonl.
 
         Raises RunNotThereError before its first launch, LedgerError, ConfigError for damage.
         """
-        run_dir, config = self.run_dir, self.config()
-        lines, known = tuple(self._lines.read()), run_dir.read_run_json()
-        records = chunk_records(lines)
-        names = tuple(dict.fromkeys([*known.get("chunks", ()), *records]))
-        campaign = Campaign(names, {}, lines, records, epochs_of(config))
+        run_dir, config, known = self.run_dir, self.config(), self.run_dir.read_run_json()
+        folded = self._fold(config, self._lines.read(), known.get("chunks", ()))
+        campaign = folded.campaign
         return Overview(
             run_id=str(known.get("run_id", run_dir.root.absolute().name)),
             title=config.name or run_dir.root.absolute().name,
             campaign=campaign,
-            totals=totals(lines),
+            totals=folded.totals,
             current=current_chunk(campaign, run_dir),
-            eta=eta_of(campaign, _estimated_counts(campaign)),
+            eta=folded.eta,
             live=holder_state(run_dir.lock_path),
             last_exit=run_dir.read_last_exit(),
             speed=speed_of(rows),
-            devices=tuple(dict.fromkeys(name for record in records.values() for name in record.devices)),
+            devices=tuple(dict.fromkeys(name for record in campaign.records.values() for name in record.devices)),
         )
+
+    def _fold(self, config: RunConfig, lines: Sequence[Line], known_chunks: Sequence[str]) -> "_Folded":
+        """Return what follows from the ledger; the same as the last time while nothing in it is new."""
+        key = (id(config), len(lines), lines[-1].hash if lines else "", tuple(known_chunks))
+        if self._folded is None or self._folded.key != key:
+            records = chunk_records(lines)
+            names = tuple(dict.fromkeys([*known_chunks, *records]))
+            campaign = Campaign(names, {}, tuple(lines), records, epochs_of(config))
+            eta = eta_of(campaign, _estimated_counts(campaign))
+            self._folded = _Folded(key, campaign, totals(lines), eta)
+        return self._folded
 
     def config(self) -> RunConfig:
         """Return the run's frozen settings. Raises RunNotThereError."""

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 _MIN_GZIP_BYTES = 2000
 _HEIGHTS = (80, 160, 320)
 """Of small pictures: few, so that the cache is of use."""
-_READ_SECONDS = 0.2
+_READ_SECONDS, _FIRST_PAGE_SECONDS = 0.2, 0.5
 
 
 class DashboardServer(ThreadingHTTPServer):
@@ -61,7 +61,8 @@ class DashboardServer(ThreadingHTTPServer):
         logger.debug("connection of %s", client_address, exc_info=True)
 
     def _read_metrics(self) -> None:
-        """Read what was there at the start, in pieces: requests read the file, too."""
+        """Read what was there at the start, in pieces, and after the first page, which should not wait for it."""
+        time.sleep(_FIRST_PAGE_SECONDS)
         while not self.view.metrics.read_on(for_seconds=_READ_SECONDS):
             time.sleep(0.01)
 
@@ -109,8 +110,6 @@ class _Handler(BaseHTTPRequestHandler):
         if part is None:
             self._text(HTTPStatus.NOT_FOUND, "there is no such part\n")
             return
-        if name.startswith("curves-") and self.server.view.metrics.known_fraction < 1:
-            self.server.view.metrics.read_on(for_seconds=_READ_SECONDS)
         body = json.dumps(part(), ensure_ascii=False, allow_nan=False).encode()
         self._send(HTTPStatus.OK, body, "application/json")
 

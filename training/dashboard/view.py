@@ -1,6 +1,5 @@
 """What the page shows, as JSON values: overview, curves, previews, disk. One object per run keeps what is known."""
 
-import calendar
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,7 +45,7 @@ class RunView:
     def overview(self) -> dict[str, Any]:
         """Return header, chunk map, verdict and the ledger's last lines."""
         overview = self.read()
-        losses = _chunk_losses(overview, self.metrics.columns()) if self.metrics.known_fraction == 1 else {}
+        losses = _chunk_losses(overview, self.metrics.columns()) if self.metrics.catch_up() else {}
         squares = chunk_map(overview.campaign, live_chunk=overview.live_chunk, losses=losses)
         return {
             **header(overview),
@@ -60,13 +59,13 @@ class RunView:
     def curves(self, span: str) -> dict[str, Any]:
         """Return the curves of a span of SPANS, from what is known of metrics.jsonl, else from a sample of it."""
         overview = self.read()
-        known = self.metrics.known_fraction
-        columns = self.metrics.columns() if known == 1 else self.metrics.sample(_SAMPLED_ROWS)
+        is_known = self.metrics.catch_up()
+        columns = self.metrics.columns() if is_known else self.metrics.sample(_SAMPLED_ROWS)
         first = first_step(overview, SPANS[span])
         return {
             **binned(columns, first_step=first),
             "span": span,
-            "known": round(known, 3),
+            "known": 1 if is_known else round(self.metrics.known_fraction, 3),
             "bad_lines": self.metrics.num_bad_lines,
             "marks": _marks(overview, first),
         }
@@ -172,5 +171,4 @@ def _marks(overview: Overview, first: int) -> list[dict[str, Any]]:
 
 
 def _shown(line: Line) -> dict[str, Any]:
-    seconds = calendar.timegm(time.strptime(line.time, "%Y-%m-%dT%H:%M:%SZ"))
-    return {"number": line.number, "time": line.time, "seconds": seconds, "event": line.event, "text": event_text(line)}
+    return {"number": line.number, "time": line.time, "event": line.event, "text": event_text(line)}
