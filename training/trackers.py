@@ -9,6 +9,7 @@ way are missing. None is there twice.
 import json
 import math
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,6 +18,7 @@ from PIL import Image
 
 from sharding.files import write_json
 from training.alerts import Alert
+from training.chart_layout import GROUPS
 from training.config import RunConfig
 from training.frozen_config import to_toml
 from training.run_dir import RunDir
@@ -24,6 +26,8 @@ from training.wandb_file import last_step
 
 STEP_KEY = "global_step"
 IMAGES_SEEN_KEY = "train/images_seen"
+LAYOUT_TAG = "custom_scalars__config__"
+"""Where TensorBoard's plugin looks for its layout."""
 
 
 class Tracker(Protocol):
@@ -49,7 +53,8 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in one folder; the x axis is the global step.
 
-    config: the settings of this launch, shown as text at `step`, where it begins.
+    config: the settings of this launch, shown as text at `step`, where it begins. A run's first event file holds the
+    layout of the Custom Scalars tab, too.
     """
 
     name = "tensorboard"
@@ -60,6 +65,12 @@ class TensorBoard:
 
         self._earlier = sorted(folder.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime)
         self._writer = FileWriter(str(folder))
+        if not any(map(_has_layout, self._earlier)):
+            groups = {
+                group: {title: ["Multiline", patterns] for title, patterns in charts.items()}
+                for group, charts in GROUPS.items()
+            }
+            self._writer.add_summary(summary.custom_scalars(groups))  # type: ignore[no-untyped-call]
         lines = to_toml(shown_settings(config)).splitlines()
         text = "".join(f"    {line}\n" for line in lines)  # indented: code in Markdown
         self._writer.add_summary(summary.text("config", text), step)  # type: ignore[no-untyped-call]
@@ -89,6 +100,14 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _has_layout(path: Path) -> bool:
+    """Tell whether an event file begins with a layout: the header, then it."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    first = islice(EventFileLoader(str(path)).Load(), 2)
+    return any(value.tag == LAYOUT_TAG for event in first for value in event.summary.value)
 
 
 class WandB:

@@ -1,12 +1,14 @@
 import math
+import re
 import time
 
 import pytest
 from PIL import Image
 
 from tests.training.toy import toy_config
+from training.chart_layout import GROUPS
 from training.run_dir import RunDir
-from training.trackers import Trackers, WandB, chart_values, make_trackers
+from training.trackers import LAYOUT_TAG, Trackers, WandB, chart_values, make_trackers
 from training.wandb_file import read_history
 
 
@@ -166,6 +168,54 @@ def test_a_kill_while_tensorboard_is_fed_costs_no_point_and_doubles_none(tmp_pat
     events.Reload()
     assert fed_before == 3
     assert [event.step for event in events.Scalars("train/loss")] == list(steps)
+
+
+def test_tensorboard_groups_the_charts_by_one_layout_per_run(tmp_path):
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    for step in (0, 5):
+        (board,) = make_trackers(toy_config(), RunDir(tmp_path), wandb_id="", step=step)
+        board.point(step + 1, {"train/loss": 0.1, "lr/network": 1e-5, "verdict/gap/cat": 0.2}, {})
+        board.close()
+
+    layouts = [
+        value.tensor.string_val[0]
+        for path in (tmp_path / "tensorboard").glob("events.*")
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.tag == LAYOUT_TAG
+    ]
+    whole = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload()
+    (found,) = whole.Tensors(".", LAYOUT_TAG)
+    layout = Layout.FromString(found.tensor_proto.string_val[0])
+    charts = {
+        tag
+        for category in layout.category
+        for chart in category.chart
+        for pattern in chart.multiline.tag
+        for tag in ("train/loss", "lr/network", "verdict/gap/cat")
+        if re.search(pattern, tag)
+    }
+    assert len(layouts) == 1
+    assert [category.title for category in layout.category] == list(GROUPS)
+    assert charts == {"train/loss", "lr/network", "verdict/gap/cat"}
+
+
+def test_an_older_run_gets_the_layout_from_the_next_launch(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.trackers._has_layout", lambda path: True)
+        (tmp_path / "tensorboard").mkdir()
+        (tmp_path / "tensorboard" / "events.out.tfevents.1.old").touch()
+        make_trackers(toy_config(), RunDir(tmp_path), wandb_id="", step=0)[0].close()
+    make_trackers(toy_config(), RunDir(tmp_path), wandb_id="", step=0)[0].close()
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert len(events.Tensors(LAYOUT_TAG)) == 1
 
 
 def test_charts_get_finite_numbers_only():
