@@ -8,7 +8,6 @@ from typing import Any
 
 from sharding.chunk import list_chunks
 from sharding.config import DatasetConfig
-from sharding.files import write_bytes
 from sharding.schema import Workspace
 from training.campaign import read_campaign
 from training.card.dataset import (
@@ -117,11 +116,6 @@ def render_card(
         ["## License", *(notes.sections.get("License") or _licence(config))],
     ]
     return "\n\n".join("\n".join(lines).strip("\n") for lines in blocks if lines) + "\n"
-
-
-def write_card(path: Path, text: str) -> None:
-    """Write the card, replacing what is there."""
-    write_bytes(path, text.encode())
 
 
 def _family(config: RunConfig) -> Any:

@@ -2,9 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from sharding.files import write_bytes
 from training.commands.common import add_run_arguments, run_config
 from training.exit_codes import DONE
+
+if TYPE_CHECKING:
+    from training.config import RunConfig
 
 SUMMARY = "write the README.md of a model repository, from ledger, run.toml and workspace"
 
@@ -28,21 +33,26 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """See `training.commands`."""
-    from sharding.config import DatasetConfig, load_config
-    from training.card.card import read_facts, render_card, write_card
-    from training.card.notes import read_notes
-    from training.card.settings import require_licence
-
-    config = run_config(options)
-    require_licence(config.save)
-    notes = read_notes(options.notes) if options.notes is not None else None
-    dataset = load_config(options.dataset, DatasetConfig) if options.dataset is not None else None
-    text = render_card(config, read_facts(config, options.run_dir, dataset), notes=notes, dataset=dataset)
+    text = card_text(run_config(options), options)
     if options.dry_run:
         print(text, end="")
         return DONE
     output = options.output or options.run_dir / "export" / "README.md"
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_card(output, text)
+    write_bytes(output, text.encode())
     print(f"{output}: {len(text.splitlines()):,} lines")
     return DONE
+
+
+def card_text(config: "RunConfig", options: argparse.Namespace, *, repository: str | None = None) -> str:
+    """Return the card of a run, as the options of `add_card_arguments` say. Raises as `render_card`, `read_notes`."""
+    from sharding.config import DatasetConfig, load_config
+    from training.card.card import read_facts, render_card
+    from training.card.notes import read_notes
+    from training.card.settings import require_licence
+
+    require_licence(config.save)
+    notes = read_notes(options.notes) if options.notes is not None else None
+    dataset = load_config(options.dataset, DatasetConfig) if options.dataset is not None else None
+    facts = read_facts(config, options.run_dir, dataset)
+    return render_card(config, facts, notes=notes, dataset=dataset, repository=repository)

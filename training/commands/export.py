@@ -4,10 +4,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sharding.files import write_bytes
+from training.commands.card import add_card_arguments
 from training.commands.common import add_run_arguments, run_config_if_any
 from training.exit_codes import DONE
 
 if TYPE_CHECKING:
+    from training.config import RunConfig
     from training.config.saving import SaveConfig
 
 SUMMARY = "write weights from the newest state, or convert others, for ComfyUI, kohya and diffusers"
@@ -42,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--old-diffusers", action="store_true", help="the copied decoder is for diffusers 0.35 to 0.37, not later ones"
     )
+    parser.add_argument(
+        "--push", metavar="REPO", help="then write the card and upload both to this hub repository; token: HF_TOKEN"
+    )
+    parser.add_argument("--push-decoder", metavar="REPO", help="upload the decoder of --decoder-from there")
+    add_card_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,12 +60,16 @@ def run(options: argparse.Namespace) -> int:
     if options.source is None and (config is None or options.run_dir is None):
         raise ValueError("what to export? Give --run-dir, or weights with --from")
     save = _save_config(options, config.save if config is not None else SaveConfig())
+    if options.push or options.push_decoder or options.notes or options.dataset:
+        _check_push(options, save)
     if config is not None and (other := sorted({*save.export_formats} - {*formats_of(config.recipe_name)})):
         own = ", ".join(formats_of(config.recipe_name))
         raise ValueError(f"--format {', '.join(other)}: the recipe {config.recipe_name} writes {own}")
     output = options.output or (options.run_dir / "export" if options.run_dir is not None else Path("export"))
     if options.dry_run:
         print(f"would write {', '.join(save.export_formats)} to {output}")
+        if options.push:
+            _print_pushes(options, output)
         return DONE
     if options.decoder_from is not None:
         from training.stage_c.export import copy_decoder_beside
@@ -97,7 +109,53 @@ def run(options: argparse.Namespace) -> int:
     config = config.model_copy(update={"save": save, "lora": lora})
     for line in export_weights(config, options.run_dir, output, chunk_name=options.chunk, best=options.best):
         print(line)
+    if options.push:
+        _push(options, config, output)
     return DONE
+
+
+def _check_push(options: argparse.Namespace, save: "SaveConfig") -> None:
+    from training.card.notes import read_notes
+    from training.card.settings import require_licence
+    from training.push import require_repository, require_token
+
+    if not options.push:
+        raise ValueError(
+            "--push-decoder, --notes and --dataset go with --push; `python -m training card` writes a card"
+        )
+    if options.source is not None or options.run_dir is None:
+        raise ValueError("--push is for the weights of a run, whose card goes with them: give --run-dir, not --from")
+    if options.push_decoder and options.decoder_from is None:
+        raise ValueError("--push-decoder: which decoder? Name it with --decoder-from and --format diffusers")
+    require_repository(options.push, "--push")
+    if options.push_decoder:
+        require_repository(options.push_decoder, "--push-decoder")
+    require_licence(save)
+    if options.notes is not None:
+        read_notes(options.notes)
+    if not options.dry_run:
+        require_token()
+
+
+def _print_pushes(options: argparse.Namespace, output: Path) -> None:
+    from training.push import pushes_of
+
+    if not output.is_dir():
+        print(f"would push them with a README.md to {options.push}; {output} holds nothing yet")
+        return
+    decoder = options.push_decoder if (output / "diffusers-decoder").is_dir() else None
+    for push in pushes_of(output, options.push, decoder):
+        print(f"would push what lies there now, written anew, to {push.text()}")
+
+
+def _push(options: argparse.Namespace, config: "RunConfig", output: Path) -> None:
+    from training.commands.card import card_text
+    from training.push import CARD, push_all, pushes_of, require_token
+
+    write_bytes(output / CARD, card_text(config, options, repository=options.push).encode())
+    pushes = pushes_of(output, options.push, options.push_decoder)
+    for line in push_all(pushes, token=require_token(), message=f"{config.name}, by chunkline"):
+        print(line)
 
 
 def _save_config(options: argparse.Namespace, save: "SaveConfig") -> "SaveConfig":
@@ -106,6 +164,10 @@ def _save_config(options: argparse.Namespace, save: "SaveConfig") -> "SaveConfig
         changes["export_formats"] = tuple(dict.fromkeys(options.formats))
     if options.dtype:
         changes["export_dtype"] = options.dtype
+    if options.push:
+        changes["hub_prior"] = options.push
+    if options.push_decoder:
+        changes["hub_decoder"] = options.push_decoder
     save = save.model_copy(update=changes)
     if options.decoder_from is not None and "diffusers" not in save.export_formats:
         raise ValueError("--decoder-from goes with --format diffusers: a decoder alone has no prior")
