@@ -18,6 +18,11 @@ export NUMBA_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 # export HF_HOME=/scratch/$USER/huggingface TMPDIR=/scratch/$USER/tmp
 # export HF_HUB_OFFLINE=1    # compute nodes without network: models are named by path, or were downloaded before
 
+# --- several nodes (train_chunk.sbatch): one process per GPU, and the network that they talk over ---
+# export PROCESSES_PER_NODE=8     # where Slurm does not say how many GPUs a node has
+# export MASTER_ADDR=10.0.0.1     # where the first node's name does not resolve
+# export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
+
 # --- memory: tcmalloc gives memory back to the system, glibc's malloc keeps it in worker processes ---
 for library in /usr/lib/*/libtcmalloc_minimal.so.4 /usr/lib64/libtcmalloc_minimal.so.4; do
     if [ -e "$library" ]; then
