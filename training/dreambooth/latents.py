@@ -46,12 +46,17 @@ class VaeEncoder:
 
     @cached_property
     def vae(self) -> "AutoencoderKL":
-        """The network, in fp32."""
-        if self._given is None:
-            from training.dreambooth.networks import load_model
+        """The network, in fp32, on the device."""
+        return self._loaded.to(self._device).requires_grad_(False).eval()
 
-            self._given = load_model(self._settings).vae
-        return self._given.to(self._device).requires_grad_(False).eval()
+    @cached_property
+    def _loaded(self) -> "AutoencoderKL":
+        """The network where it was loaded: of latents made ahead only its numbers are asked for."""
+        if self._given is not None:
+            return self._given
+        from training.dreambooth.networks import load_model
+
+        return load_model(self._settings).vae
 
     def digests(self) -> dict[str, str]:
         """Return a SHA-256 of the weights, by config key."""
@@ -73,7 +78,7 @@ class VaeEncoder:
             spread = (0.5 * logvar.clamp(_LEAST_LOGVAR, _MOST_LOGVAR)).exp()
             noise = torch.stack([torch.from_numpy(normal(one, "latent", tuple(mean.shape[1:]))) for one in identities])
             mean = mean + spread * noise.to(mean)
-        config = self.vae.config
+        config = self._loaded.config
         scale = float(config["scaling_factor"])
         if config.get("latents_mean") is None or config.get("latents_std") is None:
             return mean * scale

@@ -1,5 +1,7 @@
 """Pictures → latents: diffusers' distribution, its scaling, formats that overflow, and counted randomness."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -71,6 +73,16 @@ def test_a_vae_with_mean_and_spread_of_its_latents_is_shifted_by_them():
 
     as_tensor = {name: torch.tensor(values).view(1, 4, 1, 1) for name, values in {"mean": mean, "std": std}.items()}
     torch.testing.assert_close(found, (plain / 0.5 - as_tensor["mean"]) * 0.5 / as_tensor["std"])
+
+
+def test_latents_made_ahead_are_drawn_alike_and_leave_the_vae_where_it_is(vae):
+    batch, encoder = sd_batch(), encoder_of(vae)
+    stored = encoder_of(vae).encode(batch.images).values
+
+    found = encoder.of(replace(batch, images=None, latents=stored)).values
+
+    assert torch.equal(found, encoder_of(vae).of(batch).values)
+    assert "vae" not in vars(encoder)
 
 
 @pytest.mark.parametrize("vae_dtype", ["fp16", "bf16"])

@@ -31,7 +31,7 @@ name = "constant"
 [precision]
 autocast = "no"
 [save]
-every_steps = 1
+every_steps = 2
 keep_chunks = 9
 export_every_chunks = 0
 [trackers]
