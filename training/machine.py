@@ -2,7 +2,8 @@
 
 import logging
 import platform
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,23 @@ def machine_facts(*, num_processes: int, device: torch.device, num_threads: int,
         "exact": exact,
         "devices": f"{num_processes} x {name}",
     }
+
+
+def command_line(arguments: Sequence[str], *, num_processes: int) -> str | None:
+    """Return a launch's command for a shell, as model cards show it; a webhook, which may hold a secret, is not in it.
+
+    arguments: those of `python -m training`; None when they are another program's.
+    """
+    if list(arguments[:1]) != ["run"]:
+        return None
+    shown: list[str] = []
+    for word in arguments:
+        if "trackers.webhook=" not in word:
+            shown.append(word)
+        elif shown and shown[-1] == "--set":
+            shown.pop()
+    launcher = f"accelerate launch --num_processes {num_processes} -m" if num_processes > 1 else "python -m"
+    return f"{launcher} training {shlex.join(shown)}"
 
 
 def record_machine(run_dir: RunDir, now: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ The loop and the session say what happened; the form and the order on disk are d
 """
 
 import logging
+import os
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +21,7 @@ from training.errors import TroubleError
 from training.gauges import Gauges, progress_of
 from training.ledger import Ledger
 from training.loss_window import WINDOW
-from training.machine import record_machine, require_same_frozen_weights
+from training.machine import command_line, record_machine, require_same_frozen_weights
 from training.metrics_file import append_metrics, read_metrics, trim_metrics
 from training.position import Position
 from training.preview import remove_pictures
@@ -73,6 +75,9 @@ class Records:
         if self._feed is None:
             self._forget_after(position)
             require_same_frozen_weights(self._run_dir, frozen_weights())
+            num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+            if command := command_line(sys.argv[1:], num_processes=num_processes):
+                self._run_dir.update_run_json(command=command)
             wandb_id = record_machine(self._run_dir, machine)["wandb_id"]
         if resumed_from is not None:
             manifest_digest = read_manifest(resumed_from).digest

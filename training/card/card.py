@@ -39,7 +39,7 @@ from training.chunk_records import Totals, totals
 from training.config import RunConfig
 from training.memory.sd_architecture import family_of_model
 from training.run_dir import RunDir
-from training.stages import CONCEPTS, epochs_of
+from training.stages import epochs_of
 from training.status_tables import StatusRow, campaign_counts, dataset_rows
 
 
@@ -67,12 +67,12 @@ def read_facts(config: RunConfig, root: Path, dataset: DatasetConfig | None = No
     campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=epochs_of(config))
     counts = campaign_counts(campaign, run_dir)
     is_concepts = has_concepts(campaign)
-    there = [
-        chunk
-        for chunk in list_chunks(Workspace(config.data.workspace).chunks)
-        if not chunk.info.is_combined and not chunk.info.name.startswith(f"{CONCEPTS}/")
-    ]
-    common = Counter(chunk.info.num_samples for chunk in campaign.chunks.values()).most_common(1)
+    known = {chunk.info.name: chunk for chunk in list_chunks(Workspace(config.data.workspace).chunks)}
+    for name in campaign.names:  # trained, and deleted from the workspace since
+        copy = run_dir.started_chunk(name, check_shards=False) if name not in known else None
+        known.update({name: copy} if copy is not None else {})
+    there = [known[name] for name in sorted(known) if not known[name].info.is_combined]
+    common = Counter(known[name].info.num_samples for name in campaign.names if name in known).most_common(1)
     return CardFacts(
         run_dir=root,
         run_json=run_dir.read_run_json(),

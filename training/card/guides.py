@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from training.card.settings import base_model
 from training.config import Prompt, RunConfig
+from training.config.concepts import FILEWORDS
+from training.dreambooth.concept_prompts import concept_prompts
 from training.dreambooth.export.model_card import PIPELINES
 from training.dreambooth.single_file.layout import Family
 
@@ -53,13 +55,22 @@ output = pipe(
 
 
 def shown_prompt(config: RunConfig) -> Prompt:
-    """Return the preview that examples show: the first one, else an empty one of the run's size."""
+    """Return the preview that examples show: the first one, else a concept's, else an empty one of the run's size."""
     if config.preview.prompts:
         return config.preview.prompts[0]
+    for one in _of_concepts(config):
+        return one
     width, height = config.buckets.resolution
     if config.recipe_name == "stage_c":
         return Prompt(text="", width=1024, height=1024, steps=40, guidance=8.0)
-    return Prompt(text="", width=width, height=height, steps=28, guidance=7.0)
+    return Prompt(text="", width=width, height=height, steps=28, guidance=7.0, sampler="euler_a")
+
+
+def _of_concepts(config: RunConfig) -> list[Prompt]:
+    path = config.dreambooth.concepts if config.dreambooth is not None else None
+    if path is None or not path.is_file():
+        return []
+    return [prompt for one in concept_prompts(config) for prompt in one.prompts if FILEWORDS not in prompt.text]
 
 
 def ui_guides(config: RunConfig, *, repository: str, given: Mapping[str, Sequence[str]]) -> list[str]:

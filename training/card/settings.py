@@ -59,8 +59,8 @@ def _plain(value: str | Sequence[str]) -> str | list[str]:
 def base_model(config: RunConfig) -> str:
     """Return what training started from: a hub id, or the name of a file or folder."""
     source = config.of_stage_c.network if config.recipe_name == "stage_c" else config.of_dreambooth.model
-    is_path = PurePath(source).is_absolute() or source.startswith(".") or Path(source).exists()
-    return PurePath(source).name if is_path else source
+    is_hub_id = source.count("/") == 1 and not source.startswith((".", "/")) and not PurePath(source).suffix
+    return source if is_hub_id and not Path(source).exists() else PurePath(source).name
 
 
 def parameter_lines(config: RunConfig, facts: Mapping[str, Any], *, run_dir: Path) -> list[str]:

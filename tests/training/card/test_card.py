@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from training.card.card import read_facts, render_card
 from training.card.dataset import WordCounts, count_words
 from training.card.hours import device_times, hours_lines
 from training.card.notes import read_notes
+from training.card.settings import base_model
 from training.card.status import chunk_status
 from training.chunk_records import totals
 from training.cli import main
 from training.config import RunConfig
 from training.ledger import Ledger
+from training.machine import command_line
 from training.run_dir import RunDir
 
 ROOT = Path(__file__).parents[3]
@@ -263,6 +266,44 @@ def test_totals_of_the_tables_are_those_of_the_ledger(run):
     assert f"global step {sums.global_step}: 8 images seen in {sums.applied_updates} updates" in text
     rows = [numbers(line) for line in text.splitlines() if line.startswith(("| **cats**", "| **dogs**"))]
     assert [sum(column) for column in zip(*rows, strict=True)] == [8, 4, 12]
+
+
+def test_a_chunk_that_is_trained_and_deleted_from_the_workspace_still_counts(run):
+    config, folder = with_all(run), Workspace(run.config.data.workspace).chunks / "made" / "0000"
+    before = render_card(config, read_facts(config, run.run_dir.root))
+
+    shutil.rmtree(folder)
+
+    assert render_card(config, read_facts(config, run.run_dir.root)) == before
+
+
+def test_the_command_of_the_last_launch_is_shown_without_the_webhook():
+    words = [
+        "run",
+        "a b.toml",
+        "--set",
+        "trackers.webhook=https://x/secret",
+        "--set",
+        "data.epochs=2",
+        "--run-dir",
+        "r",
+    ]
+
+    one, eight = (command_line(words, num_processes=number) for number in (1, 8))
+
+    assert one == "python -m training run 'a b.toml' --set data.epochs=2 --run-dir r"
+    assert eight == "accelerate launch --num_processes 8 -m training run 'a b.toml' --set data.epochs=2 --run-dir r"
+    assert command_line(["-q", "tests"], num_processes=1) is None
+
+
+@pytest.mark.parametrize(
+    ("network", "shown"),
+    [("owner/name", "owner/name"), ("/data/models/x.safetensors", "x.safetensors"), ("models/x.safetensors",) * 2],
+)
+def test_the_base_model_is_a_hub_id_or_a_file_name(run, network, shown):
+    stage_c = run.config.stage_c.model_copy(update={"network": network})
+
+    assert base_model(run.config.model_copy(update={"stage_c": stage_c})) == shown.rpartition("models/")[2]
 
 
 def test_same_run_same_card(run):
