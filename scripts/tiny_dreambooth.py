@@ -28,7 +28,9 @@ COLOURS = {"grey": (1.0, 1.0, 1.0), "red": (1.0, 0.25, 0.25), "green": (0.25, 1.
 """What a picture's brightness is multiplied by in each channel."""
 CONCEPTS = {"ada": "red", "bob": "blue"}
 """Names that the models do not know, and the colour of their pictures."""
-CLASS_PROMPT = "grey picture"
+CLASS = "person"
+WORDS = ("tree", "house", "river", "street", "garden", "window", "mountain", "table")
+"""Of captions, one for each picture. To the models they mean nothing, as names do."""
 _SCALES: dict[Family, float] = {"sd1": 0.18215, "sdxl": 0.13025}
 _NUM_TAUGHT = 64
 """Pictures that the model knows before it is trained; concepts have others."""
@@ -44,7 +46,7 @@ _TEXT = {
 _UNETS = {
     "sd1": {"attention_head_dim": 8, "cross_attention_dim": _WIDTH},
     "sdxl": {
-        "attention_head_dim": [1, 1], "cross_attention_dim": 2 * _WIDTH, "use_linear_projection": True,
+        "attention_head_dim": [1, 1], "cross_attention_dim": 3 * _WIDTH, "use_linear_projection": True,
         "transformer_layers_per_block": [1, 2], "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
         "projection_class_embeddings_input_dim": _WIDTH + 6 * 8,
     },
@@ -93,7 +95,8 @@ def _texts(family: Family) -> "list[CLIPTextModel]":
 
     texts = [CLIPTextModel(CLIPTextConfig(**_TEXT, hidden_act="quick_gelu"))]
     if family == "sdxl":
-        texts.append(CLIPTextModelWithProjection(CLIPTextConfig(**_TEXT, hidden_act="gelu")))
+        wider = {"hidden_size": 2 * _WIDTH, "num_attention_heads": 2, "hidden_act": "gelu"}  # diffusers goes by width
+        texts.append(CLIPTextModelWithProjection(CLIPTextConfig(**_TEXT | wider)))
     for text in texts:
         words = text.get_input_embeddings().weight
         nn.init.normal_(words)
@@ -172,10 +175,11 @@ def teach_colours(unet: "UNet2DConditionModel", text: "CLIPTextModel", *, num_st
     schedule, tokenizer = NoiseSchedule.make(zero_terminal_snr=False), load_tokenizer("builtin")
     words = [f"{colour} picture" for colour in COLOURS]
     with torch.no_grad():
-        ids = tokenizer([*words, *CONCEPTS, ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
+        unknown = ["", CLASS, *CONCEPTS, *(f"{CLASS}, {word}" for word in WORDS)]
+        ids = tokenizer([*words, *unknown], padding="max_length", max_length=77, return_tensors="pt").input_ids
         states = text.eval()(ids).last_hidden_state
     brightness = torch.stack([_cells(picture) for picture in pictures()[:_NUM_TAUGHT]])
-    tints = torch.tensor([*COLOURS.values(), *[COLOURS["grey"]] * (len(CONCEPTS) + 1)])
+    tints = torch.tensor([*COLOURS.values(), *[COLOURS["grey"]] * len(unknown)])
     optimizer = torch.optim.AdamW(unet.parameters(), lr=2e-3)
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=num_steps)
     for _ in range(num_steps):
@@ -228,7 +232,7 @@ def write_pictures(folder: Path, *, num_pictures: int) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number, picture in enumerate(pictures()[_NUM_TAUGHT + place * num_pictures :][:num_pictures]):
             tinted(picture, colour).save(folder / name / f"{number:02d}.png")
-            (folder / name / f"{number:02d}.txt").write_text(f"{name}, picture", encoding="utf-8")
+            (folder / name / f"{number:02d}.txt").write_text(f"{CLASS}, {WORDS[number % len(WORDS)]}", encoding="utf-8")
 
 
 RUN = """\
@@ -267,9 +271,10 @@ CONCEPT = """\
 [[concepts]]
 name = "{name}"
 folder = "{root}/{name}"
-prompt = "{name}"
+token = "{name}"
 [concepts.class_images]
-prompt = "{class_prompt}"
+prompt = "[filewords]"
+token = "{class_token}"
 images_per_image = {num_class_images}
 guidance = 1
 steps = 4
@@ -294,7 +299,7 @@ def make_run(
     """Write pictures, concepts.toml and run.toml into `root`; return the run in `root/run`, not yet packed."""
     root.mkdir(parents=True, exist_ok=True)
     write_pictures(root, num_pictures=num_pictures)
-    facts = {"root": root, "class_prompt": CLASS_PROMPT, "num_class_images": num_class_images}
+    facts = {"root": root, "class_token": CLASS, "num_class_images": num_class_images}
     (root / "concepts.toml").write_text("".join(CONCEPT.format(name=name, **facts) for name in names), encoding="utf-8")
     (root / "run.toml").write_text(RUN.format(root=root, model=model), encoding="utf-8")
     return TinyRun(root / "run", list(overrides), config=root / "run.toml")

@@ -64,7 +64,7 @@ class Launch:
         self.process = context.Process(target=_launch, args=(arguments, str(log), environment or {}, prepare))
         self.process.start()
 
-    def wait(self, timeout_seconds: float = 120) -> int:
+    def wait(self, timeout_seconds: float = 300) -> int:
         self.process.join(timeout_seconds)
         if self.process.exitcode is None:
             raise TimeoutError(f"still running after {timeout_seconds} s:\n{self.log.read_text()}")

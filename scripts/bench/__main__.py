@@ -25,12 +25,14 @@ BENCHES = {
     "stage_c": "a step of stage C against a loop by hand around diffusers' network: time and memory",
     "kill": "random kills of a tiny run, against one that nobody disturbed",
     "kill_in_parts": "the same with a model in parts on two processes: FSDP2, DeepSpeed ZeRO-2",
+    "kill_dreambooth": "the same with staged DreamBooth runs, of whole weights and of adapters",
     "elastic": "1, 3, 2 processes inside one chunk, against one process that nobody stopped",
     "loop": "a step of the training loop against forward, backward and optimizer by hand",
     "save": "a state: how long training stands still and all takes, against a copy in memory and cp with SHA-256",
     "loader": "decode, resize, crop and caption of a chunk, against the bare decode, webdataset and files",
     "latents": "what is loaded per second of CPU, from latents encoded ahead against from pixels",
     "start": "from the start of a run to its first batch, at three positions of a chunk",
+    "dashboard": "the web page of a run of 708 chunks: time until all is drawn, and the server's",
     "compose": "captions of many rows after a threshold change: time and memory",
 }
 

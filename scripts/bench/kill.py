@@ -13,7 +13,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,27 +94,46 @@ def run(*, full: bool, data: Path | None) -> Result:
 def measure(
     root: Path, *, num_kills: int, seed: int, ways: Sequence[Way] = WAYS, undisturbed: Way = WAYS[0]
 ) -> Account:
-    """Disturb runs in `root`, launched by turns in these ways, until there were so many kills.
-
-    All are compared with one that is launched `undisturbed`. Its folder is `root/whole`.
-    """
+    """Disturb tiny runs of stage C in `root`; see `measure_runs`."""
     from scripts.demo_models.stage_c import make_stage_c_models
 
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    random, account = np.random.default_rng(seed), Account()
     make_workspace(root / "workspace", num_chunks=_NUM_CHUNKS)
     make_stage_c_models(root / "models", seed=7)
     overrides = [*tiny_overrides(root / "workspace", root / "models"), "data.epochs=1", "preview.every_steps=3"]
-    whole = TinyRun(root / "whole", [*overrides, *undisturbed.overrides])
+
+    def make(name: str, way: Way) -> TinyRun:
+        return TinyRun(root / name, [*overrides, *way.overrides])
+
+    chunks = [f"real/{number:04d}" for number in range(_NUM_CHUNKS)]
+    return measure_runs(make, chunks, num_kills=num_kills, seed=seed, ways=ways, undisturbed=undisturbed)
+
+
+def measure_runs(
+    make: Callable[[str, Way], TinyRun],
+    chunks: Sequence[str],
+    *,
+    num_kills: int,
+    seed: int,
+    ways: Sequence[Way] = WAYS,
+    undisturbed: Way = WAYS[0],
+) -> Account:
+    """Disturb runs, launched by turns in these ways, until there were so many kills.
+
+    make: gives a fresh run by its name. chunks: what it trains. All are compared with the run `whole`, which is
+    launched `undisturbed`.
+    """
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    random, account = np.random.default_rng(seed), Account()
+    whole = make("whole", undisturbed)
     Launch(whole.arguments("plan"), whole.log).wait()  # starts the server that launches are forked from
     started = time.monotonic()
     _finish(whole, whole.launch_on(undisturbed.sizes[0], "--chunks", ":"))
     account.seconds = time.monotonic() - started
     while account.kills.total() < num_kills:
         way = ways[account.num_runs % len(ways)]
-        disturbed = TinyRun(root / f"run-{account.num_runs}", [*overrides, *way.overrides])
+        disturbed = make(f"run-{account.num_runs}", way)
         _disturb(disturbed, random, account, sizes=way.sizes, most=num_kills)
-        _compare(disturbed, whole, account, has_same_bits=way.has_same_bits)
+        _compare(disturbed, whole, chunks, account, has_same_bits=way.has_same_bits)
         account.num_runs += 1
     return account
 
@@ -190,7 +209,7 @@ def _moment(run: TinyRun) -> str:
     return {"chunk_done": "between_chunks", "started": "in_first_steps"}.get(last, "in_steps_and_previews")
 
 
-def _compare(run: TinyRun, whole: TinyRun, account: Account, *, has_same_bits: bool) -> None:
+def _compare(run: TinyRun, whole: TinyRun, chunks: Sequence[str], account: Account, *, has_same_bits: bool) -> None:
     rows, expected = run.rows("trace.jsonl"), whole.rows("trace.jsonl")
     if has_same_bits and rows != expected:
         account.wrong_lists.append(f"{run.root.name}: trace differs")
@@ -198,7 +217,6 @@ def _compare(run: TinyRun, whole: TinyRun, account: Account, *, has_same_bits: b
         account.wrong_lists.append(f"{run.root.name}: list differs")
     elif not has_same_bits and (worst := max(loss_differences(rows, expected))) > _LOSS_TOLERANCE:
         account.wrong_lists.append(f"{run.root.name}: losses differ by a relative {worst:.1e}")
-    for number in range(_NUM_CHUNKS):
-        chunk = f"real/{number:04d}"
+    for chunk in chunks:
         if has_same_bits and run.final_files(chunk) != whole.final_files(chunk):
             account.wrong_bits.append(f"{run.root.name}: weights of {chunk} differ")
