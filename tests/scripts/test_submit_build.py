@@ -66,4 +66,4 @@ def test_every_sbatch_file_is_one_command_in_the_environment_of_the_site():
         code = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
         assert code[:3] == ["set -euo pipefail", 'cd "$SLURM_SUBMIT_DIR"', "source slurm/env.sh"], path
         assert code[-1].startswith("exec python -m "), path
-        assert len(code) <= 5, path
+        assert len(code) <= 5 or path.name == "train_chunk.sbatch", path  # rendezvous and signals are the shell's work
