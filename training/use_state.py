@@ -62,7 +62,8 @@ def make_previews(
     prompts = preview_prompts(config, RunDir(root))
     if not prompts:
         raise ValueError(
-            "preview.prompts is empty, there is no preview.file and no concept has sample.prompt: there is nothing to draw"
+            "preview.prompts is empty, there is no preview.file, and no concept has sample.prompt: there is nothing "
+            "to draw"
         )
     with _shown(config, root, chunk_name, best=best) as (state, recipe):
         pictures = recipe.preview(prompts)
