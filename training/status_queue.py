@@ -11,6 +11,8 @@ from pathlib import Path
 
 _KEPT_SECONDS = 30.0
 _TIMEOUT_SECONDS = 10.0
+_NOT_SET_UP = "Could not establish a configuration source"
+"""What squeue says where Slurm is installed but no part of a cluster."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class QueueReader:
 
     def __init__(self, root: Path) -> None:
         self._digest = run_digest(root)
-        self._known: tuple[float, Queue] | None = None
+        self._known: tuple[float, Queue | None] | None = None
         self._lock = threading.Lock()
 
     def read(self) -> Queue | None:
-        """Return the run's jobs; None where there is no squeue."""
+        """Return the run's jobs; None where there is no Slurm."""
         if shutil.which("squeue") is None:
             return None
         with self._lock:
@@ -57,14 +59,15 @@ class QueueReader:
                 self._known = time.monotonic(), self._ask()
             return self._known[1]
 
-    def _ask(self) -> Queue:
+    def _ask(self) -> Queue | None:
         command = ["squeue", "--noheader", "--format=%i|%T|%M|%R|%j"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
             return Queue(problem=f"squeue does not answer ({error})")
         if done.returncode != 0:
-            return Queue(problem=f"squeue: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else 'failed'}")
+            said = done.stderr.strip().splitlines() or [f"squeue ended with {done.returncode}"]
+            return None if _NOT_SET_UP in done.stderr else Queue(problem=f"not known: {said[-1]}")
         jobs = []
         for line in done.stdout.splitlines():
             job_id, state, elapsed, reason, name = (word.strip() for word in line.split("|", 4))

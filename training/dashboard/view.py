@@ -11,6 +11,7 @@ from training.dashboard.disk import DiskReader, disk_text
 from training.dashboard.metrics_columns import STEP, Columns, MetricsColumns
 from training.dashboard.overview import Overview, OverviewReader
 from training.dashboard.previews import Previews
+from training.dreambooth.verdict.remedies import Remedy
 from training.dreambooth.verdict.report import read_verdict
 from training.ledger import Line
 from training.run_dir import RunDir
@@ -50,7 +51,7 @@ class RunView:
         return {
             **header(overview),
             "groups": groups(squares),
-            "verdict": read_verdict(self.root),
+            "verdict": _verdict(read_verdict(self.root)),
             "queue": queue.text() if (queue := self._queue.read()) is not None else None,
             "ledger": [_shown(line) for line in overview.lines[-_LEDGER_LINES:]],
             "num_lines": len(overview.lines),
@@ -108,7 +109,7 @@ def header(overview: Overview) -> dict[str, Any]:
         "global_step": max(sums.global_step, speed.global_step if speed is not None and current is not None else 0),
         "images": sums.images_seen,
         "images_left": eta.showings_left,
-        "gpu_hours": round(sums.busy_seconds / 3600, 2),
+        "gpu_hours": round(sums.busy_seconds / 3600, 2 if sums.busy_seconds > 36_000 else 4),
         "skipped": sums.skipped_steps,
         "broken": sums.broken_images,
         "images_per_second": None if speed is None else round(speed.images_per_second, 2),
@@ -150,6 +151,21 @@ def first_step(overview: Overview, num_chunks: int | None) -> int:
     if num_chunks is None or len(live) <= num_chunks:
         return 0
     return live[-num_chunks].visits[-1].global_step + 1
+
+
+def _verdict(verdict: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return of each concept its word and, in words, why, what is not known and what to try."""
+    if verdict is None:
+        return None
+    concepts = [
+        {
+            "name": name, "word": reading["word"], "reasons": reading["reasons"], "unknown": reading["unknown"],
+            "remedies": [str(Remedy(**one)) for one in reading["remedies"]],
+        }
+        for name, reading in verdict["concepts"].items()
+    ]  # fmt: skip
+    best = None if verdict["best"] is None else verdict["best"]["global_step"]
+    return {"global_step": verdict["global_step"], "concepts": concepts, "best_step": best}
 
 
 def _chunk_losses(overview: Overview, columns: Columns) -> dict[str, float | None]:

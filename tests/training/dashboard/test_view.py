@@ -10,6 +10,9 @@ from training.cli import main
 from training.dashboard.ledger_lines import LedgerLines
 from training.dashboard.overview import RunNotThereError
 from training.dashboard.view import SPANS, RunView
+from training.dreambooth.verdict.remedies import Remedy
+from training.dreambooth.verdict.report import Verdict
+from training.dreambooth.verdict.rule import Reading
 from training.ledger import EVENTS, LedgerError, Line, read_ledger
 from training.lock import RunLock
 from training.status_events import event_text
@@ -76,6 +79,23 @@ def test_the_disk_is_measured_and_forecast_from_a_state_that_is_there(view, run_
     disk = view.disk()
 
     assert disk["total"] > 3 * 5000 and disk["is_enough"] and "states of" in disk["text"]
+
+
+def test_a_verdict_is_told_in_words(view, run_dir):
+    assert view.overview()["verdict"] is None
+    reading = Reading(word="over", reasons=("the held-out loss rises",), unknown=("how like it is",))
+    remedies = {"aoi": (Remedy("fewer epochs", "data.epochs=70", "new"),)}
+    Verdict(
+        NAMES[6], 280, {"aoi": reading}, remedies, previews=(), drift=None, drift_since=None, best=("chunks/x", 160)
+    ).write(run_dir.root)
+
+    verdict = view.overview()["verdict"]
+
+    assert (verdict["global_step"], verdict["best_step"]) == (280, 160)
+    assert verdict["concepts"] == [
+        {"name": "aoi", "word": "over", "reasons": ["the held-out loss rises"], "unknown": ["how like it is"],
+         "remedies": ["fewer epochs: --set 'data.epochs=70' (in a new run)"]}
+    ]  # fmt: skip
 
 
 def test_previews_are_listed_with_prompts_and_only_listed_ones_are_given_out(view, run_dir):

@@ -118,3 +118,9 @@ def test_ctrl_c_ends_it_with_code_0(run_dir, tmp_path):
 
     assert process.wait(30) == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_slurm_that_is_installed_but_not_set_up_is_no_queue(run_dir, tmp_path):
+    make_squeue(tmp_path, "echo 'squeue: fatal: Could not establish a configuration source' >&2; exit 1")
+
+    assert QueueReader(run_dir.root).read() is None

@@ -33,17 +33,19 @@ function ticks(low, high, count) {
   return found;
 }
 
-/** Exponential mean over about `width` points that starts without a bias (Adam's); gaps stay gaps. */
+/** Exponential mean over about `width` points, from both sides, so that it does not lag; gaps stay gaps. */
 function smoothed(values, width) {
-  if (width < 1) return values;
-  const keep = width / (width + 1);
-  let sum = 0, weight = 0;
-  return values.map((value) => {
-    if (value === null) return null;
-    sum = keep * sum + (1 - keep) * value;
-    weight = keep * weight + (1 - keep);
-    return sum / weight;
-  });
+  const keep = width / (width + 1), once = (list) => {
+    let sum = 0, weight = 0;
+    return list.map((value) => {
+      if (value === null) return null;
+      sum = keep * sum + value;
+      weight = keep * weight + 1;
+      return sum / weight;
+    });
+  };
+  const there = once(values), back = once([...values].reverse()).reverse();
+  return values.map((value, index) => (value === null ? null : (there[index] + back[index]) / 2));
 }
 
 class Chart {
@@ -167,7 +169,7 @@ class Chart {
     pen.globalAlpha = 1;
     pen.lineWidth = 2;
     pen.setLineDash(dash);
-    line(this.definition.smooth ? smoothed(one.mean, this.board.smoothing) : one.mean);
+    line(this.definition.smooth ? smoothed(one.mean, (this.board.smoothing * x.length) / 600) : one.mean);
     pen.setLineDash([]);
     if (this.definition.dots && known.length < 80) {
       known.forEach((index) => { pen.beginPath(); pen.arc(toX(x[index]), toY(one.mean[index]), 2.5, 0, 7); pen.fill(); });
@@ -202,7 +204,7 @@ class Chart {
       this.readout.textContent = series.map((one) => label(one) + "now " + shown(newest(one), percent)).join(", ");
     } else {
       const index = board.index, values = series.map((one) => {
-        const range = one.least[index] === one.most[index] ? "" : ` (${shown(one.least[index], percent)} to ${shown(one.most[index], percent)})`;
+        const range = series.length > 1 || one.least[index] === one.most[index] ? "" : ` (${shown(one.least[index], percent)} to ${shown(one.most[index], percent)})`;
         return label(one) + shown(one.mean[index], percent) + range;
       });
       this.readout.textContent = `${board.axis} ${shown(this.x[index])}: ${values.join(", ")}`;
@@ -242,6 +244,10 @@ class Board {
     if (index === this.index) return;
     this.index = index;
     this.draw();
+    const near = index === null ? [] : this.data.marks.filter((mark) => Math.abs(this.nearest(mark.step) - index) < 2);
+    find("happened").textContent = near.map((mark) => mark.text).join(" · ");
+    find("happened").hidden = !near.length;
+    find("hint").hidden = Boolean(near.length);
   }
 
   key(event) {
@@ -252,11 +258,16 @@ class Board {
     this.point(to === null ? null : Math.max(0, Math.min(count - 1, to)));
   }
 
+  /** Return the number of the bin that a step lies in. */
+  nearest(step) {
+    const index = this.data.x.step.findIndex((one) => one >= step);
+    return index < 0 ? this.data.x.step.length - 1 : index;
+  }
+
   /** Return where a step lies on the axis that is shown. */
   place(step) {
-    const { step: steps, images } = this.data.x;
+    const steps = this.data.x.step;
     if (this.axis === "step") return Math.max(steps[0], Math.min(steps[steps.length - 1], step));
-    const index = steps.findIndex((one) => one >= step);
-    return images[index < 0 ? images.length - 1 : index];
+    return this.data.x.images[this.nearest(step)];
   }
 }

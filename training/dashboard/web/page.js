@@ -50,13 +50,13 @@ function showOverview(data) {
   find("tiles").replaceChildren(
     tile("Chunks", `${count(data.chunks_done)} / ${count(data.chunks)}`, `${percent(data.done_fraction)} of ${count(data.images + data.images_left)} images`, data.done_fraction),
     chunk
-      ? tile("Half trained", chunk.name, `step ${count(chunk.step)} of ${count(chunk.steps)}, saved up to ${count(chunk.saved)}`, chunk.steps ? chunk.step / chunk.steps : 0)
+      ? tile(data.state === "running" ? "In training" : "Half trained", chunk.name, `step ${count(chunk.step)} of ${count(chunk.steps)}, saved up to ${count(chunk.saved)}`, chunk.steps ? chunk.step / chunk.steps : 0)
       : tile("Half trained", "none", ""),
     tile("Time left", data.eta_text, data.images_left ? `${count(data.images_left)} images` : ""),
     tile("Speed", data.images_per_second === null ? "–" : `${shown(data.images_per_second)} /s`, `images; ${percent(data.wait_fraction)} of it waiting for data`),
     tile("Loss", data.loss === null ? "–" : shown(data.loss), "mean of 100 steps"),
     tile("Global step", count(data.global_step), `${count(data.skipped)} skipped, ${count(data.broken)} broken images`),
-    tile("GPU time", `${shown(data.gpu_hours)} h`, data.devices.join(", ")),
+    tile("GPU time", data.gpu_hours < 1 ? `${shown(60 * data.gpu_hours)} min` : `${count(data.gpu_hours)} h`, data.devices.join(", ")),
     tile("Last launch", exit ? EXITS[exit.code] ?? "failed" : "–", exit ? `code ${exit.code}, ${exit.time.replace("T", " ").replace("Z", "")}, ${exit.host}${exit.slurm_job_id ? `, job ${exit.slurm_job_id}` : ""}` : "none has ended"),
   );
   map.show(data.groups);
@@ -79,11 +79,13 @@ function showLedger() {
 function showVerdict(verdict) {
   find("verdict-section").hidden = !verdict;
   if (!verdict) return;
-  const best = verdict.best ? `; best state: step ${count(verdict.best.global_step)}, kept` : "";
+  const best = verdict.best_step === null ? "" : `; best state: step ${count(verdict.best_step)}, kept`;
   find("verdict-step").textContent = `at global step ${count(verdict.global_step)}${best}`;
-  find("concepts").replaceChildren(...Object.entries(verdict.concepts).map(([name, reading]) => element(
-    "div", { class: "concept", "data-word": reading.word }, element("h3", {}, `${name}: ${reading.word}`),
-    element("ul", {}, ...reading.reasons.map((text) => element("li", {}, text)), ...reading.unknown.map((text) => element("li", { class: "quiet" }, `not known: ${text}`)), ...reading.remedies.map((remedy) => element("li", {}, `try: ${Object.values(remedy).filter(Boolean).join(" — ")}`))),
+  find("concepts").replaceChildren(...verdict.concepts.map((reading) => element(
+    "div", { class: "concept", "data-word": reading.word }, element("h3", {}, `${reading.name}: ${reading.word}`),
+    element("ul", {}, ...[
+      ...reading.reasons, ...reading.unknown.map((text) => `not known: ${text}`), ...reading.remedies.map((text) => `try: ${text}`),
+    ].map((text) => element("li", {}, text))),
   )));
 }
 
