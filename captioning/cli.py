@@ -45,11 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from captioning.edit_table import EditError
     from captioning.plugin import ModelError
     from sharding.config import ConfigError, load_config
+    from sharding.files import unsupported_system
     from sharding.images import BrokenFractionError
     from sharding.runlog import configure_logging
     from sharding.schema import Workspace
     from sharding.tables import DamagedPartError
 
+    if problem := unsupported_system():
+        return _fail(problem, BAD_USAGE)
     configure_logging(verbose=options.verbose)
     try:
         config = load_config(options.dataset, CaptioningConfig, options.set)

@@ -1,6 +1,6 @@
 """Stop a computation that does not end, such as a regular expression that tries every way to match.
 
-Works in the main thread, where Python's `re` looks for signals as it goes; elsewhere there is no limit.
+Works in the main thread, where Python's `re` looks for signals as it goes; elsewhere, and on Windows, there is no limit.
 """
 
 import signal
@@ -18,7 +18,7 @@ class TookTooLongError(Exception):
 
 def limited(call: Callable[[], T], *, seconds: float) -> T:
     """Return what the call returns. Raises TookTooLongError after `seconds` of clock time."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return call()
 
     def stop(number: int, frame: FrameType | None) -> None:

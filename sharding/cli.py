@@ -35,8 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(_join_words(sys.argv[1:] if arguments is None else arguments))
     except SystemExit as stop:  # argparse has printed help or the mistake
         return stop.code if isinstance(stop.code, int) else BAD_USAGE
+    from sharding.files import unsupported_system
     from sharding.runlog import configure_logging
 
+    if problem := unsupported_system():
+        print(f"error: {problem}", file=sys.stderr)
+        return BAD_USAGE
     configure_logging(verbose=options.verbose)
     try:
         answer = COMMANDS[options.command].run(options)

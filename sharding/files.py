@@ -5,13 +5,13 @@ Nothing here knows what is in a file.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from sharding.sources import read_file as read_file  # for the other packages, which import only shared modules
+
+if sys.platform != "win32":
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,16 @@ class DiskFullError(OSError):
 
     def __str__(self) -> str:
         return str(self.strerror)  # without OSError's "[Errno 28]"
+
+
+def unsupported_system() -> str:
+    """Return why nothing is written on this system, and what to do; "" where all is well.
+
+    Reading works: modules can be imported, and shards are read by offset, everywhere.
+    """
+    if sys.platform != "win32":
+        return ""
+    return "chunkline does not run on Windows (locks, signals and renames differ): use WSL2 (`wsl --install`) there"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -125,7 +138,9 @@ def locked(folder: Path, *, dry_run: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            if is_held:  # said aloud, because worker processes may have inherited the open file
+            if (
+                is_held and sys.platform != "win32"
+            ):  # said aloud, because worker processes may have inherited the open file
                 fcntl.flock(stream, fcntl.LOCK_UN)
 
 
@@ -140,6 +155,9 @@ def _open_lock(folder: Path) -> IO[bytes] | None:
 
 
 def _lock(stream: IO[bytes]) -> bool:
+    if sys.platform == "win32":
+        logger.warning("%s: no locks on Windows: let no two tasks do the same work", stream.name)
+        return False
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

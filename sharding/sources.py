@@ -104,7 +104,8 @@ def _read_member(tar: Path, name: str, *, max_bytes: int | None) -> bytes:
     offset, num_bytes = members[name]
     wanted = num_bytes if max_bytes is None else min(num_bytes, max_bytes)
     with tar.open("rb", buffering=0) as stream:
-        data = os.pread(stream.fileno(), wanted, offset)
+        stream.seek(offset)
+        data = stream.read(wanted)
     if len(data) != wanted:
         raise OSError(errno.EIO, f"the tar ends after {len(data):,} of its {wanted:,} bytes", f"{tar}/{name}")
     return data
