@@ -1,6 +1,6 @@
 """Stop a computation that does not end, such as a regular expression that tries every way to match.
 
-Works in the main thread, where Python's `re` looks for signals as it goes; elsewhere, and on Windows, there is no limit.
+Works in the main thread, where Python's `re` looks for signals as it goes; elsewhere and on Windows nothing is stopped.
 """
 
 import signal

@@ -7,6 +7,7 @@ import os
 import sys
 from importlib.metadata import packages_distributions
 
+from sharding.files import unsupported_system
 from sharding.runlog import configure_logging
 from training.exit_codes import BAD_USAGE, code_of, is_foreseen
 
@@ -42,6 +43,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"the import name 'training' is claimed by {' and '.join(owners)}: uninstall the other", file=sys.stderr)
         return BAD_USAGE
     options = _parser().parse_args(argv)
+    if problem := unsupported_system():
+        print(f"error: {problem}", file=sys.stderr)
+        return BAD_USAGE
     configure_logging(rank=int(os.environ.get("RANK", "0")), verbose=options.verbose)
     if not sys.stderr.isatty():
         os.environ.setdefault(
