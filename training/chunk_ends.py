@@ -32,7 +32,7 @@ class ChunkEnd:
     def is_kept(self) -> bool:
         """Whether the state is there as it was saved; its files are not read."""
         try:
-            return read_manifest(self.state).digest == self.line.fields["manifest_digest"]
+            return read_manifest(self.state).digest == str(self.line.fields["manifest_digest"])
         except StateError:
             return False
 

@@ -4,7 +4,7 @@ The launch itself decides by the same functions (`training.campaign`, `training.
 it but the chunk's name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +41,10 @@ def next_launch(config: RunConfig, root: Path, *, is_verifying: bool = False) ->
     run_dir = RunDir(root)
     holder = holder_state(run_dir.lock_path)
     if holder is not None and holder.is_live:
-        raise LockHeldError(f"{root}: a launch is at work ({holder}); nothing was started")
+        raise LockHeldError(
+            f"{root}: a launch is at work ({holder}); nothing was started. One on another machine counts as dead after "
+            f"{2 * holder.holder.heartbeat_seconds:.0f} s without a heartbeat"
+        )
     campaign = read_campaign(config.data.workspace, config.data.chunks, run_dir, epochs=epochs_of(config))
     found = [
         *_where(run_dir),
@@ -75,7 +78,8 @@ def _last_words(lines: Sequence[Line], holder: HolderState | None) -> list[str]:
     last = next((line for line in reversed(lines) if line.event in _WORDS), None)
     if holder is not None and (last is None or last.event not in ("failed", "stopped")):
         return [f"the last launch was killed ({holder.reason})"]
-    return [_WORDS[last.event](last)] if last is not None and _WORDS[last.event] is not None else []
+    say = _WORDS[last.event] if last is not None else None
+    return [say(last)] if last is not None and say is not None else []
 
 
 def _short(reason: object) -> str:
@@ -89,7 +93,7 @@ def _superseded(line: Line) -> str:
     return f"{span} {'was' if len(chunks) == 1 else 'were'} superseded ({_short(line.fields['reason'])})"
 
 
-_WORDS = {
+_WORDS: Mapping[str, Callable[[Line], str] | None] = {
     "failed": lambda line: f"the last launch failed ({_short(line.fields['reason'])})",
     "stopped": lambda line: f"the last launch was stopped ({_short(line.fields['reason'])})",
     "superseded": _superseded,

@@ -47,5 +47,7 @@ _WORDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "stopped": lambda fields: f"stopped at {_step(fields)}: {fields.get('reason')}",
     "failed": lambda fields: f"failed at {_step(fields)}: {fields.get('reason')}",
     "recovered": lambda fields: f"an unterminated ledger line of {fields.get('num_bytes', 0):,} bytes was cut",
+    "rewound": lambda fields: f"back at {_step(fields)}; what was undone lies in {fields.get('path')}",
+    "forked": lambda fields: f"a branch of {fields.get('source')} begins here, at {_step(fields)}",
     "imported": lambda fields: f"the state of another trainer was imported: {fields.get('source')}",
 }

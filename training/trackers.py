@@ -231,6 +231,11 @@ def shown_settings(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"trackers": {"webhook"}})
 
 
+def origin(run_json: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what links a run to others: the W&B runs that it was before it was rewound, the run it is a branch of."""
+    return {key: run_json[key] for key in ("wandb_ids_before", "forked_from") if key in run_json}
+
+
 def make_trackers(config: RunConfig, run_dir: RunDir, *, wandb_id: str, step: int) -> list[Tracker]:
     """Return the trackers that a config asks for. step: where this launch begins."""
     settings, trackers = config.trackers, list[Tracker]()
@@ -240,7 +245,7 @@ def make_trackers(config: RunConfig, run_dir: RunDir, *, wandb_id: str, step: in
         trackers.append(
             WandB(
                 run_dir.wandb_folder, project=settings.wandb_project, run_name=config.name, run_id=wandb_id,
-                mode=settings.wandb, config=shown_settings(config),
+                mode=settings.wandb, config={**shown_settings(config), **origin(run_dir.read_run_json())},
             )
         )  # fmt: skip
     return trackers

@@ -13,12 +13,14 @@ from tests.training.conftest import RUN_TOML, make_chunk
 from tests.training.paper_run import PaperRun, reopened
 from training.campaign import read_campaign
 from training.chunk_records import chunk_records, has_state, totals
+from training.config.watching import TrackerConfig
 from training.lock import LockHeldError, RunLock
 from training.metrics_file import read_metrics
 from training.rewind import plan_rewind, rewind
 from training.run_dir import RunDir
 from training.set_aside import finish_rewind, pending_rewind
 from training.state_manifest import StateError
+from training.trackers import make_trackers
 from training.verify_run import verify_run
 
 FIRST, SECOND, THIRD = "made/0000", "made/0001", "made/0002"
@@ -62,7 +64,9 @@ def charted(root):
 
     events = EventAccumulator(str(root / "tensorboard"))
     events.Reload()
-    return [event.step for event in events.Scalars("train/loss")]
+    return sorted(
+        event.step for event in events.Scalars("train/loss")
+    )  # files of one process and second have any order
 
 
 def tree(root):
@@ -146,7 +150,7 @@ def test_a_rewind_that_is_killed_between_any_two_acts_is_finished_by_the_next_la
     assert verify_run(trained.config, whole).problems == []
 
 
-def test_wandb_goes_on_under_a_new_id_that_names_the_old_one(copy):
+def test_wandb_goes_on_under_a_new_id_that_names_the_old_one(trained, copy, monkeypatch):
     run_dir = RunDir(copy)
     old = run_dir.update_run_json()["wandb_id"]
     positions = json.loads(run_dir.trackers_path.read_text())
@@ -162,6 +166,12 @@ def test_wandb_goes_on_under_a_new_id_that_names_the_old_one(copy):
     assert (aside / "wandb").is_dir()
     assert any(f"new id, {now['wandb_id']}" in line for line in told)
     assert json.loads(run_dir.trackers_path.read_text()) == {}
+
+    made = []
+    monkeypatch.setattr("training.trackers.WandB", lambda *_, **options: made.append(options))
+    config = trained.config.model_copy(update={"trackers": TrackerConfig(tensorboard=False, wandb="offline")})
+    make_trackers(config, run_dir, wandb_id=now["wandb_id"], step=2)
+    assert made[0]["config"]["wandb_ids_before"] == [old]
 
 
 def test_going_back_twice_and_to_the_newest_chunk(trained, copy):
