@@ -290,7 +290,7 @@ def test_workers_end_with_the_training_process_however_it_ends(chunk, tmp_path, 
     with (tmp_path / "stdout").open("w") as stdout:
         subprocess.run(
             [sys.executable, str(script), str(chunk.folder), end],
-            stdout=stdout, stderr=subprocess.DEVNULL, env=environment, cwd=root, timeout=60,
+            stdout=stdout, stderr=subprocess.DEVNULL, env=environment, cwd=root, timeout=240,
         )  # fmt: skip
 
     workers = [int(pid) for pid in (tmp_path / "stdout").read_text().split()]

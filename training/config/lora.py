@@ -167,9 +167,12 @@ def adapter_problems(config: Any) -> list[str]:
         problems += _recipe_problems(lora, config)
     given = [] if tokens is None else [tokens.learning_rate]
     given += [] if lora is None else [block.learning_rate for block in lora.blocks]
+    if config.dreambooth is not None:
+        given += [recipe.text_encoder_2_learning_rate]
     if config.optimizer.name == "prodigy" and set(given) - {None, config.optimizer.learning_rate}:
         problems.append(
-            'optimizer.name "prodigy" has one learning rate for all: take those of tokens and lora.blocks out'
+            'optimizer.name "prodigy" has one learning rate for all: take those of tokens, lora.blocks and '
+            "text_encoder_2 out"
         )
     if tokens is not None and tokens.only and (lora is not None or recipe.train_text_encoder):
         problems.append(f"tokens.only: take [lora] and {recipe.text_key} out, they train other things")
