@@ -328,7 +328,7 @@ def test_metadata_says_what_the_adapters_are(paths):
                 "lora": {"blocks": [{"name": "a", "targets": ["*"], "learning_rate": 0.1}]},
                 "optimizer": {"name": "prodigy", "learning_rate": 1.0},
             },
-            "take those of tokens and lora.blocks out",
+            "take those of tokens, lora.blocks and text_encoder_2 out",
         ),
     ],
 )
