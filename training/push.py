@@ -58,7 +58,7 @@ class Push:
 def require_repository(name: str, option: str) -> None:
     """Raise ConfigError for a name that is no `OWNER/NAME`."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
