@@ -65,7 +65,9 @@ def room_rows(
         config.batch.micro_batch_size,
     )
     yield memory_row(step, processes)
-    yield _disk_row(config, root, forecast_before(config, chunk, report, planner), chunk)
+    forecast = forecast_before(config, chunk, report, planner)
+    used, free = folder_bytes(root), free_bytes(root)
+    yield disk_row(forecast, chunk.name, keep_states=config.save.keep_states, free_bytes=free, used_bytes=used)
     yield decode_row(config, step, processes, data)
     if bytes_per_second is not None:
         yield exchange_row(step, len(processes), data, bytes_per_second)
@@ -159,14 +161,17 @@ def _settings_row(report: PlanReport) -> Row:
     return Row("settings", text, "a run that may start", "warn" if warned else "ok", "see plan" * bool(warned))
 
 
-def _disk_row(config: RunConfig, root: Path, forecast: DiskForecast, chunk: Chunk) -> Row:
-    used, free = folder_bytes(root), free_bytes(root)
-    soon = (config.save.keep_states + 1) * forecast.state_bytes + forecast.export_bytes
-    found = f"{size_text(free)} free, {size_text(used)} used by the run"
-    wanted = f"{size_text(soon)} for {chunk.name}, {size_text(forecast.total)} for the run"
+def disk_row(forecast: DiskForecast, chunk: str, *, keep_states: int, free_bytes: int, used_bytes: int) -> Row:
+    """Return the row that compares the disk with the chunk that comes, and with the whole run.
+
+    used_bytes: what the run folder holds already.
+    """
+    soon = (keep_states + 1) * forecast.state_bytes + forecast.export_bytes
+    found = f"{size_text(free_bytes)} free, {size_text(used_bytes)} used by the run"
+    wanted = f"{size_text(soon)} for {chunk}, {size_text(forecast.total)} for the run"
     advice = "lower save.keep_exports, save.keep_every_chunks or save.keep_chunks, or take a larger disk"
-    if soon > free + used:
+    if soon > free_bytes + used_bytes:
         return Row("disk", found, wanted, "fail", advice)
-    if forecast.total - used > free:
+    if forecast.total - used_bytes > free_bytes:
         return Row("disk", found, wanted, "warn", f"that does not last to the end: {advice}")
     return Row("disk", found, wanted)
