@@ -8,7 +8,7 @@ pictures in the colour that the prompt names. All of it has the true classes and
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -43,7 +43,7 @@ _TEXT = {
     "num_attention_heads": 1, "max_position_embeddings": 77, "projection_dim": _WIDTH, "bos_token_id": 49406,
     "eos_token_id": 49407,
 }  # fmt: skip
-_UNETS = {
+_UNETS: dict[Family, dict[str, Any]] = {
     "sd1": {"attention_head_dim": 8, "cross_attention_dim": _WIDTH},
     "sdxl": {
         "attention_head_dim": [1, 1], "cross_attention_dim": 3 * _WIDTH, "use_linear_projection": True,
@@ -155,13 +155,14 @@ def _vae(family: Family) -> "AutoencoderKL":
     return vae
 
 
-def _set(layer: nn.Module, matrix: Tensor, bias: Tensor | None = None) -> None:
+def _set(layer: nn.Conv2d | nn.Linear, matrix: Tensor, bias: Tensor | None = None) -> None:
     """Make a layer hand channels on as the matrix says, a convolution by its middle; all else in it is zero."""
+    assert layer.bias is not None
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     rows, columns = matrix.shape
-    middle = layer.weight if layer.weight.dim() == 2 else layer.weight[..., layer.weight.shape[-1] // 2,
-                                                                      layer.weight.shape[-1] // 2]  # fmt: skip
+    centre = layer.weight.shape[-1] // 2
+    middle = layer.weight if layer.weight.dim() == 2 else layer.weight[..., centre, centre]
     middle[:rows, :columns] = matrix
     if bias is not None:
         layer.bias[: len(bias)] = bias
