@@ -151,17 +151,20 @@ def _send_next(submission: Submission, command: Sequence[str], before: Sequence[
 
 
 def _require_order(chunks: Sequence[str], missing: Sequence[str], assigned: dict[str, QueuedJob]) -> None:
-    """Raise ChunkError when a chunk without a job comes before one that has one, or outside what is submitted."""
-    behind = [chunk for chunk in chunks if chunk in assigned]
-    if missing and behind and chunks.index(missing[0]) < chunks.index(behind[-1]):
-        job = assigned[behind[-1]]
+    """Raise ChunkError when a chunk before `missing` has no job, or one after its first has one."""
+    if not missing:
+        return
+    place = chunks.index(missing[0])
+    if left_out := [chunk for chunk in chunks[:place] if chunk not in assigned]:
         raise ChunkError(
-            f"chunk {missing[0]}: neither done nor in the queue, but {behind[-1]}, which comes later, "
+            f"chunk {missing[0]}: {left_out[0]} comes before it and is neither done nor in the queue; submit that first"
+        )
+    if behind := [chunk for chunk in chunks[place:] if chunk in assigned]:
+        job = assigned[behind[0]]
+        raise ChunkError(
+            f"chunk {missing[0]}: neither done nor in the queue, but {behind[0]}, which comes later, "
             f"is (job {job.id}, {job.state}); `scancel {job.job_id}` if Slurm does not, and submit again"
         )
-    first = chunks[0] if chunks else None
-    if missing and first != missing[0] and first not in assigned:
-        raise ChunkError(f"chunk {missing[0]}: {first} comes before it and is neither done nor in the queue; submit it")
 
 
 # --- command line ---

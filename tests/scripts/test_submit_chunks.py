@@ -93,6 +93,8 @@ def test_a_gap_in_the_chain_is_refused(submission, sent):
         call(submission, assign([job("a/1", "8")], CHUNKS), CHUNKS)
     with pytest.raises(ChunkError, match="chunk a/2: a/0 comes before it"):
         call(submission, {}, CHUNKS[2:])
+    with pytest.raises(ChunkError, match="chunk a/2: a/1 comes before it"):
+        call(submission, assign([job("a/0", "8")], CHUNKS), CHUNKS[2:])
     assert sent == []
 
 
