@@ -67,13 +67,13 @@ def measure_flops(device: torch.device) -> float:
     """Return the operations a second of matrix products: bf16 on a GPU, fp32 on a CPU."""
     side, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     left, right = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
-    left @ right
-    number, start = 0, time.perf_counter()
-    while time.perf_counter() - start < _COMPUTE_SECONDS:
+    number, start = -1, 0.0  # the first product is not counted: it loads the kernel
+    while number < 1 or time.perf_counter() - start < _COMPUTE_SECONDS:
         left @ right
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         number += 1
+        start = start or time.perf_counter()
     return 2.0 * side**3 * number / (time.perf_counter() - start)
 
 

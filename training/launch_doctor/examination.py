@@ -112,12 +112,11 @@ class _Examination:
         """Let every rank say who it is; None where this launch has no device that the settings ask for."""
 
         def describe() -> dict[str, Any]:
-            device = choose_device(self._config.device)
-            return asdict(this_process(device, num_same_rank=team.count(f"rank/{team.rank}")))
+            return asdict(this_process(_device(self._config), num_same_rank=team.count(f"rank/{team.rank}")))
 
         answers = team.phase("processes", describe)
         if not team.is_main:
-            return choose_device(self._config.device) if team.read("go on") else None
+            return _device(self._config) if team.read("go on") else None
         problems = {rank: answer.problem for rank, answer in enumerate(answers) if answer.problem}
         self.processes = [Process.of(answer.value) for answer in answers if answer.value is not None]
         team.post("scouts", scouts(self.processes))
@@ -127,7 +126,7 @@ class _Examination:
             self.rows.append(Row("devices", text, "the run's device on every rank", "fail", "see nvidia-smi there"))
             return None
         self.rows += process_rows(self.processes, wanted=self._wanted)
-        return choose_device(self._config.device)
+        return _device(self._config)
 
     def _folder_rows(
         self, folder: Sequence[Answer[Any]], clocks: Mapping[str, Sequence[float]], nodes: Mapping[int, str]
@@ -140,6 +139,12 @@ class _Examination:
             yield from folder_rows(found, self._root, nodes)
         skews = {int(rank): Skew(*skew) for rank, skew in clocks.items()}
         yield from clock_rows(skews, nodes, file_clock(found) if found is not None else None)
+
+
+def _device(config: RunConfig) -> torch.device:
+    """Return this rank's own device: each phase has a thread of its own, and the chosen GPU is a thread's."""
+    device = choose_device(config.device)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
 
 
 def _network(values: Mapping[str, Any]) -> Network:

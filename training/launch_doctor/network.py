@@ -111,5 +111,5 @@ def _seconds(tensor: torch.Tensor) -> float:
     start = time.perf_counter()
     dist.all_reduce(tensor)
     if tensor.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(tensor.device)
     return time.perf_counter() - start

@@ -60,7 +60,7 @@ class Process:
 
 
 def this_process(device: torch.device, *, num_same_rank: int) -> Process:
-    """Describe this process; device: what the run's settings choose."""
+    """Describe this process; device: its own, with its number."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Process(
         rank=int(os.environ.get("RANK", "0")),
@@ -70,7 +70,7 @@ def this_process(device: torch.device, *, num_same_rank: int) -> Process:
         pid=os.getpid(),
         num_cpus=cpus,
         num_same_rank=num_same_rank,
-        device=_gpu(int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else _cpu(),
+        device=_gpu(device) if device.type == "cuda" else _cpu(),
         versions=_versions(),
     )
 
@@ -191,11 +191,10 @@ def _version_row(processes: Sequence[Process]) -> Row:
     )  # fmt: skip
 
 
-def _gpu(local_rank: int) -> Device:
-    torch.cuda.set_device(local_rank)
-    properties = torch.cuda.get_device_properties(local_rank)
-    free, total = torch.cuda.mem_get_info(local_rank)
-    identity = str(getattr(properties, "uuid", local_rank))
+def _gpu(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    identity = str(getattr(properties, "uuid", device))
     return Device(properties.name, total, free, _driver(), identity)
 
 
