@@ -120,5 +120,8 @@ def test_class_images_are_drawn_as_before(ada):
 
 
 def test_two_concepts_are_told_apart(both):
-    assert both.redness["ada", True] > 20
-    assert both.redness["bob", True] < -20
+    moved = {name: both.redness[name, True] - both.redness[name, False] for name in ("ada", "bob")}
+
+    assert moved["ada"] > 15
+    assert moved["bob"] < -15
+    assert both.redness["ada", True] - both.redness["bob", True] > 40

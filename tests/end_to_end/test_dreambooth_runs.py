@@ -108,10 +108,11 @@ def test_the_second_stage_leaves_text_as_the_first_left_it(whole, kind):
         load_file(whole.root / "chunks" / chunk / "final" / "model.safetensors") for chunk in (FIRST, SECOND)
     )
     changed = {name for name in first if not first[name].equal(second[name])}
+    tokens = {name for name in changed if name.endswith("token_embedding.change")}  # trained in every stage
 
-    assert changed
+    assert (tokens != set()) == (kind == "lora")
     assert first.keys() == second.keys()
-    assert {name.split(".")[0] for name in changed} == {"unet"}, sorted(changed)[-5:]
+    assert {name.split(".")[0] for name in changed - tokens} == {"unet"}
 
 
 # --- exported and drawn ---
