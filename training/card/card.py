@@ -21,7 +21,7 @@ from training.card.dataset import (
     size_table,
     tag_sections,
 )
-from training.card.guides import code_example, ui_guides
+from training.card.guides import HERE, code_example, ui_guides
 from training.card.hours import DeviceTime, device_times, hours_lines
 from training.card.notes import Notes
 from training.card.settings import front_matter, parameter_lines, require_licence
@@ -102,7 +102,7 @@ def render_card(
     """
     require_licence(config.save)
     notes = notes or Notes()
-    repository = repository or config.save.hub_prior or "this folder"
+    repository = repository or config.save.hub_prior or HERE
     blocks = [
         [*front_matter(config), f"# {notes.title or config.name}", *(notes.opening or _opening(config))],
         ["# Release Notes", *(notes.sections.get("Release Notes") or _release(config, facts))],

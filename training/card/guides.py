@@ -11,6 +11,8 @@ from training.dreambooth.export.model_card import PIPELINES
 from training.dreambooth.single_file.layout import Family
 
 PUBLISHED_DECODER = "stabilityai/stable-cascade"
+HERE = "this folder"
+"""Stands for a repository that has no name yet."""
 _STAGE_C_EXAMPLE = """
 import torch
 from diffusers import StableCascadeCombinedPipeline
@@ -33,6 +35,32 @@ output = pipe(
     decoder_guidance_scale=1.0,
     prior_guidance_scale={guidance},
     prior_num_inference_steps={steps},
+    output_type="pil",
+    num_inference_steps=10
+).images[0]
+"""
+_PRIOR_EXAMPLE = """
+import torch
+from diffusers import StableCascadeDecoderPipeline, StableCascadePriorPipeline
+device = "cuda"
+dtype = torch.bfloat16
+prior = StableCascadePriorPipeline.from_pretrained({model}, torch_dtype=dtype).to(device)
+decoder = StableCascadeDecoderPipeline.from_pretrained("{decoder}", torch_dtype=dtype).to(device)
+prompt = {prompt}
+negative_prompt = {negative}
+embeddings = prior(
+    width={width},
+    height={height},
+    prompt=prompt,
+    negative_prompt=negative_prompt,
+    guidance_scale={guidance},
+    num_inference_steps={steps}
+).image_embeddings
+output = decoder(
+    image_embeddings=embeddings,
+    prompt=prompt,
+    negative_prompt=negative_prompt,
+    guidance_scale=1.0,
     output_type="pil",
     num_inference_steps=10
 ).images[0]
@@ -86,7 +114,9 @@ def ui_guides(config: RunConfig, *, repository: str, given: Mapping[str, Sequenc
 def _sd_next(config: RunConfig, repository: str) -> list[str]:
     if config.lora is not None or "diffusers" not in config.save.export_formats:
         return []
-    model = (config.save.hub_decoder or PUBLISHED_DECODER) if config.recipe_name == "stage_c" else repository
+    model = config.save.hub_decoder if config.recipe_name == "stage_c" else repository
+    if model is None or model == HERE:
+        return []
     return [
         f"Go to Models -> Huggingface and type `{model}` into the model name and press download.  ",
         f"Load `{model}` after the download process is complete.  ",
@@ -151,8 +181,10 @@ def code_example(config: RunConfig, *, repository: str, family: Family) -> list[
         "prompt": _quoted(prompt.text), "negative": _quoted(prompt.negative), "width": prompt.width,
         "height": prompt.height, "steps": prompt.steps, "guidance": prompt.guidance,
     }  # fmt: skip
-    if config.recipe_name == "stage_c":
-        text = _STAGE_C_EXAMPLE.format(model=_quoted(config.save.hub_decoder or PUBLISHED_DECODER), **values)
+    if config.recipe_name == "stage_c" and config.save.hub_decoder:
+        text = _STAGE_C_EXAMPLE.format(model=_quoted(config.save.hub_decoder), **values)
+    elif config.recipe_name == "stage_c":  # the published decoder would bring the published prior
+        text = _PRIOR_EXAMPLE.format(model=_quoted(repository), decoder=PUBLISHED_DECODER, **values)
     else:
         settings = config.of_dreambooth
         adapters = f"pipe.load_lora_weights({_quoted(repository)})\n" if config.lora is not None else ""

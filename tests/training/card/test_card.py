@@ -373,6 +373,17 @@ class Done:
         return True
 
 
+def test_without_a_decoder_of_its_own_the_example_does_not_load_the_published_prior(run):
+    config = with_all(run)
+    save = config.save.model_copy(update={"hub_prior": "me/prior", "export_formats": ("original", "diffusers")})
+
+    text = render_card(config.model_copy(update={"save": save}), read_facts(config, run.run_dir.root))
+
+    assert 'prior = StableCascadePriorPipeline.from_pretrained("me/prior"' in text
+    assert "CombinedPipeline" not in text and "## SD.Next" not in text and "decoder:" not in text.split("---")[1]
+    compile(text.split("```python\n")[1].split("```")[0], "example", "exec")
+
+
 # --- what must be said ---
 
 
