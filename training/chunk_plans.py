@@ -5,6 +5,7 @@ from itertools import islice
 
 from training.batch_plan import BatchPlan
 from training.chunk_data import Batch, ChunkData, ChunkSource, make_loader
+from training.fork import settings_of
 from training.latents.ahead import ahead_of
 from training.plans import batch_plan, caption_settings, pixel_settings
 from training.position import Position
@@ -26,7 +27,12 @@ class ChunkPlans:
         self._engine = rank.engine
         self._captions, self._pixels = caption_settings(config), pixel_settings(config)
         index, epochs = chunk.read_index(), range(config.data.epochs)
-        self.plans: list[BatchPlan] = [batch_plan(index, chunk.name, config=config, epoch=epoch) for epoch in epochs]
+        planned_with = rank.from_main(
+            lambda: [settings_of(rank.ledger.lines, config, chunk.name, epoch) for epoch in epochs]
+        )
+        self.plans: list[BatchPlan] = [
+            batch_plan(index, chunk.name, config=planned_with[epoch], epoch=epoch) for epoch in epochs
+        ]
         self.digests = [plan.digest for plan in self.plans]
         self._ahead = ahead_of(
             index, self.plans, config=config, pixels=self._pixels, captions=self._captions, from_main=rank.from_main

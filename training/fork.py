@@ -107,7 +107,7 @@ def _take_chunks(fork: Fork, run_dir: RunDir) -> None:
                 _link(path, here / "previews" / path.name)
         if complete := fork.parent.read_complete(chunk):
             run_dir.write_complete(chunk, **completed(history, counts=complete["counts"]))
-    for path in (fork.parent.root / "verdict").glob("*"):
+    for path in (fork.parent.root / "verdict").glob("*.*"):
         _link(path, run_dir.root / "verdict" / path.name)
 
 

@@ -9,6 +9,7 @@ from sharding.config import load_config
 from training.campaign import read_campaign
 from training.chunk_records import chunk_records
 from training.config import RunConfig
+from training.fork import settings_of
 from training.ledger import Ledger
 from training.plans import batch_plan
 from training.position import Position
@@ -60,7 +61,8 @@ class PaperRun:
     def train(self, name, campaign):
         number, chunk = campaign.names.index(name), self.run_dir.start_chunk(campaign.chunk(name))
         plans = [
-            batch_plan(chunk.read_index(), name, config=self.config, epoch=n) for n in range(self.config.data.epochs)
+            batch_plan(chunk.read_index(), name, config=settings_of(self.ledger.lines, self.config, name, n), epoch=n)
+            for n in range(self.config.data.epochs)
         ]
         position = first_position(self.ledger.lines, name, self.position)
         self.records = Records(self.config, self.run_dir, self.ledger)

@@ -114,6 +114,22 @@ def test_a_branch_of_a_branch_and_a_rewind_in_it_are_proved(trained, parent, tmp
     assert len(verify_run(planned.config, two.run_dir.root).notes) == 2
 
 
+def test_a_branch_with_more_epochs_trains_what_it_took_over_again_and_is_proved(trained, parent, tmp_path):
+    planned = fork(parent, tmp_path / "fork", "data.epochs=2", "seed=5", chunk=SECOND)
+    branch = reopened(trained, tmp_path / "fork", config=planned.config)
+    assert branch.campaign().next == FIRST
+
+    branch.train_all()
+
+    proof = verify_run(planned.config, tmp_path / "fork")
+    rows = [row for row in read_metrics(branch.run_dir.metrics_path) if "step" in row]
+    assert (proof.problems, proof.planned) == ([], 24)
+    assert list(dict.fromkeys((row["chunk"], row["epoch"]) for row in rows)) == [
+        (FIRST, 0), (SECOND, 0), (FIRST, 1), (SECOND, 1), (THIRD, 0), (THIRD, 1),
+    ]  # fmt: skip
+    assert [row["global_step"] for row in rows] == list(range(1, 13))
+
+
 def test_what_cannot_be_branched_off_is_refused_and_leaves_nothing(parent, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
