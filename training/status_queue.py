@@ -50,14 +50,27 @@ class QueueReader:
         self._known: tuple[float, Queue | None] | None = None
         self._lock = threading.Lock()
 
-    def read(self) -> Queue | None:
-        """Return the run's jobs; None where there is no Slurm."""
+    def read(self, *, wait: bool = True) -> Queue | None:
+        """Return the run's jobs; None where there is no Slurm.
+
+        wait: for the answer; else return the last one, None before the first, and ask meanwhile.
+        """
         if shutil.which("squeue") is None:
             return None
+        if wait:
+            self._refresh()
+        elif not self._lock.locked() and self._is_old():
+            threading.Thread(target=self._refresh, daemon=True, name="ask the queue").start()
+        return self._known[1] if self._known is not None else None
+
+    def _is_old(self) -> bool:
+        return self._known is None or time.monotonic() - self._known[0] > _KEPT_SECONDS
+
+    def _refresh(self) -> None:
         with self._lock:
-            if self._known is None or time.monotonic() - self._known[0] > _KEPT_SECONDS:
-                self._known = time.monotonic(), self._ask()
-            return self._known[1]
+            if self._is_old():
+                queue = self._ask()
+                self._known = time.monotonic(), queue
 
     def _ask(self) -> Queue | None:
         command = ["squeue", "--noheader", "--format=%i|%T|%M|%R|%j"]

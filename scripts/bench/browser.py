@@ -40,9 +40,12 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page of a browser of its own; a context manager. Raises PageError when there is no Chromium."""
+    """One page of a browser of its own; a context manager. Raises PageError when there is no Chromium.
 
-    def __init__(self) -> None:
+    at_most_seconds: then it is killed, so that a hung browser ends no test run.
+    """
+
+    def __init__(self, *, at_most_seconds: float = 120) -> None:
         program = find_chromium()
         if program is None:
             raise PageError(f"no browser: none of {', '.join(NAMES)} is installed")
@@ -62,7 +65,7 @@ class Browser:
         """Addresses that the page asked for."""
         self.errors: list[str] = []
         """What its scripts threw, and what the console was told as an error or a refused policy."""
-        self._deadline = threading.Timer(120, self._process.kill)
+        self._deadline = threading.Timer(at_most_seconds, self._process.kill)
         self._deadline.start()
         targets = self._call("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")

@@ -44,12 +44,13 @@ def binned(columns: Columns, *, first_step: int = 0, num_bins: int = NUM_BINS) -
 def _curve(values: np.ndarray, places: np.ndarray, count: int) -> dict[str, list[float | None]]:
     is_known = np.isfinite(values)
     known, where = values[is_known], places[is_known]
-    number = np.bincount(where, minlength=count)
-    with np.errstate(invalid="ignore"):
-        mean = np.bincount(where, weights=known, minlength=count) / number
-    least, most = np.full(count, np.inf), np.full(count, -np.inf)
-    np.minimum.at(least, where, known)
-    np.maximum.at(most, where, known)
+    if (np.diff(where) < 0).any():
+        order = np.argsort(where, kind="stable")
+        known, where = known[order], where[order]
+    there, starts = np.unique(where, return_index=True)
+    mean, least, most = (np.full(count, np.nan) for _ in range(3))
+    mean[there] = np.add.reduceat(known, starts) / np.diff(np.append(starts, known.size))
+    least[there], most[there] = np.minimum.reduceat(known, starts), np.maximum.reduceat(known, starts)
     return {"mean": _rounded(mean), "least": _rounded(least), "most": _rounded(most)}
 
 

@@ -129,9 +129,20 @@ def _parse(data: bytes) -> tuple[dict[str, np.ndarray], int]:
         lines = data.splitlines()
         rows = [row for row in map(_row, lines) if row is not None]
         return _columns_of_rows(rows), len(lines) - len(rows)
-    columns = {name: table.column(name).to_numpy(zero_copy_only=False).astype(np.float64) for name in names}
+    columns = {name: _floats(table.column(name)) for name in names}
     known = ~np.isnan(columns[STEP])
     return {name: values[known] for name, values in columns.items()}, int((~known).sum())
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a float64 column with NaN for null. (Arrow's own ways there import pandas: a second.)"""
+    array = column.combine_chunks()
+    validity, data = array.buffers()
+    values = np.frombuffer(data, np.float64, len(array), 8 * array.offset).copy()
+    if validity is not None:
+        bits = np.unpackbits(np.frombuffer(validity, np.uint8), bitorder="little")
+        values[bits[array.offset : array.offset + len(array)] == 0] = np.nan
+    return values
 
 
 def _rates(data: bytes) -> list[str]:

@@ -10,7 +10,6 @@ import logging
 import socket
 import socketserver
 import threading
-import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -25,7 +24,7 @@ logger = logging.getLogger(__name__)
 _MIN_GZIP_BYTES = 2000
 _HEIGHTS = (80, 160, 320)
 """Of small pictures: few, so that the cache is of use."""
-_READ_SECONDS, _FIRST_PAGE_SECONDS = 0.2, 0.5
+_READ_SECONDS, _FIRST_PAGE_SECONDS = 0.2, 1.0
 
 
 class DashboardServer(ThreadingHTTPServer):
@@ -37,6 +36,7 @@ class DashboardServer(ThreadingHTTPServer):
         self.view = view
         self.host = host
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._is_closed = threading.Event()
         super().__init__((host, port), _Handler)
         threading.Thread(target=self._read_metrics, daemon=True, name="read metrics").start()
 
@@ -62,9 +62,15 @@ class DashboardServer(ThreadingHTTPServer):
 
     def _read_metrics(self) -> None:
         """Read what was there at the start, in pieces, and after the first page, which should not wait for it."""
-        time.sleep(_FIRST_PAGE_SECONDS)
-        while not self.view.metrics.read_on(for_seconds=_READ_SECONDS):
-            time.sleep(0.01)
+        if self._is_closed.wait(_FIRST_PAGE_SECONDS):
+            return
+        while not self.view.metrics.read_on(for_seconds=_READ_SECONDS) and not self._is_closed.wait(0.01):
+            pass
+
+    def server_close(self) -> None:
+        """Stop listening, and reading."""
+        self._is_closed.set()
+        super().server_close()
 
 
 def _is_loopback(host: str) -> bool:

@@ -52,7 +52,7 @@ class RunView:
             **header(overview),
             "groups": groups(squares),
             "verdict": _verdict(read_verdict(self.root)),
-            "queue": queue.text() if (queue := self._queue.read()) is not None else None,
+            "queue": queue.text() if (queue := self._queue.read(wait=False)) is not None else None,
             "ledger": [_shown(line) for line in overview.lines[-_LEDGER_LINES:]],
             "num_lines": len(overview.lines),
         }

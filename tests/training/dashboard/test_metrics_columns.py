@@ -2,6 +2,9 @@
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,3 +133,25 @@ def test_means_between_steps(path):
     means = mean_between(metrics.columns(), "train/loss", [(0, 2), (2, 2), (9, 50)])
 
     assert means == [pytest.approx(0.75), None, pytest.approx(0.1)]
+
+
+def test_rows_out_of_order_are_binned_all_the_same(path):
+    append_metrics(path, [*rows(1, 40), {"global_step": 7, "train/loss": 9.0}])
+    metrics = MetricsColumns(path)
+    metrics.read_on()
+
+    loss = binned(metrics.columns(), num_bins=4)["curves"]["train/loss"]
+
+    assert loss["most"][0] == 9.0 and loss["least"][0] == pytest.approx(0.1)
+    assert loss["mean"][0] == pytest.approx((sum(1 / step for step in range(1, 11)) + 9) / 11, rel=1e-4)
+
+
+def test_columns_are_made_without_pandas(path):
+    append_metrics(path, rows(1, 3))
+    code = (
+        "import sys; from pathlib import Path; from training.dashboard.metrics_columns import MetricsColumns\n"
+        f"before = 'pandas' in sys.modules; MetricsColumns(Path({str(path)!r})).read_on()\n"
+        "assert ('pandas' in sys.modules) == before == False"
+    )
+
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False).returncode == 0

@@ -91,6 +91,18 @@ def test_the_queue_shows_the_jobs_of_this_run_only(run_dir, tmp_path):
     assert "queue    31 train RUNNING" in "\n".join(screen(Watcher(run_dir.root).look(), now=0.0))
 
 
+def test_a_page_does_not_wait_for_the_queue(run_dir, tmp_path):
+    make_squeue(tmp_path, f'sleep 0.5; echo "31|RUNNING|1:02|n1|train.{run_digest(run_dir.root)}"')
+    (tmp_path / "bin" / "sleep").symlink_to("/bin/sleep")
+    reader = QueueReader(run_dir.root)
+
+    assert reader.read(wait=False) is None
+    deadline = time.monotonic() + 20
+    while (queue := reader.read(wait=False)) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert queue is not None and queue.text() == "31 train RUNNING 1:02 n1"
+
+
 def test_a_queue_that_does_not_answer_is_said(run_dir, tmp_path):
     make_squeue(tmp_path, "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
 
