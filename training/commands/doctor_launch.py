@@ -34,6 +34,9 @@ def run(options: argparse.Namespace) -> int:
         print(report.text())
         if options.json is not None and not options.dry_run:
             write_json(options.json, report.values())
+    else:  # rank 0 may be the one that is missing
+        for row in report.rows:
+            print(f"error: rank {os.environ['RANK']}: {row.found}; {row.advice}", file=sys.stderr)
     if report.is_hung:
         sys.stdout.flush()
         sys.stderr.flush()

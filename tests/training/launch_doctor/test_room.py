@@ -100,3 +100,14 @@ def test_tasks_of_srun_that_each_believe_themselves_alone_are_told_once(monkeypa
     assert reports[0].code == 3
     assert "each believes itself alone" in reports[0].rows[0].found
     assert reports[1] is None
+
+
+def test_a_rank_that_cannot_reach_rank_0_says_so_itself(monkeypatch):
+    values = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+    report = examine(toy_config(), Path("none"), num_processes=None, timeout_seconds=1)
+
+    assert (report.code, report.is_hung) == (3, True)
+    assert report.rows[0].found.startswith("rendezvous at 127.0.0.1:9: rank 0 of node number 0: ")
