@@ -15,7 +15,7 @@ COMPLETE = "document.documentElement.dataset.complete"
 
 @pytest.fixture(scope="module")
 def browser():
-    with Browser() as browser:
+    with Browser(at_most_seconds=280) as browser:
         yield browser
         assert browser.errors == []
 
