@@ -64,7 +64,7 @@ def jobs_of(folder: Path) -> list[QueuedJob]:
         job_id, task, state, reason, full_name = (word.strip() for word in line.split("|", 4))
         name, _, digest = full_name.rpartition(".")
         if digest == folder_digest(folder):
-            is_held = state in ("PENDING", "SPECIAL_EXIT") and (reason.startswith("JobHeld") or state != "PENDING")
+            is_held = state == "PENDING" and "held" in reason.lower()  # JobHeldUser, "job requeued in held state" …
             number = int(task) if task.isdigit() else None
             jobs.append(QueuedJob(name, job_id, number, "held" if is_held else state.lower()))
     return sorted(jobs, key=lambda job: (int(job.job_id), job.task or 0))
