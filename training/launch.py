@@ -180,7 +180,9 @@ def _open_run(config: RunConfig, run_dir: RunDir, *, guard: Callable[[], None]) 
     resolved = config.model_dump(mode="json")
     changes = freeze_config(run_dir.config_path, resolved, free=FREE_KEYS, growing=GROWING_KEYS)
     for key, change in changes.items():
-        if not change.has_grown:
+        if key == "trackers.webhook":
+            logger.info("%s: not that of the first launch (free to change)", key)  # its address may hold a secret
+        elif not change.has_grown:
             logger.info("%s: %s at the first launch, now %s (free to change)", key, change.was, change.now)
     run_dir.clear_stop()
     ledger = run_dir.open_ledger(guard=guard)

@@ -230,6 +230,17 @@ def test_trackers_do_not_get_to_see_the_webhook(run_toml, tmp_path):
     assert "secret" not in json.dumps(shown_settings(run.config))
 
 
+def test_no_log_shows_a_webhook_that_changed_between_launches(run_toml, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for name in ("old-secret", "new-secret"):
+        run = PaperRun(run_toml, tmp_path / "run", f"trackers.webhook=http://127.0.0.1:9/{name}")
+        with pytest.raises(Exception, match=r"none\.safetensors"):
+            launch(run.config, tmp_path / "run")
+
+    assert "trackers.webhook: not that of the first launch" in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_wandb_is_told_when_it_is_on(run_toml, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     run = PaperRun(run_toml, tmp_path / "run", "trackers.wandb=offline")
