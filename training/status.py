@@ -16,6 +16,7 @@ from training.campaign import Campaign, read_campaign
 from training.chunk_history import ChunkRecord
 from training.chunk_records import Totals, totals
 from training.config import RunConfig
+from training.device_times import device_times, gpu_hours
 from training.dreambooth.verdict.report import read_verdict, verdict_lines
 from training.ledger import Line
 from training.lock import HolderState, holder_state
@@ -76,6 +77,8 @@ class Status:
     current: CurrentChunk | None
     eta: Eta
     devices: tuple[str, ...]
+    gpu_hours: float
+    """Of all devices together."""
     live: HolderState | None
     last_exit: Mapping[str, Any] | None
     records: Mapping[str, ChunkRecord]
@@ -98,6 +101,7 @@ def read_status(config: RunConfig, root: Path) -> Status:
         current=current_chunk(campaign, run_dir),
         eta=eta_of(campaign, counts),
         devices=tuple(dict.fromkeys(name for record in records.values() for name in record.devices)),
+        gpu_hours=gpu_hours(device_times(campaign.lines)),
         live=holder_state(run_dir.lock_path),
         last_exit=run_dir.read_last_exit(),
         records=records,
@@ -185,7 +189,7 @@ def status_text(status: Status, *, now: float | None = None) -> str:
     sums, eta = status.totals, status.eta
     lines = [
         f"GPU used for training: {', '.join(status.devices) or 'none yet'}",
-        f"GPU hours: {sums.busy_seconds / 3600:,.2f}",
+        f"GPU hours: {status.gpu_hours:,.2f}",
         "",
         render_rows("chunks of", "chunks", status.chunks),
         "",

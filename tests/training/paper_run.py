@@ -28,6 +28,8 @@ TENSORS = {"model": {"weight": torch.zeros(2000)}, "optimizer": {"weight.exp_avg
 class PaperRun:
     """A run folder whose chunks are "trained" by `train`. skip: global steps without an update; broken: bad keys."""
 
+    devices = "1 x paper"
+
     def __init__(
         self, run_toml: Path, root: Path, *overrides: str, skip: tuple[int, ...] = (), broken: tuple[str, ...] = ()
     ):
@@ -68,7 +70,7 @@ class PaperRun:
         self.records = Records(self.config, self.run_dir, self.ledger)
         resumed = self.run_dir.final_folder(self.position.chunk) if self.position.chunk else None
         self.records.start_chunk(
-            chunk, plans, number=number, position=position, resumed_from=resumed, machine={"devices": "1 x paper"},
+            chunk, plans, number=number, position=position, resumed_from=resumed, machine={"devices": self.devices},
             frozen_weights=dict,
         )  # fmt: skip
         digests = [plan.digest for plan in plans]

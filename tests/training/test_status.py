@@ -54,6 +54,21 @@ def test_a_live_launch_is_named_and_the_half_trained_chunk_with_what_a_kill_woul
     assert (value["eta"]["showings_left"], value["eta"]["busy_seconds_per_image"]) == (6, 0.25)
 
 
+def test_gpu_hours_are_those_of_all_devices(tmp_path, monkeypatch):
+    make_chunk(tmp_path / "workspace", 0)
+    toml = tmp_path / "run.toml"
+    toml.write_text(RUN_TOML.format(workspace=tmp_path / "workspace"))
+    monkeypatch.setattr(PaperRun, "devices", "8 x paper")
+    run = PaperRun(toml, tmp_path / "run")
+    run.train_all()
+
+    status = read_status(run.config, run.run_dir.root)
+
+    assert status.gpu_hours == pytest.approx(8 * status.totals.busy_seconds / 3600) != 0
+    assert json.loads(status_json(status))["gpu_hours"] == status.gpu_hours
+    assert f"GPU hours: {status.gpu_hours:,.2f}" in status_text(status)
+
+
 def test_the_lock_of_a_killed_launch_is_not_live(run, monkeypatch):
     lock = RunLock.acquire(run.run_dir.lock_path)
     lock._ended.set()  # its heartbeat ends, as that of a killed process

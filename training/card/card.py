@@ -22,7 +22,7 @@ from training.card.dataset import (
     tag_sections,
 )
 from training.card.guides import HERE, code_example, ui_guides
-from training.card.hours import DeviceTime, device_times, hours_lines
+from training.card.hours import hours_lines
 from training.card.notes import Notes
 from training.card.settings import front_matter, parameter_lines, require_licence
 from training.card.status import (
@@ -37,6 +37,7 @@ from training.card.status import (
 from training.card.tables import dotted
 from training.chunk_records import Totals, totals
 from training.config import RunConfig
+from training.device_times import DeviceTime, device_times
 from training.memory.sd_architecture import family_of_model
 from training.run_dir import RunDir
 from training.stages import epochs_of

@@ -14,6 +14,7 @@ from training.campaign import Campaign
 from training.chunk_records import Totals, chunk_records, totals
 from training.config import RunConfig
 from training.dashboard.ledger_lines import LedgerLines
+from training.device_times import device_times, gpu_hours
 from training.ledger import Line
 from training.lock import HolderState, holder_state
 from training.run_dir import RunDir
@@ -42,6 +43,7 @@ class Overview:
     title: str
     campaign: Campaign
     totals: Totals
+    gpu_hours: float
     current: CurrentChunk | None
     eta: Eta
     live: HolderState | None
@@ -85,6 +87,7 @@ class _Folded:
     key: tuple[Any, ...]
     campaign: Campaign
     totals: Totals
+    gpu_hours: float
     eta: Eta
 
 
@@ -110,6 +113,7 @@ class OverviewReader:
             title=config.name or run_dir.root.absolute().name,
             campaign=campaign,
             totals=folded.totals,
+            gpu_hours=folded.gpu_hours,
             current=current_chunk(campaign, run_dir),
             eta=folded.eta,
             live=holder_state(run_dir.lock_path),
@@ -126,7 +130,7 @@ class OverviewReader:
             names = tuple(dict.fromkeys([*known_chunks, *records]))
             campaign = Campaign(names, {}, tuple(lines), records, epochs_of(config))
             eta = eta_of(campaign, _estimated_counts(campaign))
-            self._folded = _Folded(key, campaign, totals(lines), eta)
+            self._folded = _Folded(key, campaign, totals(lines), gpu_hours(device_times(lines)), eta)
         return self._folded
 
     def config(self) -> RunConfig:

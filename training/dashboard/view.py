@@ -109,7 +109,7 @@ def header(overview: Overview) -> dict[str, Any]:
         "global_step": max(sums.global_step, speed.global_step if speed is not None and current is not None else 0),
         "images": sums.images_seen,
         "images_left": eta.showings_left,
-        "gpu_hours": round(sums.busy_seconds / 3600, 2 if sums.busy_seconds > 36_000 else 4),
+        "gpu_hours": round(overview.gpu_hours, 2 if overview.gpu_hours > 10 else 4),
         "skipped": sums.skipped_steps,
         "broken": sums.broken_images,
         "images_per_second": None if speed is None else round(speed.images_per_second, 2),

@@ -17,13 +17,14 @@ from training.campaign import read_campaign
 from training.card import card as card_module
 from training.card.card import read_facts, render_card
 from training.card.dataset import WordCounts, count_words
-from training.card.hours import device_times, hours_lines
+from training.card.hours import hours_lines
 from training.card.notes import read_notes
 from training.card.settings import base_model
 from training.card.status import chunk_status
 from training.chunk_records import totals
 from training.cli import main
 from training.config import RunConfig
+from training.device_times import device_times
 from training.ledger import Ledger
 from training.machine import command_line
 from training.run_dir import RunDir

@@ -57,6 +57,8 @@ def test_the_header_has_progress_speed_and_time_left(view):
     assert overview["done_fraction"] == pytest.approx(2800 / 4800, abs=1e-5)
     assert 30 < overview["images_per_second"] < 40 and overview["eta_seconds"] > 0
     assert overview["last_exit"]["code"] == 75
+    seconds = view.read().totals.busy_seconds
+    assert overview["gpu_hours"] == pytest.approx(8 * seconds / 3600, abs=1e-4)  # on 8 GPUs
     done = overview["groups"][0]["chunks"][0]["facts"]
     assert done["images"] == "400 of 400" and 0.1 < float(done["mean loss"]) < 0.2
     assert overview["ledger"][-1]["event"] == "started"
