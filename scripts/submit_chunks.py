@@ -13,7 +13,7 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -114,16 +114,18 @@ def submit(
     wanted: Sequence[str],
     as_array: bool,
     dry_run: bool,
+    after: str = "",
 ) -> list[ChunkJob]:
     """Submit a job for each chunk of `wanted` that has none; return the jobs of `chunks`, which are not done, in order.
 
-    wanted: follow each other in `chunks`. Raises ChunkError where a job in the queue would come before one that is to
-    be submitted, SlurmError naming what was submitted before.
+    wanted: follow each other in `chunks`. after: the job that the first one waits for when none of `chunks` has one.
+    Raises ChunkError where a job in the queue would come before one that is to be submitted, SlurmError naming what was
+    submitted before.
     """
     missing = [chunk for chunk in wanted if chunk not in assigned]
     _require_order(chunks, missing, assigned)
     queued_ids = list(dict.fromkeys(assigned[chunk].job_id for chunk in chunks if chunk in assigned))
-    waits_for = queued_ids[-1] if queued_ids else ""
+    waits_for = queued_ids[-1] if queued_ids else after
     jobs = {chunk: ChunkJob(chunk, job.state, job.id) for chunk, job in assigned.items()}
     if as_array and missing:
         command = submission.command(NEXT, chunk=None, waits_for=waits_for, array=f"0-{len(missing) - 1}%1")
@@ -232,9 +234,15 @@ def run(options: argparse.Namespace) -> tuple[list[ChunkJob], int]:
             new = [chunk for chunk in wanted if chunk not in assigned][:free]
             wanted = [chunk for chunk in wanted if chunk in assigned or chunk in new]
         jobs = submit(
-            submission, undone, assigned=assigned, wanted=wanted, as_array=options.array, dry_run=options.dry_run
-        )
+            submission, undone, assigned=assigned, wanted=wanted, as_array=options.array, dry_run=options.dry_run,
+            after=_ending(queue, set(campaign.names) - set(undone)),
+        )  # fmt: skip
     return jobs, len(campaign.names) - len(undone)
+
+
+def _ending(queue: Sequence[QueuedJob], done: Container[str]) -> str:
+    """Return the id of a job whose chunk is done, but which has not ended: it still holds the run's lock."""
+    return next((job.job_id for job in queue if job.name in done and job.state in ("running", "completing")), "")
 
 
 def _parser() -> argparse.ArgumentParser:

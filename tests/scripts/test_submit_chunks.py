@@ -9,6 +9,7 @@ from scripts import submit_chunks, tiny_run
 from scripts.slurm_queue import QueuedJob, SlurmError, folder_digest
 from scripts.submit_chunks import NEXT, ChunkJob, Submission, assign, submit, submit_chunk, table
 from sharding.chunk import ChunkError
+from training.campaign import Campaign
 
 CHUNKS = ["a/0", "a/1", "a/2", "a/3"]
 DEMO = str(tiny_run.DEMO.relative_to(tiny_run.ROOT))
@@ -177,6 +178,17 @@ def test_no_more_jobs_than_allowed_are_in_the_queue(command, sent, monkeypatch):
     _, out, _ = command("--max-queued", "2")
     assert "nothing to submit: the queue holds what is to do; 2 not submitted yet" in out
     assert len(sent) == 1
+
+
+def test_a_job_that_has_trained_its_chunk_but_not_ended_is_waited_for(command, sent, monkeypatch):
+    monkeypatch.setattr(Campaign, "is_done", lambda _, name: name == "real/0000")
+
+    for state, waits in (("running", True), ("held", False)):
+        monkeypatch.setattr(submit_chunks, "jobs_of", lambda _, state=state: [job("real/0000", "7", state=state)])
+        code, _, _ = command("--count", "2")
+
+        assert code == 0
+        assert [("--dependency=afterok:7" in words) for words in sent[-2:]] == [waits, False]
 
 
 def test_a_chunk_to_start_from_must_be_in_the_run_and_have_its_turn(command):
