@@ -1,9 +1,11 @@
 """From metrics.jsonl to the trackers: which rows they have not got, and which of these a durable state covers.
 
 A tracker takes a step once, and its series never goes back: a step that a kill undoes must not have reached it. So it
-waits for a durable state, and the last step besides for its previews and validation.
+waits for a durable state, and the last step besides for its previews and validation. W&B gets links to the exported
+weights of finished chunks, too: whatever launch finished them.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ from training.config import RunConfig
 from training.metrics_file import read_metrics
 from training.preview import read_pictures
 from training.run_dir import RunDir
-from training.trackers import Trackers, WandB, make_trackers
+from training.trackers import Trackers, make_trackers
+from training.wandb_tracker import WandB
+
+logger = logging.getLogger(__name__)
 
 
 class TrackerFeed:
@@ -45,8 +50,13 @@ class TrackerFeed:
         """Hand on what is covered, rows and pictures; nothing when the trackers have it all.
 
         is_complete: nothing more will be said of the last step. Until then it is held back: its previews and validation
-        may come only in the next launch.
+        may come only in the next launch. Then W&B gets its links to weights, too.
         """
+        self._feed_rows(is_complete=is_complete)
+        if is_complete and self.alert_senders:
+            self._link_weights()
+
+    def _feed_rows(self, *, is_complete: bool) -> None:
         if not self._rows:
             return
         up_to_step = min(self.covered_step, self._rows[-1]["global_step"] - (not is_complete))
@@ -59,7 +69,29 @@ class TrackerFeed:
         self._trackers.feed(rows, pictures, up_to_step=up_to_step)
         self._rows = self._rows[len(rows) :]
 
+    def _link_weights(self) -> None:
+        try:
+            exports = exported_weights(self._run_dir)
+        except (OSError, ValueError) as error:
+            logger.warning("W&B gets no links to weights: %s; training goes on", error)
+        else:
+            self._trackers.link_weights(exports)
+
     def close(self) -> None:
         """Hand on what is covered, then flush and close the trackers."""
         self.feed()
         self._trackers.close()
+
+
+def exported_weights(run_dir: RunDir) -> dict[int, tuple[str, Path]]:
+    """Return chunk and folder of the weights that finished chunks left, by global step.
+
+    Raises ValueError for a complete.json that is not valid.
+    """
+    found: dict[int, tuple[str, Path]] = {}
+    for pattern in ("*/weights", "*/*/weights"):
+        for folder in run_dir.chunks_folder.glob(pattern):
+            chunk = folder.parent.relative_to(run_dir.chunks_folder).as_posix()
+            if complete := run_dir.read_complete(chunk):
+                found[complete["global_step"]] = (chunk, folder)
+    return found

@@ -3,7 +3,7 @@
 A tracker gets a step only once a durable state covers it (`feed`), so that its series never goes back after a kill.
 How far each tracker was fed stands in trackers.json, before and after each feed. After a kill in between, and always
 where a tracker keeps things in memory, the next launch asks it what it has; from one that cannot say, the steps under
-way are missing. None is there twice.
+way are missing. None is there twice. W&B's links to exported weights are a series of their own, kept in the same way.
 """
 
 import json
@@ -11,21 +11,18 @@ import math
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
 from sharding.files import write_json
-from training.alerts import Alert
 from training.chart_layout import GROUPS
 from training.config import RunConfig
 from training.frozen_config import to_toml
 from training.run_dir import RunDir
-from training.wandb_file import last_step
+from training.wandb_tracker import STEP_KEY, WandB
 
-STEP_KEY = "global_step"
-IMAGES_SEEN_KEY = "train/images_seen"
 LAYOUT_TAG = "custom_scalars__config__"
 """Where TensorBoard's plugin looks for its layout."""
 
@@ -110,49 +107,6 @@ def _has_layout(path: Path) -> bool:
     return any(value.tag == LAYOUT_TAG for event in first for value in event.summary.value)
 
 
-class WandB:
-    """One W&B run over all launches, by its id. Offline mode writes files to sync later."""
-
-    name = "wandb"
-    is_kept = False
-
-    def __init__(
-        self, folder: Path, *, project: str, run_name: str, run_id: str, mode: Literal["online", "offline"], config: Any
-    ) -> None:
-        import wandb
-
-        folder.mkdir(parents=True, exist_ok=True)
-        self._earlier = sorted(folder.rglob(f"run-{run_id}.wandb"), key=lambda path: path.stat().st_mtime)
-        self._is_offline = mode == "offline"
-        self._wandb = wandb
-        self._run = wandb.init(
-            project=project, name=run_name, id=run_id, dir=str(folder), mode=mode, resume="allow", config=config,
-            allow_val_change=True,
-        )  # fmt: skip
-        self._run.define_metric(STEP_KEY)
-        self._run.define_metric(IMAGES_SEEN_KEY)  # may be chosen as the x axis
-        self._run.define_metric("*", step_metric=STEP_KEY)
-
-    def point(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Image.Image]) -> None:
-        drawn = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
-        self._run.log({**values, **drawn, STEP_KEY: step}, step=step)
-
-    def alert(self, alert: Alert) -> None:
-        """Have W&B tell people; offline it is told when the files are synced."""
-        level = "INFO" if alert.kind == "campaign_done" else "ERROR" if alert.kind == "failed" else "WARN"
-        self._run.alert(title=f"{alert.run}: {alert.kind.replace('_', ' ')}", text=alert.text, level=level)
-
-    def last_step(self) -> int | None:
-        """Return the last step in the files of earlier offline launches; None online, and when they are gone."""
-        return last_step(self._earlier) if self._is_offline else None
-
-    def flush(self) -> None:
-        """Do nothing: W&B's own process writes when it has enough."""
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 class Trackers:
     """All trackers of a run, and how far each was fed."""
 
@@ -168,6 +122,12 @@ class Trackers:
                 fed = asked if last is None else min(max(last, fed) if tracker.is_kept else last, asked)
             self._fed[tracker.name] = fed
         self._asked = dict(self._fed)
+        self._linked = {one.name: self._linked_before(one) for one in self._trackers if isinstance(one, WandB)}
+
+    def _linked_before(self, wandb: WandB) -> int:
+        linked: int = self._positions.get(wandb.name, {}).get("linked", -1)
+        last = wandb.last_weights_step() if linked >= 0 else None
+        return linked if last is None else min(last, linked)
 
     @property
     def fed(self) -> int:
@@ -206,9 +166,25 @@ class Trackers:
             self._fed[tracker.name] = last_step
             self._write_position()
 
+    def link_weights(self, exports: Mapping[int, tuple[str, Path]]) -> None:
+        """Have W&B refer to the exported weights that it has no link to, in order of steps.
+
+        exports: chunk and folder by the step at which they were made. Those of a step that W&B was not fed are left
+        for later: a rewind that leaves W&B's series as it is leaves its links, too.
+        """
+        for wandb in self._trackers:
+            if isinstance(wandb, WandB):
+                before, fed = self._linked[wandb.name], self._fed[wandb.name]
+                for step in sorted(step for step in exports if before < step <= fed):
+                    self._linked[wandb.name] = step
+                    self._write_position()
+                    chunk, folder = exports[step]
+                    wandb.link_weights(folder, chunk=chunk, step=step)
+
     def _write_position(self) -> None:
         for name, fed in self._fed.items():  # a tracker that is off keeps its place
-            self._positions[name] = {"fed": fed, "asked": self._asked[name]}
+            linked = {"linked": self._linked[name]} if name in self._linked else {}
+            self._positions[name] = {"fed": fed, "asked": self._asked[name], **linked}
         write_json(self._path, self._positions)
 
     def close(self) -> None:

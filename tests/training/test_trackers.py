@@ -1,6 +1,8 @@
 import math
 import re
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -8,8 +10,10 @@ from PIL import Image
 from tests.training.toy import toy_config
 from training.chart_layout import GROUPS
 from training.run_dir import RunDir
-from training.trackers import LAYOUT_TAG, Trackers, WandB, chart_values, make_trackers
+from training.tracker_feed import TrackerFeed, exported_weights
+from training.trackers import LAYOUT_TAG, Trackers, chart_values, make_trackers
 from training.wandb_file import read_history
+from training.wandb_tracker import WandB
 
 
 class FakeTracker:
@@ -36,6 +40,22 @@ class FakeTracker:
 
     def close(self):
         pass
+
+
+class FakeWandB(FakeTracker, WandB):
+    """Remembers the links it was given. linked_before: the last one that it finds in its files."""
+
+    name = "wandb"
+
+    def __init__(self, *, linked_before=None, **rest):
+        super().__init__(is_kept=False, **rest)
+        self.links, self._linked_before = [], linked_before
+
+    def link_weights(self, folder, *, chunk, step):
+        self.links.append((step, chunk, folder.name))
+
+    def last_weights_step(self):
+        return self._linked_before
 
 
 def rows(*steps):
@@ -217,6 +237,83 @@ def test_an_older_run_gets_the_layout_from_the_next_launch(tmp_path, monkeypatch
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert len(events.Tensors(LAYOUT_TAG)) == 1
+
+
+def exports(*steps):
+    return {step: (f"a/{step:04d}", Path(f"weights-{step}")) for step in steps}
+
+
+def test_wandb_is_told_of_weights_once_and_in_order_and_only_of_steps_that_it_has(tmp_path):
+    path, first, second = tmp_path / "trackers.json", FakeWandB(), FakeWandB(last_step=4, linked_before=4)
+
+    for wandb, last in ((first, 4), (second, 6)):
+        trackers = Trackers([FakeTracker(), wandb], path)
+        trackers.feed(rows(*range(1, last + 1)), {}, up_to_step=last)
+        trackers.link_weights(exports(6, 4, 2))
+        trackers.link_weights(exports(6, 4, 2))
+
+    assert first.links == [(2, "a/0002", "weights-2"), (4, "a/0004", "weights-4")]
+    assert second.links == [(6, "a/0006", "weights-6")]
+
+
+@pytest.mark.parametrize("found, steps", [(2, [4]), (-1, [2, 4]), (None, [])])
+def test_links_that_wandb_lost_from_memory_in_a_kill_are_made_again(tmp_path, found, steps):
+    path, again = tmp_path / "trackers.json", FakeWandB(last_step=4, linked_before=found)
+    before = Trackers([FakeWandB()], path)
+    before.feed(rows(1, 2, 3, 4), {}, up_to_step=4)
+    before.link_weights(exports(2, 4))
+
+    resumed = Trackers([again], path)
+    resumed.feed(rows(1, 2, 3, 4, 5), {}, up_to_step=5)
+    resumed.link_weights(exports(2, 4))
+
+    assert [step for step, *_ in again.links] == steps
+
+
+def test_a_link_that_wandb_refuses_is_warned_of_and_stops_nothing(tmp_path, caplog):
+    wandb = WandB.__new__(WandB)
+    wandb._wandb = wandb._run = SimpleNamespace(id="r-1")  # has no Artifact
+
+    wandb.link_weights(tmp_path, chunk="a/0000", step=3)
+
+    assert f"no link to {tmp_path} in W&B: AttributeError" in caplog.text
+
+
+def test_only_weights_of_finished_chunks_are_linked_to(tmp_path):
+    run_dir = RunDir(tmp_path)
+    for chunk in ("a/0000", "a/0001", "solo"):
+        run_dir.weights_folder(chunk).mkdir(parents=True)
+    run_dir.write_complete("a/0000", global_step=10)
+    run_dir.write_complete("solo", global_step=20)
+    run_dir.chunk_folder("a/0002").mkdir()
+    run_dir.write_complete("a/0002", global_step=30)  # its weights are gone, or were never exported
+
+    found = exported_weights(run_dir)
+
+    assert found == {
+        10: ("a/0000", run_dir.weights_folder("a/0000")),
+        20: ("solo", run_dir.weights_folder("solo")),
+    }
+
+
+def test_the_end_of_a_chunk_is_when_weights_are_linked_to(tmp_path, monkeypatch):
+    wandb, run_dir = FakeWandB(), RunDir(tmp_path)
+    monkeypatch.setattr("training.tracker_feed.make_trackers", lambda *_, **__: [wandb])
+    feed = TrackerFeed(toy_config(), run_dir, wandb_id="", step=0)
+    run_dir.weights_folder("a/0000").mkdir(parents=True)
+    run_dir.write_complete("a/0000", global_step=2)
+    for row in rows(1, 2):
+        feed.add(row)
+    feed.covered_step = 2
+
+    feed.feed()
+    links_before = list(wandb.links)
+    feed.feed(is_complete=True)
+    run_dir.complete_path("a/0000").write_text("{")
+    feed.feed(is_complete=True)  # a damaged file is warned of
+
+    assert links_before == []
+    assert wandb.links == [(2, "a/0000", "weights")]
 
 
 def test_charts_get_finite_numbers_only():
