@@ -122,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.sbatch = words[split + 1 :]
     if (options.fork is None) != (options.chunk is None):
         parser.error("--chunk X and --fork NEW_RUN go together; without --fork the next chunk is found, not named")
+    if options.submit and (options.launcher or options.no_launch):
+        parser.error("--submit starts a job, which has its own launcher: leave out --launcher and --no-launch")
     if options.sbatch and not options.submit:
         parser.error(f"{' '.join(options.sbatch)}: what stands after -- is for sbatch; it needs --submit")
     try:

@@ -238,8 +238,12 @@ def test_a_branch_prints_the_differences_and_goes_on_in_its_own_folder(done, tmp
 
 
 @pytest.mark.parametrize(
-    "words", [["--fork", "x"], ["--chunk", "made/0000"], ["--rewind", "a", "--fork", "x", "--chunk", "b"], ["--", "-n"]]
-)
+    "words",
+    [
+        ["--fork", "x"], ["--chunk", "made/0000"], ["--rewind", "a", "--fork", "x", "--chunk", "b"], ["--", "-n"],
+        ["--submit", "--launcher", "accelerate launch"], ["--submit", "--no-launch"],
+    ],
+)  # fmt: skip
 def test_options_that_do_not_go_together_are_refused(words, capsys):
     with pytest.raises(SystemExit) as exit_:
         resume_from_chunk.main(["--run-dir", "run", *words])
