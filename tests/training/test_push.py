@@ -251,6 +251,16 @@ def test_a_push_that_fails_ends_with_1_and_one_line_and_can_be_run_again(run, ca
     assert len(hub.commits) == 1
 
 
+@pytest.mark.parametrize("words", [["--merged"], ["--merged", "--dry-run"], ["--merged", "--from", "w.safetensors"]])
+def test_merged_without_adapters_is_refused_before_anything_is_written(run, capsys, words):
+    command, _, links, tmp_path = run
+
+    assert main([*command, *words]) == 2
+
+    assert "--merged is for a run with [lora]" in capsys.readouterr().err
+    assert links == {} and not (tmp_path / "run" / "export").exists()
+
+
 def test_the_token_is_in_no_file(run):
     command, _, _, tmp_path = run
     main([*command, "--push", "me/prior"])

@@ -24,7 +24,7 @@ from training.card.dataset import (
 from training.card.guides import HERE, code_example, ui_guides
 from training.card.hours import hours_lines
 from training.card.notes import Notes
-from training.card.settings import front_matter, parameter_lines, require_licence
+from training.card.settings import front_matter, is_of_adapters, parameter_lines, require_licence
 from training.card.status import (
     SetStatus,
     chunk_status,
@@ -125,7 +125,7 @@ def _family(config: RunConfig) -> Any:
 
 def _opening(config: RunConfig) -> list[str]:
     what = "Stable Cascade stage C" if config.recipe_name == "stage_c" else "Stable Diffusion"
-    return [f"{'Adapters for' if config.lora is not None else 'Finetune of'} {what}."]
+    return [f"{'Adapters for' if is_of_adapters(config) else 'Finetune of'} {what}."]
 
 
 def _release(config: RunConfig, facts: CardFacts) -> list[str]:

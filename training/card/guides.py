@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from training.card.settings import base_model
+from training.card.settings import base_model, is_of_adapters
 from training.config import Prompt, RunConfig
 from training.config.concepts import FILEWORDS
 from training.dreambooth.concept_prompts import concept_prompts
@@ -112,7 +112,7 @@ def ui_guides(config: RunConfig, *, repository: str, given: Mapping[str, Sequenc
 
 
 def _sd_next(config: RunConfig, repository: str) -> list[str]:
-    if config.lora is not None or "diffusers" not in config.save.export_formats:
+    if is_of_adapters(config) or "diffusers" not in config.save.export_formats:
         return []
     model = config.save.hub_decoder if config.recipe_name == "stage_c" else repository
     if model is None or model == HERE:
@@ -127,7 +127,7 @@ def _sd_next(config: RunConfig, repository: str) -> list[str]:
 def _a1111(config: RunConfig) -> list[str]:
     if config.recipe_name == "stage_c":
         return []
-    if config.lora is not None:
+    if is_of_adapters(config):
         return ["Put the LoRA into `models/Lora` and write `<lora:NAME:1>` into the prompt.  ", *_parameters(config)]
     if not {"original", "ckpt"} & {*config.save.export_formats}:
         return []
@@ -136,7 +136,7 @@ def _a1111(config: RunConfig) -> list[str]:
 
 def _comfyui(config: RunConfig) -> list[str]:
     formats, lines = config.save.export_formats, list[str]()
-    if config.lora is not None:
+    if is_of_adapters(config):
         lines.append('Put the LoRA into `models/loras` and load it with "Load LoRA".  ')
     elif config.recipe_name == "dreambooth":
         if "original" in formats:
@@ -174,7 +174,7 @@ def _clip_skip_line(config: RunConfig) -> list[str]:
 
 def code_example(config: RunConfig, *, repository: str, family: Family) -> list[str]:
     """Return the section `# Code Example`, for diffusers; stage C's adapters have none. family: of Stable Diffusion."""
-    if config.lora is not None and config.recipe_name == "stage_c":
+    if is_of_adapters(config) and config.recipe_name == "stage_c":
         return []
     prompt = shown_prompt(config)
     values = {
@@ -187,7 +187,7 @@ def code_example(config: RunConfig, *, repository: str, family: Family) -> list[
         text = _PRIOR_EXAMPLE.format(model=_quoted(repository), decoder=PUBLISHED_DECODER, **values)
     else:
         settings = config.of_dreambooth
-        adapters = f"pipe.load_lora_weights({_quoted(repository)})\n" if config.lora is not None else ""
+        adapters = f"pipe.load_lora_weights({_quoted(repository)})\n" if is_of_adapters(config) else ""
         counted_less = f",\n    clip_skip={settings.clip_skip - 1}" if settings.clip_skip > 1 else ""
         text = _SD_EXAMPLE.format(
             pipeline=PIPELINES[family], adapters=adapters,

@@ -37,6 +37,11 @@ def require_licence(save: SaveConfig) -> None:
             raise FileNotFoundError(f"save.licence_files: {path}: no such file")
 
 
+def is_of_adapters(config: RunConfig) -> bool:
+    """Tell whether exports hold adapters: not where they are whole weights alone, with the adapters in them."""
+    return config.lora is not None and set(config.lora.formats) != {"merged"}
+
+
 def front_matter(config: RunConfig) -> list[str]:
     """Return the lines between which the hub and diffusers read. A prior of stage C names its decoder."""
     from huggingface_hub import CardData
@@ -44,7 +49,7 @@ def front_matter(config: RunConfig) -> list[str]:
     card = config.save.model_card
     values: dict[str, Any] = {"pipeline_tag": "text-to-image"}
     values |= {key: _plain(card[key]) for key in _FIRST if card.get(key)}
-    if config.recipe_name == "dreambooth" or config.lora is not None:
+    if config.recipe_name == "dreambooth" or is_of_adapters(config):
         values["library_name"] = "diffusers"
     values |= {key: _plain(value) for key, value in card.items() if key not in _FIRST}
     if config.recipe_name == "stage_c" and config.save.hub_decoder:

@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
     save = _save_config(options, config.save if config is not None else SaveConfig())
     if options.push or options.push_decoder or options.notes or options.dataset:
         _check_push(options, save)
+    config = _with_lora_as_asked(options, config)
     if config is not None and (other := sorted({*save.export_formats} - {*formats_of(config.recipe_name)})):
         own = ", ".join(formats_of(config.recipe_name))
         raise ValueError(f"--format {', '.join(other)}: the recipe {config.recipe_name} writes {own}")
@@ -79,39 +80,46 @@ def run(options: argparse.Namespace) -> int:
         print(decoder)
         save = save.model_copy(update={"hub_decoder": save.hub_decoder or str(decoder.resolve())})
     if options.source is not None:
-        from training.dreambooth.use_given import export_given_sd, recipe_of
-        from training.use_given import export_given
-
-        if recipe_of(options.source, config) == "dreambooth":
-            for file in export_given_sd(options.source, output, config=config, save=save, dtype_name=options.dtype):
-                print(file)
-            return DONE
-        for file in export_given(
-            options.source,
-            output,
-            config=config,
-            save=save,
-            dtype_name=options.dtype,
-            text_encoder=options.text_encoder,
-        ):
-            print(file)
+        _export_given(options, config, save, output)
         return DONE
     from training.use_state import export_weights
 
     assert config is not None
-    lora = config.lora
-    if options.merged and lora is None:
-        raise ValueError("--merged is for a run with [lora]; this one trains whole weights")
-    if lora is not None and options.merged:
-        lora = lora.model_copy(update={"formats": ("merged",)})
-    elif lora is not None and options.formats and "merged" not in lora.formats:
-        raise ValueError("--format is about whole weights, this run trains adapters: add --merged, or leave it out")
-    config = config.model_copy(update={"save": save, "lora": lora})
+    config = config.model_copy(update={"save": save})
     for line in export_weights(config, options.run_dir, output, chunk_name=options.chunk, best=options.best):
         print(line)
     if options.push:
         _push(options, config, output)
     return DONE
+
+
+def _export_given(options: argparse.Namespace, config: "RunConfig | None", save: "SaveConfig", output: Path) -> None:
+    from training.dreambooth.use_given import export_given_sd, recipe_of
+    from training.use_given import export_given
+
+    if recipe_of(options.source, config) == "dreambooth":
+        files = export_given_sd(options.source, output, config=config, save=save, dtype_name=options.dtype)
+    else:
+        files = export_given(
+            options.source, output, config=config, save=save, dtype_name=options.dtype,
+            text_encoder=options.text_encoder,
+        )  # fmt: skip
+    for file in files:
+        print(file)
+
+
+def _with_lora_as_asked(options: argparse.Namespace, config: "RunConfig | None") -> "RunConfig | None":
+    """Return the run's settings; with --merged, adapters become whole weights."""
+    lora = config.lora if config is not None and options.source is None else None
+    if options.merged and lora is None:
+        raise ValueError("--merged is for a run with [lora]; there are no adapters here, or --from names the weights")
+    if config is None or lora is None:
+        return config
+    if options.merged:
+        return config.model_copy(update={"lora": lora.model_copy(update={"formats": ("merged",)})})
+    if options.formats and "merged" not in lora.formats:
+        raise ValueError("--format is about whole weights, this run trains adapters: add --merged, or leave it out")
+    return config
 
 
 def _check_push(options: argparse.Namespace, save: "SaveConfig") -> None:

@@ -24,6 +24,7 @@ from training.card.status import chunk_status
 from training.chunk_records import totals
 from training.cli import main
 from training.config import RunConfig
+from training.config.lora import LoraConfig
 from training.device_times import device_times
 from training.ledger import Ledger
 from training.machine import command_line
@@ -383,6 +384,19 @@ def test_without_a_decoder_of_its_own_the_example_does_not_load_the_published_pr
     assert 'prior = StableCascadePriorPipeline.from_pretrained("me/prior"' in text
     assert "CombinedPipeline" not in text and "## SD.Next" not in text and "decoder:" not in text.split("---")[1]
     compile(text.split("```python\n")[1].split("```")[0], "example", "exec")
+
+
+def test_merged_weights_of_a_run_with_lora_are_no_adapters(run):
+    facts = read_facts(with_all(run), run.run_dir.root)
+    save = with_all(run).save.model_copy(update={"export_formats": ("original",)})
+
+    texts = {
+        name: render_card(with_all(run).model_copy(update={"save": save, "lora": LoraConfig(formats=(name,))}), facts)
+        for name in ("kohya", "merged")
+    }
+
+    assert "Adapters for Stable Cascade" in texts["kohya"] and "`models/loras`" in texts["kohya"]
+    assert "Finetune of Stable Cascade" in texts["merged"] and "`models/unet`" in texts["merged"]
 
 
 # --- what must be said ---
