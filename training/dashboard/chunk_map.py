@@ -89,7 +89,7 @@ def _facts(record: ChunkRecord | None, seen: _Seen, loss: float | None) -> dict[
         "global steps": f"{record.start_global_step + 1:,} to {last:,}" if last > record.start_global_step else "none",
         "epochs": f"{record.epochs:,}" if record.epochs > 1 else "",
         "mean loss": f"{loss:.4f}" if loss is not None else "",
-        "GPU time": f"{record.seconds / 3600:.2f} h" if record.seconds else "",
+        "time in steps": f"{record.seconds / 3600:.2f} h" if record.seconds else "",
         "speed": f"{record.images_trained / record.seconds:.1f} images/s" if record.seconds else "",
         "started": _when(seen.first_start),
         "ended": _when(seen.end),
