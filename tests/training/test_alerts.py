@@ -8,11 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from sharding.config import ConfigError
+from sharding.config import ConfigError, load_config
 from tests.training.paper_run import PaperRun
 from tests.training.test_gauges import report
 from training import alerts as alerts_module
 from training.alerts import WEBHOOK_VARIABLE, Alerts
+from training.config import RunConfig
 from training.config.watching import TrackerConfig
 from training.launch import launch
 from training.position import Position
@@ -198,6 +199,13 @@ def test_the_address_may_come_from_the_environment(hook, monkeypatch):
     with pytest.raises(ConfigError, match=r"CHUNKLINE_WEBHOOK: must begin with https:// or http://") as caught:
         made()
     assert "example" not in str(caught.value)
+
+
+def test_an_address_that_is_none_is_refused_without_showing_it(run_toml):
+    with pytest.raises(ConfigError, match=r"trackers: webhook must begin with https:// or http://") as caught:
+        load_config(run_toml, RunConfig, ["trackers.webhook=hooks.example.org/secret"])
+
+    assert "secret" not in str(caught.value)
 
 
 def test_the_end_of_the_campaign_is_told_by_its_last_chunk_only(hook, run_toml, tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ class TrackerConfig(Config):
     """A spike: a step whose loss is this many robust standard deviations above the median of the last 100; 0 is off."""
     on_spike: Literal["warn", "rollback"] = "warn"
     """`rollback`: go back to the state before a spike and pass over its step, once per chunk; after that only warn."""
-    webhook: str = Field("", pattern=r"^(https?://.+)?$")
+    webhook: str = ""
     """Web address that alerts are POSTed to as JSON. One that holds a secret belongs into the environment variable
     CHUNKLINE_WEBHOOK instead. Alerts go to W&B, too, when it is on."""
     alert_wait_fraction: float = Field(0.5, ge=0, le=1)
@@ -97,6 +97,12 @@ class TrackerConfig(Config):
     """So many in a row."""
     alert_free_states: float = Field(2.0, ge=0)
     """Alert when fewer than so many more states fit on the disk; 0 is off."""
+
+    @model_validator(mode="after")  # of the table, because errors about a key show its value: here maybe a secret
+    def _webhook_is_an_address(self) -> "TrackerConfig":
+        if self.webhook and not self.webhook.startswith(("https://", "http://")):
+            raise ValueError("webhook must begin with https:// or http://")
+        return self
 
     @model_validator(mode="after")
     def _spikes_are_judged(self) -> "TrackerConfig":
