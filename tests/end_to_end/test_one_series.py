@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("wandb", reason="wandb is not installed: its offline files are what is read back")
 
-from tests.end_to_end.conftest import TinyRun
+from scripts.tiny_run import Launch
 from training.wandb_file import read_history, read_links
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 FIRST, SECOND = "real/0000", "real/0001"
 LAUNCHES = ((FIRST, 3), (FIRST, 7), (FIRST, None), (SECOND, 14), (SECOND, None))
 """Chunk, and the step from which the launch is killed."""
+ENVIRONMENT = {"WANDB_SILENT": "true", "WANDB_SERVICE": ""}
+"""A test that used W&B in this process names its service there: it would take a killed launch's run to go on."""
 LAST = 20
 """Two chunks of two epochs of five steps."""
 
@@ -70,17 +72,15 @@ def durable_step(run):
 @pytest.fixture(scope="module")
 def disturbed(make_run, tmp_path_factory):
     """The run, and what was seen after each launch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_SILENT", "true")
-        options = ("trackers.wandb='offline'", "trackers.tensorboard=true", "preview.prompts=[]")
-        run: TinyRun = make_run(tmp_path_factory.mktemp("one series") / "run", *options)
-        seen = []
-        for chunk, step in LAUNCHES:
-            launch = run.launch("--chunk", chunk)
-            code = launch.wait() if step is None else launch.kill_when(lambda step=step: run.last_step() >= step)
-            assert code == (0 if step is None else -signal.SIGKILL), run.log.read_text()
-            series = metrics_series(run), tensorboard_series(run), wandb_series(run)
-            seen.append(Seen(code, durable_step(run), *series))
+    options = ("trackers.wandb='offline'", "trackers.tensorboard=true", "preview.prompts=[]")
+    run = make_run(tmp_path_factory.mktemp("one series") / "run", *options)
+    seen = []
+    for chunk, step in LAUNCHES:
+        launch = Launch(run.arguments("run", "--chunk", chunk), run.log, environment=ENVIRONMENT)
+        code = launch.wait() if step is None else launch.kill_when(lambda step=step: run.last_step() >= step)
+        assert code == (0 if step is None else -signal.SIGKILL), run.log.read_text()
+        series = metrics_series(run), tensorboard_series(run), wandb_series(run)
+        seen.append(Seen(code, durable_step(run), *series))
     for _ in range(100):  # W&B's own process may write the end of a file after it has been closed
         if len(wandb_series(run)) >= LAST and len(wandb_links(run)) >= 2:
             break

@@ -324,6 +324,7 @@ def test_charts_get_finite_numbers_only():
 
 @pytest.mark.slow
 def test_two_launches_are_one_rising_series_in_wandb(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
 
     for steps in ((1, 2, 3), (4, 5)):  # the second launch reads the first's metrics again; a free setting has changed
@@ -333,6 +334,7 @@ def test_two_launches_are_one_rising_series_in_wandb(tmp_path, monkeypatch):
         trackers.feed(rows(*range(1, steps[-1] + 1)), {}, up_to_step=steps[-1])
         trackers.close()
 
+    wandb.teardown()  # launches of other tests would go to its service
     files = list((tmp_path / "wandb").rglob("run-r-1.wandb"))
     for _ in range(100):  # W&B's own process may write the end of a file after `finish` has returned
         series = sorted(
