@@ -184,6 +184,8 @@ def _open_run(config: RunConfig, run_dir: RunDir, *, guard: Callable[[], None]) 
             logger.info("%s: not that of the first launch (free to change)", key)  # its address may hold a secret
         elif not change.has_grown:
             logger.info("%s: %s at the first launch, now %s (free to change)", key, change.was, change.now)
+    if run_dir.stop_requested():
+        logger.warning("%s: written before this launch; removed, training goes on", run_dir.stop_path)
     run_dir.clear_stop()
     ledger = run_dir.open_ledger(guard=guard)
     for told in finish_rewind(run_dir, ledger):

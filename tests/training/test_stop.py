@@ -1,8 +1,11 @@
+import logging
 import os
 import signal
 
 import pytest
 
+from tests.training.paper_run import PaperRun
+from training.launch import launch
 from training.stop import StopRequest
 
 
@@ -37,3 +40,14 @@ def test_a_second_ctrl_c_means_it():
     with pytest.raises(KeyboardInterrupt), StopRequest(lambda: False):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_stop_file_from_before_a_launch_is_removed_aloud(run_toml, tmp_path, caplog):
+    run = PaperRun(run_toml, tmp_path / "run")
+    run.run_dir.request_stop()
+
+    with caplog.at_level(logging.WARNING), pytest.raises(Exception, match=r"none\.safetensors"):
+        launch(run.config, tmp_path / "run")
+
+    assert "written before this launch; removed" in caplog.text
+    assert not run.run_dir.stop_requested()
