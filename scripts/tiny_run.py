@@ -39,6 +39,7 @@ def _launch(arguments: list[str], log: str, environment: dict[str, str], prepare
     os.setsid()
     # The server may have been started by a loader, which blocks them.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT})
+    os.environ.pop("WANDB_SERVICE", None)  # of a W&B run in the test's own process: that one would lock this run's id
     os.environ.update(environment)
     if prepare is not None:
         prepare()

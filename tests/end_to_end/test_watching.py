@@ -139,28 +139,6 @@ def test_the_charts_hold_all_that_is_promised(disturbed):
     assert "learning_rate" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
-def test_wandb_is_one_rising_series_after_three_kills_and_five_launches(make_run, tmp_path, monkeypatch):
-    from training.wandb_file import read_history
-
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run = make_run(tmp_path / "run", "trackers.wandb='offline'", "trackers.tensorboard=true", "preview.prompts=[]")
-
-    for chunk, step in ((FIRST, 3), (FIRST, 7), (SECOND, 14)):
-        if chunk == SECOND:
-            assert run.train("--chunk", FIRST) == 0, run.log.read_text()
-        run.launch("--chunk", chunk).kill_when(lambda step=step: run.last_step() >= step)
-    assert run.train("--chunk", SECOND) == 0, run.log.read_text()
-
-    files = sorted((run.root / "wandb").rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime)
-    rows = [row for path in files for row in read_history(path) if "train/loss" in row]
-    whole = [row for row in run.rows("metrics.jsonl") if "train/loss" in row]
-    assert len(run.events("started")) == len(files) == 5
-    assert [row["global_step"] for row in whole] == list(range(1, 21))
-    assert [row["_step"] for row in rows] == [row["global_step"] for row in rows] == list(range(1, 21))
-    assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in whole]
-    assert [step for step, _ in series(run, "train/loss")] == list(range(1, 21))
-
-
 def test_two_processes_validate_as_one(make_run, with_held_out, tmp_path):
     options = (
         "data.epochs=1",
