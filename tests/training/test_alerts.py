@@ -26,6 +26,16 @@ from training.trackers import WandB, make_trackers, shown_settings
 SPIKE = Spike(9.0, 1.0, 20.0, is_first=True)
 
 
+@pytest.fixture(autouse=True)
+def _no_accelerator_of_other_tests():
+    """Launches in this process make their own, which accelerate refuses beside one of another precision."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
 class Hook:
     """A web server that keeps what is POSTed to it. seconds: how long it takes to answer; status: what it answers."""
 

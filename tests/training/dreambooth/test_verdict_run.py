@@ -202,7 +202,11 @@ def test_a_run_that_was_killed_says_the_same(tmp_path, model, monkeypatch):
 def test_without_held_out_pictures_and_sanity_prompt_that_is_said(tmp_path, model):
     run = TinyRun(tmp_path, model, held_out=False)
 
-    assert run.train("dreambooth.sanity_prompt=''", "preview.prompts=[]", "preview.every_steps=0") == 0
+    concepts = tmp_path / "concepts.toml"
+    concepts.write_text("".join(f"[[concepts]]\nname = '{name}'\nfolder = 'none'\n" for name in ("rin", "aoi")))
+
+    settings = ("dreambooth.sanity_prompt=''", f"dreambooth.concepts='{concepts}'")
+    assert run.train(*settings, "preview.prompts=[]", "preview.every_steps=0") == 0
 
     assert {name for row in run.rows().values() for name in row} == {
         "verdict/trained/rin", "verdict/trained/aoi", "verdict/prior/aoi",

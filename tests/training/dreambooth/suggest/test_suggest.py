@@ -144,6 +144,12 @@ def test_what_the_command_writes_is_packed_and_planned(tmp_path, models, capsys)
 
 
 @pytest.mark.slow
+def test_sdxl_on_12_gb_is_refused_with_what_is_missing():
+    with pytest.raises(ValueError, match=r"nothing fits: lora takes 11\.\d GB with one image, 11\.\d GB are there"):
+        choose_way("sdxl", "owner/sdxl", side=1024, vram_gb=12)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "side", "vram", "expected"),
     [
@@ -151,7 +157,7 @@ def test_what_the_command_writes_is_packed_and_planned(tmp_path, models, capsys)
         ("sd1", 512, 10, ("staged", 4, True)),
         ("sd1", 512, 12, ("full", 2, True)),
         ("sd1", 512, 24, ("full", 4, False)),
-        ("sdxl", 1024, 12, ("lora", 1, True)),
+        ("sdxl", 1024, 16, ("lora", 2, True)),
         ("sdxl", 1024, 24, ("full", 2, True)),
     ],
 )  # fmt: skip
