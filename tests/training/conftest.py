@@ -54,3 +54,13 @@ def run_toml(tmp_path) -> Path:
     path = tmp_path / "run.toml"
     path.write_text(RUN_TOML.format(workspace=tmp_path / "workspace"))
     return path
+
+
+@pytest.fixture
+def own_accelerator():
+    """For a launch in this process: accelerate refuses another precision than that of tests before."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)

@@ -26,16 +26,6 @@ from training.trackers import WandB, make_trackers, shown_settings
 SPIKE = Spike(9.0, 1.0, 20.0, is_first=True)
 
 
-@pytest.fixture(autouse=True)
-def _no_accelerator_of_other_tests():
-    """Launches in this process make their own, which accelerate refuses beside one of another precision."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-
-
 class Hook:
     """A web server that keeps what is POSTed to it. seconds: how long it takes to answer; status: what it answers."""
 
@@ -231,6 +221,7 @@ def test_the_end_of_the_campaign_is_told_by_its_last_chunk_only(hook, run_toml, 
     assert body["what"] == "all 2 chunks are trained, 8 images seen"
 
 
+@pytest.mark.usefixtures("own_accelerator")
 def test_a_launch_that_fails_tells_why(hook, run_toml, tmp_path):
     run = PaperRun(run_toml, tmp_path / "run", f"trackers.webhook={hook.url}")
 
@@ -248,6 +239,7 @@ def test_trackers_do_not_get_to_see_the_webhook(run_toml, tmp_path):
     assert "secret" not in json.dumps(shown_settings(run.config))
 
 
+@pytest.mark.usefixtures("own_accelerator")
 def test_no_log_shows_a_webhook_that_changed_between_launches(run_toml, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     for name in ("old-secret", "new-secret"):

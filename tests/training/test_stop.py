@@ -42,6 +42,7 @@ def test_a_second_ctrl_c_means_it():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("own_accelerator")
 def test_a_stop_file_from_before_a_launch_is_removed_aloud(run_toml, tmp_path, caplog):
     run = PaperRun(run_toml, tmp_path / "run")
     run.run_dir.request_stop()
