@@ -5,7 +5,6 @@ parts of a workspace, `newest/0005.7bd0c113` a chunk of a run. What is submitted
 `submit_chunks`).
 """
 
-import hashlib
 import os
 import re
 import shlex
@@ -15,6 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from training.status_queue import folder_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,11 +48,6 @@ class QueuedJob:
     def id(self) -> str:
         """The id that names this one alone: 12, or 12_3."""
         return self.job_id if self.task is None else f"{self.job_id}_{self.task}"
-
-
-def folder_digest(folder: Path) -> str:
-    """Return what the names of a folder's jobs end in."""
-    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
 
 
 def jobs_of(folder: Path) -> list[QueuedJob]:

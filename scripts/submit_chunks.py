@@ -17,7 +17,7 @@ from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from scripts.slurm_queue import ROOT, QueuedJob, SlurmError, folder_digest, jobs_of, run_slurm
+from scripts.slurm_queue import ROOT, QueuedJob, SlurmError, jobs_of, run_slurm
 from sharding.chunk import ChunkError
 from sharding.config import load_config
 from sharding.files import locked
@@ -26,6 +26,7 @@ from training.config import RunConfig
 from training.exit_codes import BAD_USAGE, DONE, FAILED, code_of
 from training.run_dir import RunDir
 from training.stages import epochs_of
+from training.status_queue import folder_digest
 
 NEXT = "next"
 """The name of an array's tasks: each trains the chunk that is next when it starts."""

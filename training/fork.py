@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sharding.chunk import CHUNK_JSON
 from sharding.config import ConfigError, load_config
@@ -67,7 +66,7 @@ def plan_fork(parent_root: Path, chunk: str, root: Path, *, overrides: Sequence[
     end = kept_end(parent, lines, chunk)
     was = load_config(parent.config_path, RunConfig, [])
     config = load_config(parent.config_path, RunConfig, list(overrides))
-    changes = changes_between(_told(was), _told(config))
+    changes = changes_between(was.shown(), config.shown())
     return Fork(parent, root, end, lines[: end.line.number + 1], was, config, changes)
 
 
@@ -125,14 +124,9 @@ def _begin_ledger(fork: Fork, run_dir: RunDir, parent_id: str, source: str) -> N
         "forked", run_id=parent_id, source=source, chunk=fork.end.chunk,
         path=run_dir.relative(run_dir.final_folder(fork.end.chunk)),
         manifest_digest=fork.end.line.fields["manifest_digest"], global_step=fork.end.global_step,
-        settings=_told(fork.was),
+        settings=fork.was.shown(),
         changed={key: [change.was, change.now] for key, change in fork.changes.items()},
     )  # fmt: skip
-
-
-def _told(config: RunConfig) -> dict[str, Any]:
-    """Return settings as the ledger holds them: without the webhook, whose address may hold a secret."""
-    return config.model_dump(mode="json", exclude={"trackers": {"webhook"}})
 
 
 def _link(there: Path, here: Path) -> None:

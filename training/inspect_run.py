@@ -18,7 +18,7 @@ from training.plan_totals import run_totals
 from training.plans import batch_plan, caption_settings, pixel_settings
 from training.prompt_file import read_prompts
 from training.run_dir import RunDir
-from training.stages import epochs_of, require_packed, stage_config
+from training.stages import epochs_of, require_packed, stage_config, unread_epochs
 
 
 class PlanRefusedError(ValueError):
@@ -67,6 +67,7 @@ def inspect_plan(
     licences = [path for path in config.save.licence_files if not path.is_file()]
     missing += [Finding("refused", f"save.licence_files: {path}: no such file") for path in licences]
     read_concepts(config)  # raises for a file of concepts that is gone or wrong
+    missing += [Finding("warning", problem) for problem in unread_epochs(run)]
     found = (*check_captions(index, config=config), *(_not_encoded(config, index, name) if with_state else ()))
     return replace(report, findings=(*missing, *report.findings, *found))
 

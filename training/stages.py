@@ -96,6 +96,13 @@ def require_packed(config: RunConfig, names: Sequence[str]) -> None:
         )
 
 
+def unread_epochs(config: RunConfig) -> list[str]:
+    """Return that data.epochs is given but not read, where it is so."""
+    if config.dreambooth is None or not config.dreambooth.stages or config.data.epochs == 1:
+        return []
+    return [f"data.epochs {config.data.epochs} is not read: each of dreambooth.stages has its own"]
+
+
 def epochs_of(config: RunConfig) -> Callable[[str], int]:
     """Return a function from a chunk's name to the number of its epochs."""
     by_chunk = {stage.chunk: stage.epochs for stage in stages_of(config)}

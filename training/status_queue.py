@@ -46,7 +46,7 @@ class QueueReader:
     """Asks at most every half a minute: a controller serves many users."""
 
     def __init__(self, root: Path) -> None:
-        self._digest = run_digest(root)
+        self._digest = folder_digest(root)
         self._known: tuple[float, Queue | None] | None = None
         self._lock = threading.Lock()
 
@@ -90,6 +90,6 @@ class QueueReader:
         return Queue(jobs)
 
 
-def run_digest(root: Path) -> str:
-    """Return what the names of a run's jobs end in: of its folder's path, as `scripts.slurm_queue` has it."""
-    return hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8]
+def folder_digest(folder: Path) -> str:
+    """Return what the names of a run's, or a workspace's, jobs end in: of its folder's path."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]

@@ -68,7 +68,7 @@ class TensorBoard:
                 for group, charts in GROUPS.items()
             }
             self._writer.add_summary(summary.custom_scalars(groups))  # type: ignore[no-untyped-call]
-        lines = to_toml(shown_settings(config)).splitlines()
+        lines = to_toml(config.shown()).splitlines()
         text = "".join(f"    {line}\n" for line in lines)  # indented: code in Markdown
         self._writer.add_summary(summary.text("config", text), step)  # type: ignore[no-untyped-call]
 
@@ -202,11 +202,6 @@ def chart_values(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def shown_settings(config: RunConfig) -> dict[str, Any]:
-    """Return the settings of a run as others may see them: without the webhook, whose address may hold a secret."""
-    return config.model_dump(mode="json", exclude={"trackers": {"webhook"}})
-
-
 def origin(run_json: Mapping[str, Any]) -> dict[str, Any]:
     """Return what links a run to others: the W&B runs that it was before it was rewound, the run it is a branch of."""
     return {key: run_json[key] for key in ("wandb_ids_before", "forked_from") if key in run_json}
@@ -221,7 +216,7 @@ def make_trackers(config: RunConfig, run_dir: RunDir, *, wandb_id: str, step: in
         trackers.append(
             WandB(
                 run_dir.wandb_folder, project=settings.wandb_project, run_name=config.name, run_id=wandb_id,
-                mode=settings.wandb, config={**shown_settings(config), **origin(run_dir.read_run_json())},
+                mode=settings.wandb, config={**config.shown(), **origin(run_dir.read_run_json())},
             )
         )  # fmt: skip
     return trackers

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from scripts import submit_chunks, tiny_run
-from scripts.slurm_queue import QueuedJob, SlurmError, folder_digest
+from scripts.slurm_queue import QueuedJob, SlurmError
 from scripts.submit_chunks import NEXT, ChunkJob, Submission, assign, submit, submit_chunk, table
 from sharding.chunk import ChunkError
 from training.campaign import Campaign
+from training.status_queue import folder_digest
 
 CHUNKS = ["a/0", "a/1", "a/2", "a/3"]
 DEMO = str(tiny_run.DEMO.relative_to(tiny_run.ROOT))

@@ -21,7 +21,7 @@ from training.records import Records
 from training.run_dir import RunDir
 from training.spikes import Spike
 from training.step_report import StepReport
-from training.trackers import WandB, make_trackers, shown_settings
+from training.trackers import WandB, make_trackers
 
 SPIKE = Spike(9.0, 1.0, 20.0, is_first=True)
 
@@ -236,7 +236,7 @@ def test_a_launch_that_fails_tells_why(hook, run_toml, tmp_path):
 def test_trackers_do_not_get_to_see_the_webhook(run_toml, tmp_path):
     run = PaperRun(run_toml, tmp_path / "run", "trackers.webhook=https://hooks.example.org/secret")
 
-    assert "secret" not in json.dumps(shown_settings(run.config))
+    assert "secret" not in json.dumps(run.config.shown())
 
 
 @pytest.mark.usefixtures("own_accelerator")

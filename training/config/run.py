@@ -5,7 +5,7 @@ by the presets. Paths are relative to the current directory.
 """
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -90,6 +90,10 @@ class RunConfig(Config):
     def recipe_name(self) -> Literal["stage_c", "dreambooth"]:
         """Name of the recipe, and of its table."""
         return "stage_c" if self.dreambooth is None else "dreambooth"
+
+    def shown(self) -> dict[str, Any]:
+        """Return the settings as others may see them: without the webhook, whose address may hold a secret."""
+        return self.model_dump(mode="json", exclude={"trackers": {"webhook"}})
 
     @property
     def trains_in_text_encoder(self) -> bool:

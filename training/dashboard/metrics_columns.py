@@ -88,15 +88,14 @@ class MetricsColumns:
     def sample(self, num_rows: int) -> Columns:
         """Return up to `num_rows` rows from all over the file, in order: one from each of as many places."""
         size, rows = size_of(self._path), []
-        try:
-            with self._path.open("rb") as stream:
-                for number in range(num_rows):
-                    stream.seek(size * number // num_rows)
-                    parts = stream.read(_SAMPLE_BYTES).split(b"\n", 2)
-                    if len(parts) == 3 and (row := _row(parts[1])) is not None:
-                        rows.append(row)
-        except FileNotFoundError:
-            pass  # no metrics yet: no rows
+        if not size:  # no metrics yet
+            return _columns_of_rows([])
+        with self._path.open("rb") as stream:
+            for number in range(num_rows):
+                stream.seek(size * number // num_rows)
+                parts = stream.read(_SAMPLE_BYTES).split(b"\n", 2)
+                if len(parts) == 3 and (row := _row(parts[1])) is not None:
+                    rows.append(row)
         return _columns_of_rows(rows)
 
     def last_rows(self) -> list[dict[str, Any]]:

@@ -1,8 +1,11 @@
 """Stages: chunks with settings of their own."""
 
+import pytest
+
+from sharding.chunk import ChunkError
 from tests.training.dreambooth.toy_recipe import sd_config
 from training.config import RunConfig
-from training.stages import epochs_of, stage_config, stages_of
+from training.stages import epochs_of, require_packed, stage_config, stages_of, unread_epochs
 
 BOTH = ["unet", "text_encoder"]
 TABLES = {"data": {"workspace": "none", "epochs": 9}, "optimizer": {"learning_rate": 1e-6}}
@@ -52,3 +55,21 @@ def test_body_parts_first_then_whole_characters():
     assert [one.concepts for one in stages_of(config)] == [("hands", "feet"), ("rin",)]
     weights = [stage_config(config, one.chunk).dreambooth.prior_weight for one in stages_of(config)]
     assert weights == [0.0, 0.3]
+
+
+def test_chunks_that_are_not_the_stages_are_refused():
+    config = sd_config("none", tables=TABLES, concepts="c.toml", stages=WIKI)
+    packed = [one.chunk for one in stages_of(config)]
+
+    require_packed(config, packed)
+    for names in (packed[:1], packed[::-1], [*packed, "concepts/03-more"]):
+        with pytest.raises(ChunkError, match="pack-concepts"):
+            require_packed(config, names)
+    require_packed(sd_config("none", tables=TABLES), ["combined/0000"])
+
+
+def test_epochs_that_stages_have_themselves_are_told():
+    assert unread_epochs(sd_config("none", tables=TABLES, concepts="c.toml", stages=WIKI)) == [
+        "data.epochs 9 is not read: each of dreambooth.stages has its own"
+    ]
+    assert unread_epochs(sd_config("none", tables=TABLES, concepts="c.toml")) == []
